@@ -1,0 +1,293 @@
+// The only file that knows Python: converts, forwards, computes nothing.
+//
+// An array argument is either an object with the buffer protocol (NumPy; bfloat16 travels as its
+// uint16 bits) or a tuple (address, dtype code, shape, strides in elements), which is how a
+// framework hands over its own memory: one build serves every version of every framework.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "kernels.hpp"
+#include "machine.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+using bn::Array;
+using bn::DType;
+using bn::index;
+
+class View {
+ public:
+  View(nb::handle object, bool writable, const char* name) {
+    if (object.is_none()) return;
+    if (nb::isinstance<nb::tuple>(object))
+      from_address(nb::borrow<nb::tuple>(object), name);
+    else
+      from_buffer(object, writable, name);
+  }
+  View(const View&) = delete;
+  View& operator=(const View&) = delete;
+  ~View() {
+    if (held_) PyBuffer_Release(&buffer_);
+  }
+  const Array& array() const { return array_; }
+
+ private:
+  void from_address(nb::tuple t, const char* name) {
+    if (t.size() != 4) throw nb::value_error((std::string(name) + ": not a 4-tuple").c_str());
+    array_.data = reinterpret_cast<char*>(nb::cast<std::uintptr_t>(t[0]));
+    array_.dtype = DType(nb::cast<int>(t[1]));
+    const nb::tuple shape = nb::cast<nb::tuple>(t[2]), stride = nb::cast<nb::tuple>(t[3]);
+    set_rank(int(shape.size()), name);
+    for (int d = 0; d < array_.rank; ++d) {
+      array_.shape[d] = nb::cast<index>(shape[d]);
+      array_.stride[d] = nb::cast<index>(stride[d]);
+    }
+    mark_empty();
+  }
+
+  void from_buffer(nb::handle object, bool writable, const char* name) {
+    const int flags = PyBUF_STRIDES | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
+    if (PyObject_GetBuffer(object.ptr(), &buffer_, flags)) throw nb::python_error();
+    held_ = true;
+    array_.data = static_cast<char*>(buffer_.buf);
+    switch (buffer_.format ? buffer_.format[0] : 'B') {
+      case 'f': array_.dtype = DType::f32; break;
+      case 'd': array_.dtype = DType::f64; break;
+      case 'e': array_.dtype = DType::f16; break;
+      case 'H': array_.dtype = DType::bf16; break;
+      default: throw nb::type_error((std::string(name) + ": unsupported buffer format").c_str());
+    }
+    set_rank(buffer_.ndim, name);
+    for (int d = 0; d < array_.rank; ++d) {
+      array_.shape[d] = buffer_.shape[d];
+      if (buffer_.strides[d] % buffer_.itemsize)
+        throw nb::value_error((std::string(name) + ": strides are not whole elements").c_str());
+      array_.stride[d] = buffer_.strides[d] / buffer_.itemsize;
+    }
+    mark_empty();
+  }
+
+  void set_rank(int rank, const char* name) {
+    if (rank < 1 || rank > bn::max_rank)
+      throw nb::value_error((std::string(name) + ": unsupported number of axes").c_str());
+    array_.rank = rank;
+  }
+
+  // An array without values may have no address; it is present all the same.
+  void mark_empty() {
+    static char nowhere[64];
+    if (!array_.data) array_.data = nowhere;
+  }
+
+  Array array_;
+  Py_buffer buffer_ = {};
+  bool held_ = false;
+};
+
+// A per-channel vector of float64, or nothing.
+class Channels {
+ public:
+  Channels(nb::handle object, index channels, const char* name, bool writable = false)
+      : view_(object, writable, name) {
+    const Array& a = view_.array();
+    if (!a) return;
+    if (a.rank != 1 || a.shape[0] != channels || a.dtype != DType::f64 ||
+        (channels > 1 && a.stride[0] != 1))
+      throw nb::value_error((std::string(name) + ": not a float64 vector of one per channel").c_str());
+  }
+  double* data() const { return reinterpret_cast<double*>(view_.array().data); }
+
+ private:
+  View view_;
+};
+
+index channels_of(const View& x, int axis) {
+  const Array& a = x.array();
+  if (axis < 0 || axis >= a.rank) throw nb::value_error("channel_axis out of range");
+  return a.shape[axis];
+}
+
+void same_shape(const View& x, const View& other, const char* name, bool same_dtype = true) {
+  const Array &a = x.array(), &b = other.array();
+  if (!b) return;
+  bool same = a.rank == b.rank && (!same_dtype || a.dtype == b.dtype);
+  for (int d = 0; same && d < a.rank; ++d) same = a.shape[d] == b.shape[d];
+  if (!same) throw nb::value_error((std::string(name) + ": not the shape and type of x").c_str());
+}
+
+void check_weights(const View& x, const View& w) {
+  same_shape(x, w, "weights", false);
+  if (w.array() && w.array().dtype != DType::f64)
+    throw nb::value_error("weights: not float64");
+}
+
+bn::Epilogue epilogue_of(int activation, double slope) {
+  bn::Epilogue e;
+  if (activation < 0 || activation > 2) throw nb::value_error("activation: unknown code");
+  e.activation = bn::Activation(activation);
+  e.slope = slope;
+  return e;
+}
+
+double forward(nb::handle x, nb::handle y, int axis, double eps, nb::handle mean,
+               nb::handle mean_low, nb::handle m2, nb::handle gamma, nb::handle beta,
+               nb::handle weights, nb::handle residual, int activation, double slope) {
+  const View vx(x, false, "x"), vy(y, true, "y"), vw(weights, false, "weights"),
+      vr(residual, false, "residual");
+  const index c = channels_of(vx, axis);
+  same_shape(vx, vy, "y");
+  same_shape(vx, vr, "residual");
+  check_weights(vx, vw);
+  const Channels m(mean, c, "mean", true), low(mean_low, c, "mean_low", true),
+      s(m2, c, "m2", true), g(gamma, c, "gamma"), b(beta, c, "beta");
+  const bn::Epilogue e = epilogue_of(activation, slope);
+  nb::gil_scoped_release released;
+  return bn::forward(vx.array(), vr.array(), vw.array(), vy.array(), axis, eps,
+                     {g.data(), b.data()}, e, m.data(), low.data(), s.data());
+}
+
+void normalize(nb::handle x, nb::handle y, int axis, nb::handle mean, nb::handle mean_low,
+               nb::handle var, double eps, nb::handle gamma, nb::handle beta, nb::handle weights,
+               nb::handle residual, int activation, double slope) {
+  const View vx(x, false, "x"), vy(y, true, "y"), vw(weights, false, "weights"),
+      vr(residual, false, "residual");
+  const index c = channels_of(vx, axis);
+  same_shape(vx, vy, "y");
+  same_shape(vx, vr, "residual");
+  check_weights(vx, vw);
+  const Channels m(mean, c, "mean"), low(mean_low, c, "mean_low"), v(var, c, "var"),
+      g(gamma, c, "gamma"), b(beta, c, "beta");
+  const bn::Epilogue e = epilogue_of(activation, slope);
+  nb::gil_scoped_release released;
+  bn::normalize(vx.array(), vr.array(), vw.array(), vy.array(), axis,
+                {m.data(), low.data(), v.data(), eps}, {g.data(), b.data()}, e);
+}
+
+enum class Pass { sums, apply, both };
+
+void backward(Pass pass, nb::handle grad_y, nb::handle x, nb::handle grad_x, int axis,
+              double count, nb::handle mean, nb::handle mean_low, nb::handle var, double eps,
+              nb::handle sum_grad, nb::handle sum_grad_x_hat, nb::handle gamma, nb::handle beta,
+              nb::handle weights, nb::handle residual, nb::handle grad_residual, int activation,
+              double slope) {
+  const View vx(x, false, "x"), vg(grad_y, false, "grad_y"), vo(grad_x, true, "grad_x"),
+      vw(weights, false, "weights"), vr(residual, false, "residual"),
+      vgr(grad_residual, true, "grad_residual");
+  const index c = channels_of(vx, axis);
+  same_shape(vx, vg, "grad_y");
+  same_shape(vx, vo, "grad_x");
+  same_shape(vx, vr, "residual");
+  same_shape(vx, vgr, "grad_residual");
+  check_weights(vx, vw);
+  const Channels m(mean, c, "mean"), low(mean_low, c, "mean_low"), v(var, c, "var"),
+      g(gamma, c, "gamma"), b(beta, c, "beta"),
+      s1(sum_grad, c, "sum_grad", pass != Pass::apply),
+      s2(sum_grad_x_hat, c, "sum_grad_x_hat", pass != Pass::apply);
+  const bn::Epilogue e = epilogue_of(activation, slope);
+  const bn::Statistics st{m.data(), low.data(), v.data(), eps};
+  const bn::Affine af{g.data(), b.data()};
+  nb::gil_scoped_release released;
+  if (pass == Pass::sums)
+    bn::backward_sums(vg.array(), vx.array(), vr.array(), vw.array(), axis, st, af, e, s1.data(),
+                      s2.data());
+  else if (pass == Pass::apply)
+    bn::backward(vg.array(), vx.array(), vr.array(), vw.array(), vo.array(), vgr.array(), axis,
+                 count, st, af, e, s1.data(), s2.data());
+  else
+    bn::backward_fused(vg.array(), vx.array(), vr.array(), vw.array(), vo.array(), vgr.array(),
+                       axis, count, st, af, e, s1.data(), s2.data());
+}
+
+nb::object take(std::size_t bytes) {
+  void* block = bn::take_block(bytes);
+  nb::capsule owner(block, [](void* p) noexcept { bn::give_block(p); });
+  return nb::cast(nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(block, {bytes}, owner));
+}
+
+void copy(nb::handle to, nb::handle from) {
+  const View a(to, true, "to"), b(from, false, "from");
+  same_shape(b, a, "to");
+  index expected = 1;
+  for (int d = a.array().rank - 1; d >= 0; --d) {
+    for (const View* v : {&a, &b})
+      if (v->array().shape[d] != 1 && v->array().stride[d] != expected)
+        throw nb::value_error("copy: arrays must be C-contiguous");
+    expected *= a.array().shape[d];
+  }
+  nb::gil_scoped_release released;
+  bn::copy(a.array().data, b.array().data,
+           std::size_t(expected * bn::size_of(a.array().dtype)));
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  nb::register_exception_translator(
+      [](const std::exception_ptr& p, void*) {
+        try {
+          std::rethrow_exception(p);
+        } catch (const bn::BadCall& e) {
+          PyErr_SetString(PyExc_ValueError, e.what());
+        }
+      });
+
+  m.def("forward", &forward, "x"_a, "y"_a.none(), "channel_axis"_a, "eps"_a, "mean"_a,
+        "mean_low"_a, "m2"_a, "gamma"_a = nb::none(), "beta"_a = nb::none(),
+        "weights"_a = nb::none(), "residual"_a = nb::none(), "activation"_a = 0,
+        "slope"_a = 0.01,
+        "Statistics of x into mean, mean_low, m2, and y unless it is None; returns the count.");
+  m.def("normalize", &normalize, "x"_a, "y"_a, "channel_axis"_a, "mean"_a, "mean_low"_a.none(),
+        "var"_a, "eps"_a, "gamma"_a = nb::none(), "beta"_a = nb::none(),
+        "weights"_a = nb::none(), "residual"_a = nb::none(), "activation"_a = 0,
+        "slope"_a = 0.01);
+
+  m.def(
+      "backward_sums",
+      [](nb::handle grad_y, nb::handle x, int axis, nb::handle mean, nb::handle mean_low,
+         nb::handle var, double eps, nb::handle sum_grad, nb::handle sum_grad_x_hat,
+         nb::handle gamma, nb::handle beta, nb::handle weights, nb::handle residual,
+         int activation, double slope) {
+        backward(Pass::sums, grad_y, x, nb::none(), axis, 0, mean, mean_low, var, eps, sum_grad,
+                 sum_grad_x_hat, gamma, beta, weights, residual, nb::none(), activation, slope);
+      },
+      "grad_y"_a, "x"_a, "channel_axis"_a, "mean"_a, "mean_low"_a.none(), "var"_a, "eps"_a,
+      "sum_grad"_a, "sum_grad_x_hat"_a, "gamma"_a = nb::none(), "beta"_a = nb::none(),
+      "weights"_a = nb::none(), "residual"_a = nb::none(), "activation"_a = 0, "slope"_a = 0.01);
+  const auto applied = [](Pass pass) {
+    return [pass](nb::handle grad_y, nb::handle x, nb::handle grad_x, int axis, double count,
+                  nb::handle mean, nb::handle mean_low, nb::handle var, double eps,
+                  nb::handle sum_grad, nb::handle sum_grad_x_hat, nb::handle gamma,
+                  nb::handle beta, nb::handle weights, nb::handle residual,
+                  nb::handle grad_residual, int activation, double slope) {
+      backward(pass, grad_y, x, grad_x, axis, count, mean, mean_low, var, eps, sum_grad,
+               sum_grad_x_hat, gamma, beta, weights, residual, grad_residual, activation, slope);
+    };
+  };
+  const auto define = [&](const char* name, Pass pass) {
+    m.def(name, applied(pass), "grad_y"_a, "x"_a, "grad_x"_a, "channel_axis"_a, "count"_a,
+          "mean"_a, "mean_low"_a.none(), "var"_a, "eps"_a, "sum_grad"_a, "sum_grad_x_hat"_a,
+          "gamma"_a = nb::none(), "beta"_a = nb::none(), "weights"_a = nb::none(),
+          "residual"_a = nb::none(), "grad_residual"_a = nb::none(), "activation"_a = 0,
+          "slope"_a = 0.01);
+  };
+  define("backward", Pass::apply);         // the sums are given
+  define("backward_fused", Pass::both);    // the sums are made
+
+  m.def("take", &take, "bytes"_a, "Uninitialised memory for an output, as uint8.");
+  m.def("release_blocks", &bn::release_blocks);
+  m.def("kept_bytes", &bn::kept_bytes);
+  m.def("keep_at_most", &bn::keep_at_most, "bytes"_a);
+  m.def("copy", &copy, "to"_a, "from"_a, "A parallel memcpy of C-contiguous arrays.");
+
+  m.def("instruction_sets", &bn::instruction_sets);
+  m.def("instruction_set", &bn::instruction_set);
+  m.def("use_instruction_set", &bn::use_instruction_set, "name"_a);
+  m.def("has_openmp", &bn::has_openmp);
+  m.def("threads", &bn::threads);
+  m.def("last_level_cache", &bn::last_level_cache);
+}

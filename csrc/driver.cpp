@@ -1,0 +1,550 @@
+// The kernels of kernels.hpp on whole arrays: partition, threads, and every decision that touches
+// accuracy. The loops over elements are block.cpp's.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+
+#include "half.hpp"
+#include "kernels.hpp"
+#include "layout.hpp"
+#include "machine.hpp"
+
+namespace bn {
+namespace {
+
+constexpr index rows_chunk = 16384;    // values of one channel in a chunk, channels apart
+constexpr index columns_chunk = 65536; // values of all channels in a chunk, channels side by side
+constexpr index serial_below = 32768;  // values; waking a thread costs more than this many
+constexpr index line = 64;             // bytes in a cache line
+constexpr index block_bytes = 1 << 20; // what one thread reads twice: about a second-level cache
+
+index ceil_div(index a, index b) { return (a + b - 1) / b; }
+
+// A share of the array that is cut by size alone, so that no sum depends on the number of threads.
+struct Partition {
+  index outer_step, inner_step, outer_chunks, inner_chunks, channel_step, channel_blocks;
+
+  Partition(const Layout& l, index channel_step_) : channel_step(channel_step_) {
+    const index target = l.rows ? rows_chunk
+                                : std::min<index>(4096, std::max<index>(64, columns_chunk /
+                                                                                l.channels));
+    inner_step = l.inners > target ? target : l.inners;
+    outer_step = inner_step < l.inners ? 1 : std::max<index>(1, target / l.inners);
+    outer_chunks = ceil_div(l.outers, outer_step);
+    inner_chunks = ceil_div(l.inners, inner_step);
+    channel_blocks = ceil_div(l.channels, channel_step);
+  }
+  index chunks() const { return outer_chunks * inner_chunks; }
+
+  Block block(const Layout& l, index chunk, index channel_block) const {
+    const index o = chunk / inner_chunks * outer_step, i = chunk % inner_chunks * inner_step;
+    const index c = channel_block * channel_step;
+    return {o, std::min(l.outers, o + outer_step), i, std::min(l.inners, i + inner_step),
+            c, std::min(l.channels, c + channel_step)};
+  }
+};
+
+double scalar(const char* data, DType t, index at) {
+  switch (t) {
+    case DType::f32: return reinterpret_cast<const float*>(data)[at];
+    case DType::f64: return reinterpret_cast<const double*>(data)[at];
+    case DType::f16: return widen(reinterpret_cast<const float16*>(data)[at]);
+    case DType::bf16: return widen(reinterpret_cast<const bfloat16*>(data)[at]);
+  }
+  return 0;
+}
+
+double rounded_to(double v, DType t) {
+  switch (t) {
+    case DType::f32: return double(float(v));
+    case DType::f64: return v;
+    case DType::f16: return widen(to_float16(float(v)));
+    case DType::bf16: return widen(to_bfloat16(float(v)));
+  }
+  return v;
+}
+
+// Beyond this range float32 coefficients lose digits or overflow; the last step is float64 then.
+bool fits_float32(double v) {
+  const double a = std::fabs(v);
+  return a == 0 || (a > 1e-30 && a < 1e30) || !std::isfinite(v);
+}
+
+template <class Body>
+void parallel(index tasks, index values, const Body& body) {
+  const int wanted = values < serial_below ? 1 : int(std::min<index>(tasks, usable_threads()));
+  if (wanted <= 1) {
+    for (index t = 0; t < tasks; ++t) body(t);
+    return;
+  }
+#ifdef _OPENMP
+#pragma omp parallel for schedule(dynamic, 1) num_threads(wanted)
+#endif
+  for (std::int64_t t = 0; t < tasks; ++t) body(t);
+}
+
+// One call on its way through the kernels.
+class Call {
+ public:
+  enum : int { X, Grad, Residual, Out, OutResidual, Weights, operands };
+
+  Call(const Array& x, const Array& grad, const Array& residual, const Array& weights,
+       const Array& out, const Array& out_residual, int channel_axis, const Epilogue& epilogue)
+      : isa_(current_instruction_set()) {
+    const Array* given[operands] = {&x, &grad, &residual, &out, &out_residual, &weights};
+    Operand seen[operands];
+    if (!fit(given, operands, channel_axis, &layout_, seen)) {
+      const Array* packed[operands];
+      for (int k = 0; k < operands; ++k) {
+        const bool writes = k == Out || k == OutResidual;
+        // The channel axis of the weights has stride 0; packing keeps the shape, so it is filled.
+        packed_[k] = std::make_unique<Packed>(*given[k], !writes);
+        packed[k] = &packed_[k]->array();
+      }
+      if (!fit(packed, operands, channel_axis, &layout_, seen))
+        throw BadCall("internal: a contiguous array fits no layout");
+    }
+    job_.rows = layout_.rows;
+    job_.dtype = x.dtype;
+    job_.epilogue = epilogue;
+    job_.x = seen[X];
+    job_.grad = seen[Grad];
+    job_.residual = seen[Residual];
+    job_.weights = seen[Weights];
+    job_.out = seen[Out];
+    job_.out_residual = seen[OutResidual];
+    values_ = layout_.per_channel() * layout_.channels;
+    const index bytes = values_ * size_of(x.dtype);
+    const bool pieces = layout_.rows ? layout_.inners * size_of(x.dtype) >= 1024
+                                     : layout_.channels * size_of(x.dtype) >= line;
+    job_.stream = bytes > last_level_cache() && pieces;
+    inputs_ = 1 + (grad ? 1 : 0) + (residual ? 1 : 0);
+
+    const index c = layout_.channels;
+    storage_.resize(std::size_t(c) * 8);
+    center_ = storage_.data();
+    shift_ = center_ + c;
+    scale_ = shift_ + c;
+    offset_ = scale_ + c;
+    tilt_ = offset_ + c;
+    level_ = tilt_ + c;
+    first_ = level_ + c;
+    second_ = first_ + c;
+    job_.center = center_;
+    job_.shift = shift_;
+    job_.scale = scale_;
+    job_.offset = offset_;
+    job_.tilt = tilt_;
+    job_.level = level_;
+  }
+
+  index channels() const { return layout_.channels; }
+
+  // Σw, or the number of values; and three positions that a channel's center is taken from.
+  double count() {
+    const index n = layout_.per_channel();
+    if (!job_.weights.data) {
+      const index at[3] = {0, n / 2, n - 1};
+      for (int k = 0; k < 3; ++k) probe(k, at[k]);
+      return double(n);
+    }
+    double total = 0;
+    index positive = 0;
+    each_weight([&](double w, index) {
+      total += w;
+      positive += w > 0;
+    });
+    index seen = 0;
+    const index at[3] = {0, positive / 2, positive - 1};
+    each_weight([&](double w, index flat) {
+      if (!(w > 0)) return;
+      for (int k = 0; k < 3; ++k)
+        if (at[k] == seen) probe(k, flat);
+      ++seen;
+    });
+    return total;
+  }
+
+  void moments_and_maybe_normalize(double count, double* mean, double* mean_low, double* m2,
+                                   bool apply, double eps, const Affine& affine) {
+    mean_ = mean;
+    mean_low_ = mean_low;
+    if (count == 0) {
+      std::fill_n(mean, channels(), 0.0);
+      std::fill_n(mean_low, channels(), 0.0);
+      std::fill_n(m2, channels(), 0.0);
+      if (apply) fill_zero();
+      return;
+    }
+    auto begin = [&](index c0, index c1) { choose_centers(c0, c1); };
+    auto finish = [&](index c0, index c1) {
+      for (index c = c0; c < c1; ++c) {
+        if (!moments_of_channel(c, count, mean, mean_low, m2)) {
+          recenter(c, mean[c]);
+          moments_of_channel(c, count, mean, mean_low, m2);
+          // About the mean itself the difference can round below zero only by digits of second_;
+          // anything larger is left to be seen.
+          if (m2[c] < 0 && -m2[c] < 1e-9 * second_[c]) m2[c] = 0;
+        }
+      }
+    };
+    auto coefficients = [&](index c0, index c1, bool wide) {
+      bool fits = true;
+      for (index c = c0; c < c1; ++c)
+        fits &= normalizing(c, 1 / std::sqrt(m2[c] / count + eps), affine, wide);
+      return fits;
+    };
+    run(isa_.reduce_moments, apply ? isa_.apply_forward : nullptr, begin, finish, coefficients);
+  }
+
+  void normalize(const Statistics& s, const Affine& affine) {
+    statistics(s);
+    auto coefficients = [&](index c0, index c1, bool wide) {
+      bool fits = true;
+      for (index c = c0; c < c1; ++c)
+        fits &= normalizing(c, inv_std(s, c), affine, wide);
+      return fits;
+    };
+    run(nullptr, isa_.apply_forward, nothing, nothing, coefficients);
+  }
+
+  // `reduce`: the two sums are made and returned in sum_*; otherwise they are given there.
+  void backward(const Statistics& s, const Affine& affine, double count, bool reduce, bool apply,
+                double* sum_grad, double* sum_grad_x_hat) {
+    statistics(s);
+    job_.batch_statistics = count > 0;
+    // The sign of z decides what an activation lets through, so z must be what the forward pass
+    // computed: the same coefficients, at the same width.
+    bool wide = false;
+    for (index c = 0; c < channels(); ++c) {
+      center_[c] = s.mean[c];
+      wide |= !normalizing(c, inv_std(s, c), affine, false);
+    }
+    job_.wide = wide;
+    if (wide)
+      for (index c = 0; c < channels(); ++c) normalizing(c, inv_std(s, c), affine, true);
+    auto finish = [&](index c0, index c1) {
+      for (index c = c0; c < c1; ++c) {
+        sum_grad[c] = first_[c];
+        sum_grad_x_hat[c] = inv_std(s, c) * (second_[c] - mean_low(c) * first_[c]);
+      }
+    };
+    auto coefficients = [&](index c0, index c1, bool in_float64) {
+      bool fits = true;
+      for (index c = c0; c < c1; ++c) {
+        const double inv = inv_std(s, c);
+        fits &= normalizing(c, inv, affine, in_float64);
+        tilt_[c] = level_[c] = 0;
+        if (count > 0) {
+          tilt_[c] = inv * sum_grad_x_hat[c] / count;
+          level_[c] = sum_grad[c] / count - rest_of_mean(c) * tilt_[c];
+          fits &= fits_float32(tilt_[c]);
+        }
+      }
+      return fits;
+    };
+    run(reduce ? isa_.reduce_backward : nullptr, apply ? isa_.apply_backward : nullptr, nothing,
+        finish, coefficients);
+  }
+
+  void write_back() {
+    for (int k : {Out, OutResidual})
+      if (packed_[k]) packed_[k]->write_back();
+  }
+
+ private:
+  using Reduce = void (*)(const Job&, const Block&, double*, double*);
+  using Apply = void (*)(const Job&, const Block&);
+  static void nothing(index, index) {}
+
+  // begin(c0, c1), then the two sums into first_, second_, then finish(c0, c1), then
+  // coefficients(c0, c1, wide) -> whether float32 holds them, then the application.
+  template <class Begin, class Finish, class CoefficientsOf>
+  void run(Reduce reduce, Apply apply, const Begin& begin, const Finish& finish,
+           const CoefficientsOf& coefficients) {
+    reduce_ = reduce;
+    if (reduce && apply) {
+      const Partition p(layout_, fused_step());
+      if (fusable(p)) return run_fused(p, reduce, apply, begin, finish, coefficients);
+    }
+    const Partition p(layout_, two_pass_step());
+    if (reduce) {
+      parallel(p.channel_blocks, values_, [&](index k) {
+        const Block b = p.block(layout_, 0, k);
+        begin(b.channel_begin, b.channel_end);
+      });
+      const index c = channels();
+      std::vector<double> partial(std::size_t(p.chunks() * c * 2));
+      const index tasks = p.chunks() * p.channel_blocks;
+      parallel(tasks, values_, [&](index t) {
+        const index chunk = t / p.channel_blocks;
+        const Block b = p.block(layout_, chunk, t % p.channel_blocks);
+        double* first = partial.data() + chunk * 2 * c + b.channel_begin;
+        reduce(job_, b, first, first + c);
+      });
+      parallel(p.channel_blocks, values_, [&](index k) {
+        const Block b = p.block(layout_, 0, k);
+        for (index at = b.channel_begin; at < b.channel_end; ++at) first_[at] = second_[at] = 0;
+        for (index chunk = 0; chunk < p.chunks(); ++chunk)
+          for (index at = b.channel_begin; at < b.channel_end; ++at) {
+            first_[at] += partial[std::size_t(chunk * 2 * c + at)];
+            second_[at] += partial[std::size_t(chunk * 2 * c + c + at)];
+          }
+        finish(b.channel_begin, b.channel_end);
+      });
+    }
+    if (!apply) return;
+    if (!coefficients(0, channels(), job_.wide)) {
+      job_.wide = true;
+      coefficients(0, channels(), true);
+    }
+    const index tasks = p.chunks() * p.channel_blocks;
+    parallel(tasks, values_, [&](index t) {
+      // Backwards where x was just read forwards: its end is what the cache still holds.
+      const index k = reduce ? tasks - 1 - t : t;
+      apply(job_, p.block(layout_, k / p.channel_blocks, k % p.channel_blocks));
+    });
+  }
+
+  template <class Begin, class Finish, class CoefficientsOf>
+  void run_fused(const Partition& p, Reduce reduce, Apply apply, const Begin& begin,
+                 const Finish& finish, const CoefficientsOf& coefficients) {
+    const index step = p.channel_step;
+    std::vector<double> partial(std::size_t(p.channel_blocks * step * 2));
+    parallel(p.channel_blocks, values_, [&](index k) {
+      const Block whole = p.block(layout_, 0, k);
+      const index c0 = whole.channel_begin, c1 = whole.channel_end;
+      begin(c0, c1);
+      double* first = partial.data() + k * step * 2;
+      double* second = first + step;
+      for (index c = c0; c < c1; ++c) first_[c] = second_[c] = 0;
+      for (index chunk = 0; chunk < p.chunks(); ++chunk) {
+        reduce(job_, p.block(layout_, chunk, k), first, second);
+        for (index c = c0; c < c1; ++c) {
+          first_[c] += first[c - c0];
+          second_[c] += second[c - c0];
+        }
+      }
+      finish(c0, c1);
+      Job job = job_;
+      if (!coefficients(c0, c1, job.wide)) {
+        job.wide = true;
+        coefficients(c0, c1, true);
+      }
+      for (index chunk = p.chunks() - 1; chunk >= 0; --chunk)
+        apply(job, p.block(layout_, chunk, k));
+    });
+  }
+
+  index bytes_per_channel() const {
+    return layout_.per_channel() * size_of(job_.dtype) * inputs_;
+  }
+
+  // Channels in a block whose second pass reads from cache; in columns whole cache lines of them.
+  index fused_step() const {
+    const index fit = std::max<index>(1, block_bytes / bytes_per_channel());
+    const index c = channels();
+    if (layout_.rows) return std::min(c, fit);
+    const index lines = line / size_of(job_.dtype);
+    return std::min(c, std::max(4 * lines, fit / lines * lines));
+  }
+  index two_pass_step() const {
+    return layout_.rows ? std::max<index>(1, std::min<index>(channels(), rows_chunk /
+                                                             std::max<index>(1, layout_.inners)))
+                        : std::min<index>(channels(), 4096);
+  }
+  bool fusable(const Partition& p) const {
+    const index bytes = bytes_per_channel() * p.channel_step;
+    return bytes <= 4 * block_bytes && p.channel_blocks >= std::min<index>(usable_threads(), 2);
+  }
+
+  void probe(int k, index flat) {
+    probe_outer_[k] = flat / layout_.inners;
+    probe_inner_[k] = flat % layout_.inners;
+  }
+
+  template <class Visit>
+  void each_weight(Visit visit) const {
+    const double* w = reinterpret_cast<const double*>(job_.weights.data);
+    for (index o = 0; o < layout_.outers; ++o)
+      for (index i = 0; i < layout_.inners; ++i)
+        visit(w[o * job_.weights.outer + i * job_.weights.inner], o * layout_.inners + i);
+  }
+
+  // The median of three values of the channel: within its range whatever the offset, and not
+  // moved by one outlier. It is a value of x, so a constant channel leaves differences of zero.
+  void choose_centers(index c0, index c1) {
+    for (index c = c0; c < c1; ++c) {
+      double v[3];
+      for (int k = 0; k < 3; ++k)
+        v[k] = scalar(job_.x.data, job_.dtype,
+                      probe_outer_[k] * job_.x.outer + probe_inner_[k] * job_.x.inner +
+                          c * job_.x.channel);
+      const double median =
+          std::max(std::min(v[0], v[1]), std::min(std::max(v[0], v[1]), v[2]));
+      center_[c] = std::isfinite(median) ? median : 0;
+    }
+  }
+
+  // false: so much of the second sum is due to a bad center that digits were lost.
+  bool moments_of_channel(index c, double count, double* mean, double* mean_low, double* m2) {
+    const double s = first_[c], q = second_[c];
+    const double step = s / count;
+    mean[c] = center_[c] + step;
+    mean_low[c] = std::isfinite(mean[c]) ? (center_[c] - mean[c]) + step : 0;
+    m2[c] = q - s * step;
+    return !(std::fabs(q) > 256 * std::fabs(m2[c]));
+  }
+
+  // Sum one channel again about its mean: the corrected two-pass algorithm.
+  void recenter(index c, double mean) {
+    const double center = rounded_to(mean, job_.dtype);
+    if (!std::isfinite(center) || center == center_[c]) return;
+    center_[c] = center;
+    first_[c] = second_[c] = 0;
+    const Partition p(layout_, 1);
+    for (index chunk = 0; chunk < p.chunks(); ++chunk) {
+      double first, second;
+      reduce_(job_, p.block(layout_, chunk, c), &first, &second);
+      first_[c] += first;
+      second_[c] += second;
+    }
+  }
+
+  void statistics(const Statistics& s) {
+    mean_ = s.mean;
+    mean_low_ = s.mean_low;
+  }
+  static double inv_std(const Statistics& s, index c) { return 1 / std::sqrt(s.var[c] + s.eps); }
+  double mean_low(index c) const { return mean_low_ ? mean_low_[c] : 0; }
+
+  // What is left of the mean once shift_ has its leading digits.
+  double rest_of_mean(index c) const { return (mean_[c] - shift_[c]) + mean_low(c); }
+
+  // z = (x - shift) * scale + offset; returns whether float32 can hold these.
+  bool normalizing(index c, double inv, const Affine& affine, bool wide) {
+    const bool narrow = !wide && job_.dtype != DType::f64 && !job_.weights.data;
+    shift_[c] = narrow ? double(float(mean_[c])) : mean_[c];
+    scale_[c] = (affine.gamma ? affine.gamma[c] : 1) * inv;
+    offset_[c] = (affine.beta ? affine.beta[c] : 0) - rest_of_mean(c) * scale_[c];
+    return !narrow || (std::fabs(mean_[c]) < 1e30 && fits_float32(scale_[c]));
+  }
+
+  void fill_zero() {
+    for (int k : {Out, OutResidual}) {
+      const Operand& o = k == Out ? job_.out : job_.out_residual;
+      if (!o.data) continue;
+      const std::size_t bytes = std::size_t(size_of(job_.dtype));
+      for (index a = 0; a < layout_.outers; ++a)
+        for (index b = 0; b < layout_.inners; ++b)
+          for (index c = 0; c < layout_.channels; ++c)
+            std::memset(o.data + (a * o.outer + b * o.inner + c * o.channel) * index(bytes), 0,
+                        bytes);
+    }
+  }
+
+  const InstructionSet& isa_;
+  Layout layout_;
+  Job job_;
+  std::unique_ptr<Packed> packed_[operands];
+  index values_ = 0, inputs_ = 1;
+  std::vector<double> storage_;
+  double *center_, *shift_, *scale_, *offset_, *tilt_, *level_, *first_, *second_;
+  const double* mean_ = nullptr;
+  const double* mean_low_ = nullptr;
+  index probe_outer_[3] = {}, probe_inner_[3] = {};
+  Reduce reduce_ = nullptr;
+};
+
+const Array none;
+
+bool empty(const Array& a) {
+  for (int d = 0; d < a.rank; ++d)
+    if (a.shape[d] == 0) return true;
+  return false;
+}
+
+}  // namespace
+
+double moments(const Array& x, const Array& weights, int axis, double* mean, double* mean_low,
+               double* m2) {
+  return forward(x, none, weights, none, axis, 0, {}, {}, mean, mean_low, m2);
+}
+
+double forward(const Array& x, const Array& residual, const Array& weights, const Array& y,
+               int axis, double eps, const Affine& affine, const Epilogue& epilogue, double* mean,
+               double* mean_low, double* m2) {
+  if (empty(x)) {
+    std::fill_n(mean, x.shape[axis], 0.0);
+    std::fill_n(mean_low, x.shape[axis], 0.0);
+    std::fill_n(m2, x.shape[axis], 0.0);
+    return 0;
+  }
+  Call call(x, none, residual, weights, y, none, axis, epilogue);
+  const double count = call.count();
+  call.moments_and_maybe_normalize(count, mean, mean_low, m2, bool(y), eps, affine);
+  call.write_back();
+  return count;
+}
+
+void normalize(const Array& x, const Array& residual, const Array& weights, const Array& y,
+               int axis, const Statistics& s, const Affine& affine, const Epilogue& epilogue) {
+  if (empty(x)) return;
+  Call call(x, none, residual, weights, y, none, axis, epilogue);
+  call.normalize(s, affine);
+  call.write_back();
+}
+
+void backward_sums(const Array& grad_y, const Array& x, const Array& residual,
+                   const Array& weights, int axis, const Statistics& s, const Affine& affine,
+                   const Epilogue& epilogue, double* sum_grad, double* sum_grad_x_hat) {
+  if (empty(x)) {
+    std::fill_n(sum_grad, x.shape[axis], 0.0);
+    std::fill_n(sum_grad_x_hat, x.shape[axis], 0.0);
+    return;
+  }
+  Call call(x, grad_y, residual, weights, none, none, axis, epilogue);
+  call.backward(s, affine, 0, true, false, sum_grad, sum_grad_x_hat);
+}
+
+void backward(const Array& grad_y, const Array& x, const Array& residual, const Array& weights,
+              const Array& grad_x, const Array& grad_residual, int axis, double count,
+              const Statistics& s, const Affine& affine, const Epilogue& epilogue,
+              const double* sum_grad, const double* sum_grad_x_hat) {
+  if (empty(x)) return;
+  Call call(x, grad_y, residual, weights, grad_x, grad_residual, axis, epilogue);
+  call.backward(s, affine, count, false, true, const_cast<double*>(sum_grad),
+                const_cast<double*>(sum_grad_x_hat));
+  call.write_back();
+}
+
+void backward_fused(const Array& grad_y, const Array& x, const Array& residual,
+                    const Array& weights, const Array& grad_x, const Array& grad_residual,
+                    int axis, double count, const Statistics& s, const Affine& affine,
+                    const Epilogue& epilogue, double* sum_grad, double* sum_grad_x_hat) {
+  if (empty(x)) {
+    std::fill_n(sum_grad, x.shape[axis], 0.0);
+    std::fill_n(sum_grad_x_hat, x.shape[axis], 0.0);
+    return;
+  }
+  Call call(x, grad_y, residual, weights, grad_x, grad_residual, axis, epilogue);
+  call.backward(s, affine, count, true, true, sum_grad, sum_grad_x_hat);
+  call.write_back();
+}
+
+void copy(void* to, const void* from, std::size_t bytes) {
+  const index piece = 1 << 18;
+  const index tasks = ceil_div(index(bytes), piece);
+  const InstructionSet& isa = current_instruction_set();
+  const bool stream = index(bytes) > last_level_cache();
+  parallel(tasks, index(bytes) / 4, [&](index t) {
+    const std::size_t at = std::size_t(t * piece);
+    isa.copy(static_cast<char*>(to) + at, static_cast<const char*>(from) + at,
+             std::min<std::size_t>(std::size_t(piece), bytes - at), stream);
+  });
+}
+
+}  // namespace bn

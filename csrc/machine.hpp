@@ -1,0 +1,19 @@
+// What the machine offers: threads, cache, memory for outputs.
+#pragma once
+
+#include "kernels.hpp"
+
+namespace bn {
+
+int usable_threads();      // 1 in a forked child, whose OpenMP threads did not survive the fork
+index last_level_cache();  // bytes
+
+// Memory for outputs. Blocks that come back are kept (up to a limit) and handed out again, because
+// the first touch of fresh pages costs several times what the kernels do to them.
+void* take_block(std::size_t bytes);
+void give_block(void* block);
+void release_blocks();           // free what is kept
+std::size_t kept_bytes();
+void keep_at_most(std::size_t bytes);
+
+}  // namespace bn

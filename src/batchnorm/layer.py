@@ -1,0 +1,325 @@
+"""BatchNorm: the layer with its parameters and running statistics, on NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import functional, native
+from .errors import ArgumentError, BatchNormError, DTypeError, ShapeError
+from .functional import Saved
+from .moments import Moments
+from .native import Array
+
+__all__ = ["BatchNorm"]
+
+
+class BatchNorm:
+    """Batch normalization with learned scale and shift and running statistics.
+
+    Parameters
+    ----------
+    num_features : int
+        C, the number of channels.
+    eps : float
+        Added to the variance, inside the root.
+    momentum : float or None
+        Weight of the **new** value in the running statistics, as in PyTorch; None averages all
+        batches equally.
+    affine : bool
+        Whether there are `gamma` and `beta`.
+    track_running_stats : bool
+        Whether there are running statistics; without them, evaluation uses the batch's.
+    channel_axis : int
+        The axis of the input that is C; -1 for channels-last arrays.
+    dtype : float16, bfloat16, float32 or float64
+        Of `gamma`, `beta` and their gradients. The input may have any supported type.
+
+    Attributes
+    ----------
+    gamma, beta : (C,) or None
+        Scale and shift, in `dtype`: ones and zeros at first.
+    grad_gamma, grad_beta : (C,) or None
+        Gradients from the last `backward`.
+    running_mean, running_var : (C,) or None
+        float64: at a large offset a narrower mean would cost evaluation the digits that training
+        keeps. The variance is the unbiased one, as in PyTorch.
+    num_batches_tracked : int
+        Training batches seen since construction or `set_population`.
+    training : bool
+        Whether a call normalizes by the batch (and updates the running statistics) or by the
+        running statistics.
+
+    Notes
+    -----
+    A call that raises changes nothing. An empty batch, or one whose weights are all zero, counts
+    as tracked and leaves the running statistics as they are.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layer = BatchNorm(2)
+    >>> y = layer(np.array([[1.0, 10.0], [3.0, 30.0]]))
+    >>> layer.running_mean, layer.running_var  # 0.9 · (0, 1) + 0.1 · (batch mean, variance)
+    (array([0.2, 2. ]), array([ 1.1, 20.9]))
+    >>> layer.eval()(np.zeros((1, 2))).shape
+    (1, 2)
+
+    References
+    ----------
+    Ioffe & Szegedy (2015), Algorithms 1 and 2.
+    """
+
+    gamma: Array | None
+    beta: Array | None
+    grad_gamma: Array | None
+    grad_beta: Array | None
+    running_mean: NDArray[np.float64] | None
+    running_var: NDArray[np.float64] | None
+    num_batches_tracked: int
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        channel_axis: int = 1,
+        dtype: DTypeLike = np.float32,
+    ) -> None:
+        if isinstance(num_features, bool) or not isinstance(num_features, (int, np.integer)):
+            raise ArgumentError(f"num_features must be an integer, got {num_features!r}.")
+        if num_features < 0:
+            raise ArgumentError(f"num_features must not be negative, got {num_features}.")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ArgumentError(
+                f"momentum must be None or from 0 to 1, got {momentum!r}. It is the weight of the "
+                "new value; Keras's and Flax's is that of the old one."
+            )
+        self.dtype = np.dtype(dtype)
+        if not native.is_supported(self.dtype):
+            raise DTypeError(f"dtype must be a floating type up to float64, got {self.dtype}.")
+        self.num_features = int(num_features)
+        self.eps = native.check_eps(eps)
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.channel_axis = channel_axis
+        self.training = True
+        self.gamma = np.ones(num_features, self.dtype) if affine else None
+        self.beta = np.zeros(num_features, self.dtype) if affine else None
+        self.grad_gamma = self.grad_beta = None
+        self.running_mean = np.zeros(num_features) if track_running_stats else None
+        self.running_var = np.ones(num_features) if track_running_stats else None
+        self.num_batches_tracked = 0
+        self._saved: Saved | None = None
+
+    def __call__(self, x: ArrayLike, *, weights: ArrayLike | None = None) -> Array:
+        """Normalize `x`; in training also update the running statistics.
+
+        Parameters
+        ----------
+        x : (N, C, *S)
+        weights : broadcasts to (N, *S)
+            As in `batch_norm`; in training only.
+
+        Returns
+        -------
+        (N, C, *S)
+            In the dtype of `x`.
+
+        Raises
+        ------
+        ShapeError, DTypeError, ArgumentError
+            As `batch_norm` and `batch_norm_inference`; the layer is unchanged then.
+        """
+        values = native.aligned(native.as_values(x))
+        axis = native.channel_axis_of(values, self.channel_axis)
+        if values.shape[axis] != self.num_features:
+            raise ShapeError(
+                f"x must have num_features = {self.num_features} channels on axis "
+                f"{self.channel_axis}, got shape {values.shape}. Set channel_axis=-1 for "
+                "channels-last arrays."
+            )
+        if self.training or self.running_mean is None or self.running_var is None:
+            y, saved = functional.batch_norm(
+                values, self.gamma, self.beta, eps=self.eps, channel_axis=axis, weights=weights
+            )
+            if self.training:
+                self._track(saved.moments)
+        elif weights is not None:
+            raise ArgumentError(
+                "weights must be None in evaluation, where the batch has no part in the "
+                "statistics. Call train() first, or leave them out."
+            )
+        else:
+            y, saved = functional.inference(
+                values,
+                axis,
+                self.running_mean,
+                self.running_var,
+                self.gamma,
+                self.beta,
+                self.eps,
+                named_axis=self.channel_axis,
+            )
+        self._saved = saved
+        return y
+
+    def _track(self, batch: Moments) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        tracked = self.num_batches_tracked + 1
+        # Weighted counts are not numbers of values, and may be below one: no correction then.
+        ddof = 1 if batch.count > 1 else 0
+        if batch.count > 0:
+            share = 1 / tracked if self.momentum is None else self.momentum
+            mean = self.running_mean + share * (batch.mean - self.running_mean)
+            var = self.running_var + share * (batch.var(ddof) - self.running_var)
+            self.running_mean, self.running_var = mean, var
+        self.num_batches_tracked = tracked
+
+    def backward(self, grad_y: ArrayLike) -> Array:
+        """Gradient with respect to the input of the last call; sets `grad_gamma`, `grad_beta`.
+
+        Parameters
+        ----------
+        grad_y : (N, C, *S)
+            ∂L/∂y of the last call's output.
+
+        Returns
+        -------
+        (N, C, *S)
+            ∂L/∂x: through the batch's statistics where the call used them, as a plain affine map
+            where it used the running ones.
+
+        Raises
+        ------
+        BatchNormError
+            There was no call.
+        ShapeError, DTypeError
+            `grad_y` does not fit that call's input.
+        """
+        if self._saved is None:
+            raise BatchNormError("backward needs a forward pass first: call the layer on x.")
+        grad_x, self.grad_gamma, self.grad_beta = functional.batch_norm_backward(
+            grad_y, self._saved
+        )
+        return grad_x
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        """Normalize by the batch from now on (or not, with ``mode=False``); returns the layer."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> BatchNorm:
+        """Normalize by the running statistics from now on; returns the layer."""
+        return self.train(False)
+
+    def set_population(self, moments: Moments) -> None:
+        """Put exact statistics in place of the running averages.
+
+        Parameters
+        ----------
+        moments : Moments
+            Of the layer's input over the whole training set, e.g. merged over its batches. The
+            unbiased variance is stored, as the running one is.
+
+        Raises
+        ------
+        ShapeError
+            `moments` has not `num_features` channels.
+        ArgumentError
+            Fewer than two values per channel, statistics that are not finite, or a layer built
+            with ``track_running_stats=False``.
+        """
+        if self.running_mean is None:
+            raise ArgumentError(
+                "set_population needs a layer with running statistics; build it with "
+                "track_running_stats=True."
+            )
+        if moments.mean.shape != (self.num_features,):
+            raise ShapeError(
+                f"moments must have num_features = {self.num_features} channels, got mean of "
+                f"shape {moments.mean.shape}."
+            )
+        if self.num_features and not np.all(moments.count > 1):
+            raise ArgumentError(
+                "moments must be of more than one value per channel, got count "
+                f"{np.min(moments.count)}."
+            )
+        var = moments.var(ddof=1)
+        if not np.isfinite(moments.mean).all():
+            raise ArgumentError("moments must have a finite mean; the data hold NaN or infinity.")
+        native.check_variance(var, "moments.var()")
+        self.running_mean, self.running_var = moments.mean.copy(), var
+        self.num_batches_tracked = 0
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of parameters and statistics, by name, ready for `numpy.savez`."""
+        state: dict[str, Array] = {}
+        for name in self._state_names():
+            state[name] = np.array(getattr(self, name))
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over parameters and statistics, all or none.
+
+        Parameters
+        ----------
+        state : mapping
+            From `state_dict`, or a `numpy.load` of it saved with `numpy.savez`.
+
+        Raises
+        ------
+        ArgumentError
+            A name is missing or unknown, or running_var is negative or not finite.
+        ShapeError, DTypeError
+            A value has the wrong shape or type.
+        """
+        names = self._state_names()
+        given = list(state.keys())
+        missing = [n for n in names if n not in given]
+        unknown = [n for n in given if n not in names]
+        if missing or unknown:
+            raise ArgumentError(
+                f"state must have exactly the entries {names}; missing {missing}, "
+                f"unknown {unknown}. Are affine and track_running_stats those of the saved layer?"
+            )
+        loaded: dict[str, Any] = {}
+        for name in names:
+            value = np.asarray(state[name])
+            if name == "num_batches_tracked":
+                if value.shape != () or value.dtype.kind not in "iu" or value < 0:
+                    raise ArgumentError(
+                        f"num_batches_tracked must be one integer ≥ 0, got {value!r}."
+                    )
+                loaded[name] = int(value)
+                continue
+            checked = native.per_channel(value, self.num_features, name, self.channel_axis)
+            assert checked is not None
+            own = self.dtype if name in ("gamma", "beta") else np.dtype(np.float64)
+            loaded[name] = checked.astype(own)
+        if "running_var" in loaded:
+            native.check_variance(loaded["running_var"], "running_var")
+        for name, value in loaded.items():
+            setattr(self, name, value)
+
+    def _state_names(self) -> list[str]:
+        names = ["gamma", "beta"] if self.affine else []
+        if self.track_running_stats:
+            names += ["running_mean", "running_var", "num_batches_tracked"]
+        return names
+
+    def __repr__(self) -> str:
+        """The constructor's arguments."""
+        return (
+            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, track_running_stats={self.track_running_stats}, "
+            f"channel_axis={self.channel_axis}, dtype={self.dtype.name})"
+        )

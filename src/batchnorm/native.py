@@ -1,0 +1,232 @@
+"""NumPy arrays on their way into the native core, and outputs on their way back.
+
+Everything that a function must know about its arguments before the kernels may run is checked
+here, so that a call which raises has changed nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _core
+from .errors import ArgumentError, DTypeError, ShapeError
+
+Array = NDArray[Any]
+Float64 = NDArray[np.float64]
+
+_SUPPORTED = "float16, bfloat16, float32 or float64"
+
+# Below this many bytes NumPy's own allocator hands out memory that is already mapped.
+_POOLED_BYTES = 1 << 18
+
+
+def as_values(x: ArrayLike, name: str = "x") -> Array:
+    """`x` as an array of a supported floating type; integers and booleans become float64."""
+    array = np.asarray(x)
+    if is_supported(array.dtype):
+        return array
+    if array.dtype.kind in "iub":
+        return array.astype(np.float64)
+    raise DTypeError(
+        f"{name} must be real numbers of type {_SUPPORTED} (or integers), got {array.dtype}."
+        + (f" Convert it, e.g. {name}.astype(numpy.float64)." if array.dtype.kind == "f" else "")
+    )
+
+
+def is_supported(dtype: np.dtype[Any]) -> bool:
+    """Whether the kernels read this type."""
+    if dtype.kind == "f":
+        return dtype.itemsize <= 8 and dtype.isnative
+    return is_bfloat16(dtype)
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Whether this is `ml_dtypes.bfloat16`, told by name: the package is not needed for it."""
+    return dtype.name == "bfloat16"
+
+
+def as_weights(weights: ArrayLike, x: Array, channel_axis: int) -> Float64:
+    """Weights of `x` without its channel axis, as float64 seen in the shape of `x`."""
+    w = np.asarray(weights)
+    if w.dtype.kind not in "fiub" and not is_bfloat16(w.dtype):
+        raise DTypeError(f"weights must be real numbers, got {w.dtype}.")
+    shape = x.shape[:channel_axis] + x.shape[channel_axis + 1 :]
+    try:
+        full = np.ascontiguousarray(np.broadcast_to(w.astype(np.float64), shape))
+    except ValueError:
+        raise ShapeError(
+            f"weights must broadcast to the shape of x without its channel axis, {shape}, got "
+            f"{w.shape}. Weights of whole examples have shape ({shape[0]},"
+            f"{' 1,' * (len(shape) - 1)}) here."
+        ) from None
+    if full.size and not (np.isfinite(full).all() and full.min() >= 0):
+        raise ArgumentError(
+            "weights must be finite and not negative; use 0 to leave a value out, got "
+            f"{_first_bad(full)}."
+        )
+    return np.broadcast_to(np.expand_dims(full, channel_axis), x.shape)
+
+
+def _first_bad(w: Float64) -> str:
+    bad = w[~(np.isfinite(w) & (w >= 0))]
+    return f"{bad[0]} ({bad.size} such)"
+
+
+def channel_axis_of(x: Array, channel_axis: int) -> int:
+    """`channel_axis` counted from the front; checks that `x` has it and at least two axes."""
+    if x.ndim < 2:
+        raise ShapeError(
+            f"x must have at least 2 axes, (N, C) or (N, C, *S), got shape {x.shape}. "
+            "A single feature is x[:, None]."
+        )
+    try:
+        axis = int(channel_axis.__index__())
+    except AttributeError:
+        raise ArgumentError(f"channel_axis must be an integer, got {channel_axis!r}.") from None
+    if not -x.ndim <= axis < x.ndim:
+        raise ShapeError(
+            f"channel_axis must be an axis of x, from {-x.ndim} to {x.ndim - 1}, got {axis} for "
+            f"shape {x.shape}."
+        )
+    return axis % x.ndim
+
+
+def per_channel(values: ArrayLike | None, channels: int, name: str, axis: int) -> Float64 | None:
+    """A per-channel vector as contiguous float64."""
+    if values is None:
+        return None
+    v = np.asarray(values)
+    if v.dtype.kind not in "fiub" and not is_bfloat16(v.dtype):
+        raise DTypeError(f"{name} must be real numbers, got {v.dtype}.")
+    if v.shape != (channels,):
+        raise ShapeError(
+            f"{name} must have shape (C,) = ({channels},), got {v.shape}. The channel axis is "
+            f"{axis}; pass channel_axis=-1 for channels-last arrays."
+        )
+    return np.ascontiguousarray(v, dtype=np.float64)
+
+
+def check_eps(eps: float) -> float:
+    """ε as a float: finite and not negative."""
+    try:
+        value = float(eps)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"eps must be a number, got {eps!r}.") from None
+    if not (math.isfinite(value) and value >= 0):
+        raise ArgumentError(f"eps must be finite and not negative, got {eps!r}.")
+    return value
+
+
+def check_variance(var: Float64, name: str = "var") -> None:
+    """Refuse what no variance can be, naming the channel."""
+    wrong = ~(np.isfinite(var) & (var >= 0))
+    if wrong.any():
+        c = int(np.flatnonzero(wrong)[0])
+        raise ArgumentError(
+            f"{name} must be finite and not negative, got {var[c]} in channel {c}"
+            f" ({int(wrong.sum())} of {var.size} channels). Recompute the statistics; "
+            "a clamped variance would only hide where they went wrong."
+        )
+
+
+def output_like(x: Array, out: Array | None, apart_from: tuple[Array, ...]) -> Array:
+    """`out`, checked, or fresh memory with the shape, type and memory order of `x`."""
+    if out is None:
+        return empty_like(x)
+    if not isinstance(out, np.ndarray):
+        raise DTypeError(f"out must be a numpy.ndarray, got {type(out).__name__}.")
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise (ShapeError if out.shape != x.shape else DTypeError)(
+            f"out must have the shape and type of x, {x.shape} {x.dtype}, "
+            f"got {out.shape} {out.dtype}."
+        )
+    if not out.flags.writeable:
+        raise ArgumentError("out must be writeable, got a read-only array. Pass a copy of it.")
+    for other in apart_from:
+        if _share_memory(out, other):
+            raise ArgumentError(
+                "out must not share memory with an input (the backward pass still reads it), got "
+                "an overlapping array. Pass another array, or leave out=None."
+            )
+    return out
+
+
+def _share_memory(a: Array, b: Array) -> bool:
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=10_000)
+    except RuntimeError:  # numpy.exceptions.TooHardError: undecided, so refuse
+        return True
+
+
+def empty_like(x: Array) -> Array:
+    """Uninitialised, with the shape, type and memory order of `x`.
+
+    Large arrays come from the core's pool, whose memory is already mapped when it comes round
+    again: a fresh array of 50 MB costs several times the kernel that fills it.
+    """
+    if x.nbytes < _POOLED_BYTES:
+        return np.empty_like(x, subok=False)
+    memory = _core.take(x.nbytes)
+    axes = sorted(range(x.ndim), key=lambda a: (-abs(x.strides[a]), a))
+    strides = [0] * x.ndim
+    step = x.itemsize
+    for a in reversed(axes):
+        strides[a] = step
+        step *= x.shape[a]
+    return np.ndarray(x.shape, x.dtype, memory, 0, strides)
+
+
+def seen(x: Array | None) -> Array | None:
+    """`x` as the core takes it: bfloat16, which has no buffer format, as its bits."""
+    if x is not None and is_bfloat16(x.dtype):
+        return x.view(np.uint16)
+    return x
+
+
+def aligned(x: Array) -> Array:
+    """`x`, copied only where its memory is not made of whole, aligned elements."""
+    if x.flags.aligned and all(s % x.itemsize == 0 for s in x.strides):
+        return x
+    return x.copy()
+
+
+def use_environment() -> None:
+    """Take BATCHNORM_ISA (baseline, avx2 or avx512) from the environment."""
+    name = os.environ.get("BATCHNORM_ISA")
+    if not name:
+        return
+    known = _core.instruction_sets()
+    if name not in known:
+        raise ArgumentError(
+            f"BATCHNORM_ISA must be one of the instruction sets this machine runs, "
+            f"{', '.join(known)}, got {name!r}. Unset it to use the best one."
+        )
+    _core.use_instruction_set(name)
+
+
+def show_config() -> dict[str, Any]:
+    """What this build is and what it runs on.
+
+    Returns
+    -------
+    dict
+        version, instruction_set (in use), instruction_sets (that this machine runs), openmp,
+        threads, last_level_cache (bytes).
+    """
+    from ._version import __version__
+
+    return {
+        "version": __version__,
+        "instruction_set": _core.instruction_set(),
+        "instruction_sets": _core.instruction_sets(),
+        "openmp": _core.has_openmp(),
+        "threads": _core.threads(),
+        "last_level_cache": _core.last_level_cache(),
+    }
