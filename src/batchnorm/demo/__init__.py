@@ -1,0 +1,313 @@
+"""`batchnorm demo`: the network of Ioffe & Szegedy's Figure 1, with and without batch norm.
+
+784-100-100-100-10 sigmoid units, batches of 60, plain gradient descent, on real digits. The
+network is NumPy matrix products and this library's `BatchNorm`; PyTorch is not involved.
+
+    data            the digits, normalized, in randomly shifted batches
+    network         forward and backward by hand
+    training        the loop, and what it records
+    inference       running averages, population statistics, folded
+    gradient_check  the backward against central differences
+    results         what a run returns: plain data
+    tables          the results as text
+    page            the results as one self-contained HTML page
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from batchnorm.demo.data import Digits, ShiftedBatches, load_digits
+from batchnorm.demo.gradient_check import check_gradients
+from batchnorm.demo.inference import measure_inference
+from batchnorm.demo.network import Network
+from batchnorm.demo.results import (
+    DemoResult,
+    GradientError,
+    InferenceMeasurement,
+    Recording,
+    TrainingRun,
+)
+from batchnorm.demo.tables import Table, all_tables, comparisons
+from batchnorm.demo.training import train
+from batchnorm.errors import ArgumentError, BatchNormError
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.progress
+    from rich.progress import TaskID
+
+__all__ = [
+    "DemoResult",
+    "GradientError",
+    "InferenceMeasurement",
+    "Recording",
+    "TrainingRun",
+    "run",
+]
+
+SIZES = (784, 100, 100, 100, 10)
+BATCH_SIZE = 60
+WEIGHT_STD = 0.1
+# From a rate at which sigmoid units barely move to one at which they saturate.
+LEARNING_RATES = (0.1, 0.5, 2.0, 10.0)
+STEPS = 5000
+QUICK_STEPS = 300
+# Fewer would leave nothing to see, and the running averages near where they started.
+MIN_STEPS = 10
+# Of the packages, by the name they are imported by, that the extra [demo] installs.
+REQUIRED = ("rich", "mlxtend", "altair", "vl_convert", "threadpoolctl")
+
+
+def run(
+    *,
+    out: Path,
+    seed: int = 0,
+    steps: int | None = None,
+    quick: bool = False,
+    console: rich.console.Console | None = None,
+) -> DemoResult:
+    """Train the networks, print what happened, and write the page.
+
+    Parameters
+    ----------
+    out : pathlib.Path
+        The HTML page to write. It appears complete or not at all; an earlier page in its place
+        stays until then.
+    seed : scalar
+        Of split, weights, batches and shifts. On one machine all but the durations repeats; on
+        another the last bit of a matrix product may differ, and at the largest learning rate
+        training amplifies it.
+    steps : scalar
+        Training steps per network. None means 5,000, or 300 if `quick`.
+    quick : bool
+        A tour of a few seconds.
+    console : rich.console.Console
+        Where to print; None means standard output.
+
+    Returns
+    -------
+    result : DemoResult
+
+    Raises
+    ------
+    ArgumentError
+        `out`, `steps` or `seed` is unusable; nothing was trained.
+    BatchNormError
+        The extra [demo] is not installed; nothing was trained.
+
+    References
+    ----------
+    Ioffe & Szegedy (2015), section 4.1 and Figure 1.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from batchnorm import demo
+    >>> result = demo.run(out=Path("demo.html"), quick=True)  # doctest: +SKIP
+    """
+    _check_extras()
+    if steps is None:
+        steps = QUICK_STEPS if quick else STEPS
+    _check_count("steps", steps, MIN_STEPS)
+    _check_count("seed", seed, 0)
+    out = Path(out)
+    _check_out(out)
+
+    from rich.console import Console
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    from batchnorm.demo.page import render_page
+
+    console = console if console is not None else Console()
+    started = time.perf_counter()
+    digits = load_digits(np.random.default_rng([seed, 0]))
+    layers = "-".join(str(size) for size in SIZES)
+    console.print(
+        f"[bold]batchnorm demo[/]: {layers} sigmoid units, batches of {BATCH_SIZE}, "
+        f"{len(digits.train_labels):,} digits to train on, {len(digits.test_labels):,} to test on",
+        highlight=False,
+    )
+
+    # The arrays are too small to share out: on cores that are busy with something else, threads
+    # that wait for each other were seen to take ten times as long as one thread alone.
+    with threadpool_limits(limits=1), _progress(console) as progress:
+        runs, measurements = _train_all(digits, seed, steps, progress)
+
+    result = DemoResult(
+        page=out,
+        seed=seed,
+        steps=steps,
+        batch_size=BATCH_SIZE,
+        sizes=SIZES,
+        training_digits=len(digits.train_labels),
+        test_digits=len(digits.test_labels),
+        runs=tuple(runs),
+        inference=tuple(measurements),
+        gradient_errors=tuple(check_gradients(seed)),
+        seconds=time.perf_counter() - started,
+    )
+    for table in all_tables(result):
+        _print_table(console, table)
+    console.print(
+        f"Largest relative error of any gradient: {result.largest_gradient_error:.1e}\n",
+        highlight=False,
+    )
+    for sentence in comparisons(result):
+        console.print(sentence, highlight=False)
+    _write(out, render_page(result))
+    console.print(f"\nPage written to [bold]{out}[/]", highlight=False, soft_wrap=True)
+    return result
+
+
+def _train_all(
+    digits: Digits, seed: int, steps: int, progress: rich.progress.Progress
+) -> tuple[list[TrainingRun], list[InferenceMeasurement]]:
+    """Train every network at every learning rate, and measure those with batch norm."""
+    runs: list[TrainingRun] = []
+    measurements: list[InferenceMeasurement] = []
+    everything = progress.add_task(
+        "all networks", total=2 * len(LEARNING_RATES) * steps, accuracy=""
+    )
+    for learning_rate, batch_norm in product(LEARNING_RATES, (True, False)):
+        # Both networks of a rate begin at the same weights and see the same batches.
+        network = Network(
+            SIZES,
+            batch_norm=batch_norm,
+            rng=np.random.default_rng([seed, 1]),
+            weight_std=WEIGHT_STD,
+        )
+        batches = ShiftedBatches(
+            digits.train_images,
+            digits.train_labels,
+            batch_size=BATCH_SIZE,
+            background=digits.background,
+            rng=np.random.default_rng([seed, 2]),
+        )
+        name = f"{'with' if batch_norm else 'without'} BN, rate {learning_rate:g}"
+        task = progress.add_task(name, total=steps, accuracy="")
+        done = len(runs) * steps
+
+        def show(step: int, reached: float, *, task: TaskID = task, done: int = done) -> None:
+            progress.update(task, completed=step, accuracy=f"{reached:.1%}")
+            progress.update(everything, completed=done + step)
+
+        runs.append(
+            train(
+                network,
+                batches,
+                digits,
+                batch_norm=batch_norm,
+                learning_rate=learning_rate,
+                steps=steps,
+                on_evaluation=show,
+            )
+        )
+        if batch_norm:
+            measurements += measure_inference(
+                network, batches.population(), digits, learning_rate=learning_rate
+            )
+    return runs, measurements
+
+
+def _check_extras() -> None:
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BatchNormError(
+            f"The demo needs {', '.join(REQUIRED)}; not installed: {', '.join(missing)}. "
+            "Install them with: pip install 'batchnorm[demo]'"
+        )
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ArgumentError(
+            f"{name} must be a whole number of at least {least}, got {value!r}. "
+            "Leave it out for the default."
+        )
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a path that could not be written in the end, before anything is trained."""
+    if out.exists() and not out.is_file():
+        kind = "a directory" if out.is_dir() else "neither a file nor free"
+        raise ArgumentError(
+            f"out must be the path of an HTML file to write, got {str(out)!r}, which is {kind}. "
+            f"Name a file, such as {str(out / 'demo.html' if out.is_dir() else 'demo.html')!r}."
+        )
+    parent = out.parent
+    if not parent.is_dir():
+        raise ArgumentError(
+            f"out must lie in an existing directory, got {str(out)!r}, but {str(parent)!r} is "
+            "none. Create the directory first, or name another."
+        )
+    # Permission bits do not tell all (a superuser, a read-only file system): try.
+    trial = _sibling(out)
+    try:
+        trial.touch(exist_ok=False)
+        trial.unlink()
+    except OSError as error:
+        raise ArgumentError(
+            f"out must lie in a writable directory, got {str(out)!r}, but nothing can be written "
+            f"in {str(parent)!r} ({error.strerror}). Change its permissions, or name another."
+        ) from error
+
+
+def _sibling(out: Path) -> Path:
+    return out.with_name(f".{out.name}.{os.getpid()}.tmp")
+
+
+def _write(out: Path, text: str) -> None:
+    """Write `out` in one stroke: whoever looks sees the old file or the new one, never a part."""
+    beside = _sibling(out)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, out)
+    except BaseException:  # Ctrl-C included
+        with suppress(OSError):
+            beside.unlink()
+        raise
+
+
+def _progress(console: rich.console.Console) -> rich.progress.Progress:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[accuracy]:>6}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _print_table(console: rich.console.Console, table: Table) -> None:
+    import rich.box
+    import rich.table
+
+    # Not the table's own title, which would wrap at the table's width.
+    console.print(f"\n[bold]{table.title}[/]", highlight=False)
+    printed = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(table.columns):
+        words = index < table.text_columns
+        printed.add_column(column, justify="left" if words else "right")
+    for index, row in enumerate(table.rows, start=1):
+        printed.add_row(*row, end_section=index % table.group == 0)
+    console.print(printed)

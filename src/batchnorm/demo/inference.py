@@ -1,0 +1,69 @@
+"""One trained network at test time: running averages, population statistics, folded."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from batchnorm.demo.data import Digits
+from batchnorm.demo.network import Network
+from batchnorm.demo.results import InferenceMeasurement
+from batchnorm.demo.training import accuracy
+
+Array = npt.NDArray[Any]
+
+REPEATS = 15
+
+
+def measure_inference(
+    network: Network, population: Iterable[Array], digits: Digits, *, learning_rate: float
+) -> list[InferenceMeasurement]:
+    """Evaluate a trained network with batch norm in the three forms it can take at test time.
+
+    Running averages are over the latest few batches, each as earlier weights saw it; folding
+    is algebra, and may differ from what it folds by rounding alone.
+
+    Parameters
+    ----------
+    network : Network
+    population : iterable of (N_i, D)
+        All that training draws its batches from. The shifts belong to it: the plain images have
+        other statistics, and would be no reference for running averages over shifted ones.
+    digits : Digits
+        Its test part measures accuracy, difference and time.
+    """
+    network.eval()
+    reference = network.with_population_statistics(population)
+    forms = {
+        "running averages": network,
+        "population": reference,
+        "folded": reference.folded(),
+    }
+    exact = reference(digits.test_images)
+    seconds = _median_seconds(list(forms.values()), digits.test_images)
+    return [
+        InferenceMeasurement(
+            learning_rate=learning_rate,
+            form=form,
+            accuracy=accuracy(candidate, digits),
+            largest_difference=float(np.abs(candidate(digits.test_images) - exact).max()),
+            seconds_per_1000=spent * 1000 / len(digits.test_images),
+        )
+        for (form, candidate), spent in zip(forms.items(), seconds, strict=True)
+    ]
+
+
+def _median_seconds(networks: list[Network], images: Array) -> list[float]:
+    """Return the median duration of a forward pass of each network, all timed interleaved."""
+    spent: list[list[float]] = [[] for _ in networks]
+    for _ in range(REPEATS):
+        for network, durations in zip(networks, spent, strict=True):
+            started = time.perf_counter()
+            network(images)
+            durations.append(time.perf_counter() - started)
+    return [statistics.median(durations) for durations in spent]

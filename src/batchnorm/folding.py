@@ -1,0 +1,112 @@
+"""Folding: the affine map of a frozen batch norm, absorbed by the linear layer before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from batchnorm.errors import ArgumentError, ShapeError
+
+Array = npt.NDArray[Any]
+
+
+def fold_linear(
+    weight: Array,
+    bias: Array | None,
+    mean: Array,
+    var: Array,
+    gamma: Array | None = None,
+    beta: Array | None = None,
+    eps: float = 1e-5,
+) -> tuple[Array, Array]:
+    """Return the linear layer that equals `weight`, `bias` followed by a frozen batch norm.
+
+    With scale = gamma / sqrt(var + eps), the folded layer is weight·scale (row by row) and
+    (bias - mean)·scale + beta. Everything is computed in float64 and rounded once, to the
+    dtype of `weight`.
+
+    Parameters
+    ----------
+    weight : (out, in)
+        Of the linear layer that computes x @ weight.T + bias.
+    bias : (out,)
+        None means 0.
+    mean, var : (out,)
+        The statistics the batch norm uses at test time: running averages, or those of the
+        population. The variance is biased (ddof=0) or not as the batch norm has it.
+    gamma, beta : (out,)
+        Scale and shift of the batch norm; None means 1 and 0.
+    eps : scalar
+        Added to the variance inside the root.
+
+    Returns
+    -------
+    weight : (out, in)
+        A new array in the dtype of the given weight.
+    bias : (out,)
+        A new array in the dtype of the given weight.
+
+    Raises
+    ------
+    ShapeError
+        `weight` has not two axes, or another array has not one value per row of `weight`.
+    ArgumentError
+        `var + eps` is not positive (NaN included), so that no scale exists.
+
+    References
+    ----------
+    Ioffe & Szegedy (2015), Algorithm 2, step 11.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from batchnorm.folding import fold_linear
+    >>> weight, bias = fold_linear(
+    ...     np.array([[1.0, 2.0]]), None, mean=np.array([3.0]), var=np.array([4.0]), eps=0.0
+    ... )
+    >>> weight.tolist(), bias.tolist()
+    ([[0.5, 1.0]], [-1.5])
+    """
+    weight = np.asarray(weight)
+    if weight.ndim != 2:
+        raise ShapeError(
+            f"weight must have shape (out, in), got {weight.shape}. "
+            "Flatten every axis after the first: weight.reshape(len(weight), -1)."
+        )
+    rows = weight.shape[0]
+    bias64 = _per_row("bias", bias, rows, default=0.0)
+    mean64 = _per_row("mean", mean, rows)
+    var64 = _per_row("var", var, rows)
+    gamma64 = _per_row("gamma", gamma, rows, default=1.0)
+    beta64 = _per_row("beta", beta, rows, default=0.0)
+
+    radicand = var64 + eps
+    refused = np.flatnonzero(~(radicand > 0))
+    if refused.size:
+        first = int(refused[0])
+        raise ArgumentError(
+            f"var + eps must be positive, got {radicand[first]} in channel {first} "
+            f"(var {var64[first]}, eps {eps}). Pass the variance, not the standard deviation or "
+            "the precision, and a positive eps where a channel is constant."
+        )
+    scale = gamma64 / np.sqrt(radicand)
+    folded_weight = weight.astype(np.float64) * scale[:, np.newaxis]
+    folded_bias = (bias64 - mean64) * scale + beta64
+    return folded_weight.astype(weight.dtype), folded_bias.astype(weight.dtype)
+
+
+def _per_row(
+    name: str, values: Array | None, rows: int, default: float | None = None
+) -> npt.NDArray[np.float64]:
+    """Return `values` as float64 after checking that there is one for each row of the weight."""
+    if values is None and default is not None:
+        return np.full(rows, default)
+    converted = np.asarray(values, dtype=np.float64)
+    if converted.shape != (rows,):
+        raise ShapeError(
+            f"{name} must have shape (out,) = ({rows},), got {converted.shape}. "
+            "weight is (out, in); pass weight.T if yours is (in, out)."
+        )
+    return converted
