@@ -119,11 +119,23 @@ struct Coefficients {
   }
 };
 
+// Tiles pass over a block of rows one beside the other, which no hardware prefetcher recognises as
+// the one stream that it is; so each row asks for its like in the next block.
+template <index Bytes>
+BN_INLINE void prefetch_row(const void* p) {
+#if defined(__GNUC__) || defined(__clang__)
+  for (index k = 0; k < Bytes; k += 64) __builtin_prefetch(static_cast<const char*>(p) + k);
+#else
+  (void)p;
+#endif
+}
+
 // ---- reductions ---------------------------------------------------------------------------------
 
 template <class T, class P, int E, bool Weighted, int Mode>
 struct Reduction {
   static constexpr int N = D;
+  static constexpr bool reads_grad = Mode != forward;
   using V = Vec<double, N>;
 
   Vec<double, N> center;
@@ -244,6 +256,9 @@ BN_INLINE void reduce_tile(const Job& job, index o, index i0, index i1, index c,
   }
   for (index i = i0; i < i1; ++i) {
     const Pointers<T> p(job, o, i, c);
+    prefetch_row<Tile * N * index(sizeof(T))>(p.x + (i1 - i0) * job.x.inner);
+    if constexpr (R::reads_grad)
+      prefetch_row<Tile * N * index(sizeof(T))>(p.grad + (i1 - i0) * job.grad.inner);
     V w{};
     if constexpr (Weighted) w = splat<double, N>(*p.weights);
     BN_UNROLL
@@ -287,7 +302,7 @@ template <class T, class P, int E, bool Weighted, int Mode>
 void reduce(const Job& job, const Block& b, double* out1, double* out2) {
   using R = Reduction<T, P, E, Weighted, Mode>;
   // As many tiles as the registers hold: three vectors a tile, 32 or 16 registers.
-  constexpr int tile = (D == 8 ? 8 : 4) / (Mode == forward ? 1 : 2);
+  constexpr int tile = D == 8 ? 8 : 4;
   if (job.rows)
     reduce_rows<R, T, P, Weighted>(job, b, out1, out2);
   else
@@ -299,6 +314,8 @@ void reduce(const Job& job, const Block& b, double* out1, double* out2) {
 template <class T, class P, int E, bool Weighted, int Mode>
 struct Application {
   static constexpr int N = sizeof(P) == 4 ? F : D;
+  static constexpr bool reads_x = Mode != backward_fixed || E != plain;
+  static constexpr bool reads_grad = Mode != forward;
   using V = Vec<P, N>;
   Coefficients<P, N, E, Mode> k;
 
@@ -340,7 +357,7 @@ struct Application {
   }
 };
 
-constexpr index scratch_bytes = 16384;
+constexpr index scratch_bytes = 4096;
 
 template <class A, class T, class P, bool Weighted>
 void apply_rows(const Job& job, const Block& b) {
@@ -399,6 +416,9 @@ BN_INLINE void apply_tile(const Job& job, index o, index i0, index i1, index c, 
   for (int t = 0; t < Tile; ++t) a[t].k.template of_channels<Part>(job, c + t * N, n);
   for (index i = i0; i < i1; ++i) {
     const Pointers<T> p(job, o, i, c);
+    if constexpr (A::reads_x) prefetch_row<Tile * N * index(sizeof(T))>(p.x + (i1 - i0) * job.x.inner);
+    if constexpr (A::reads_grad)
+      prefetch_row<Tile * N * index(sizeof(T))>(p.grad + (i1 - i0) * job.grad.inner);
     V w{};
     if constexpr (Weighted) w = splat<P, N>(*p.weights);
     BN_UNROLL
@@ -412,7 +432,7 @@ BN_INLINE void apply_tile(const Job& job, index o, index i0, index i1, index c, 
 template <class A, class T, class P, bool Weighted>
 void apply_columns(const Job& job, const Block& b) {
   constexpr int N = A::N;
-  constexpr int tile = 2;
+  constexpr int tile = 4;
   constexpr index capacity = scratch_bytes / index(sizeof(T));
   alignas(64) T scratch[capacity];
   alignas(64) T scratch_residual[capacity];

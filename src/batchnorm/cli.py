@@ -1,0 +1,248 @@
+"""The command line: ``batchnorm`` and ``python -m batchnorm``.
+
+Every subcommand is one function below that adds it to the application, and imports what it needs
+when it is called. To add one, write such a function and list it in `SUBCOMMANDS`.
+
+Exit status: 0 done; 1 the command ran and found something wrong; 2 the call or its input was
+unusable; 130 interrupted.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from batchnorm.errors import BatchNormError
+
+if TYPE_CHECKING:
+    import typer
+
+DONE, FOUND_WRONG, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments
+        What follows the program's name; None for those of this process.
+
+    Returns
+    -------
+    int
+        The exit status.
+    """
+    try:
+        import rich  # noqa: F401  # the subcommands need it
+        import typer
+    except ImportError as error:
+        return _refuse(
+            f"the command line needs {error.name}, which is not installed. "
+            f"pip install 'batchnorm[demo]' adds it."
+        )
+    app = application()
+    try:
+        status = app(
+            args=list(sys.argv[1:] if arguments is None else arguments),
+            prog_name="batchnorm",
+            standalone_mode=False,
+        )
+    except BatchNormError as error:
+        return _refuse(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe has seen enough. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as error:
+        # typer brings click's exceptions from one place or another, depending on its version.
+        explain = getattr(error, "format_message", None)
+        if explain is None:
+            raise
+        command = getattr(getattr(error, "ctx", None), "command_path", "batchnorm")
+        return _refuse(f"{explain().rstrip('.')}. '{command} --help' lists what it takes.")
+    if status == INTERRUPTED:
+        print("batchnorm: interrupted", file=sys.stderr)
+    return status if isinstance(status, int) else DONE
+
+
+def application() -> "typer.Typer":
+    """Build the application with all its subcommands."""
+    import typer
+
+    app = typer.Typer(
+        help="Batch normalization that is exact, fast and visible.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback(invoke_without_command=True)
+    def batchnorm(
+        context: typer.Context,
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version and what runs here, and exit.")
+        ] = False,
+    ) -> None:
+        if version:
+            print(version_line())
+            raise typer.Exit(DONE)
+        if context.invoked_subcommand is None:
+            print(context.get_help())
+            raise typer.Exit(UNUSABLE)
+
+    for add in SUBCOMMANDS:
+        add(app)
+    return app
+
+
+def version_line() -> str:
+    """Version, instruction set in use, and whether and with how many threads OpenMP runs."""
+    import batchnorm
+
+    config = batchnorm.show_config()
+    threads = config["threads"]
+    openmp = f"OpenMP with {threads} thread{'s' * (threads != 1)}"
+    return (
+        f"batchnorm {batchnorm.__version__}, instruction set {config['instruction_set']}, "
+        f"{openmp if config['openmp'] else 'no OpenMP'}"
+    )
+
+
+def _refuse(message: str) -> int:
+    print(f"batchnorm: {' '.join(message.split())}", file=sys.stderr)
+    return UNUSABLE
+
+
+def _names(text: str | None) -> list[str] | None:
+    """Split what is given as ``a,b,c``."""
+    if text is None:
+        return None
+    # Nothing but commas is a mistake, and is to be refused as one name that there is not.
+    return [part.strip() for part in text.split(",") if part.strip()] or [""]
+
+
+def _demo(app: "typer.Typer") -> None:
+    import typer
+
+    @app.command()
+    def demo(
+        out: Annotated[Path, typer.Option(help="The page to write.")] = Path("demo.html"),
+        seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+        steps: Annotated[
+            int | None, typer.Option(help="Training steps, in place of the usual number.")
+        ] = None,
+        quick: Annotated[bool, typer.Option("--quick", help="Train for a few steps only.")] = False,
+    ) -> None:
+        """Train a small network with and without batch norm and show what it changes."""
+        from rich.console import Console
+
+        import batchnorm.demo
+
+        batchnorm.demo.run(out=out, seed=seed, steps=steps, quick=quick, console=Console())
+
+
+def _bench(app: "typer.Typer") -> None:
+    import typer
+
+    @app.command()
+    def bench(
+        quick: Annotated[
+            bool, typer.Option("--quick", help="Two small shapes and few rounds.")
+        ] = False,
+        out: Annotated[
+            Path | None,
+            typer.Option(
+                help="Directory for speed.csv, accuracy.csv, environment.json and the plot. "
+                "Without it nothing is written."
+            ),
+        ] = None,
+        ops: Annotated[
+            str | None, typer.Option(help="Some of forward, inference, backward.", metavar="A,B")
+        ] = None,
+        shapes: Annotated[
+            str | None,
+            typer.Option(help="N x C x spatial axes, as in 256x1024,8x64x7x7.", metavar="A,B"),
+        ] = None,
+        providers: Annotated[
+            str | None,
+            typer.Option(
+                help="Some of batchnorm, batchnorm-out, numpy, torch, torch.compile, jax.",
+                metavar="A,B",
+            ),
+        ] = None,
+        accuracy: Annotated[
+            bool, typer.Option(help="Compare outputs at large means with the exact ones.")
+        ] = True,
+        threads: Annotated[
+            int | None, typer.Option(help="Threads for every provider; all processors if left out.")
+        ] = None,
+        rounds: Annotated[
+            int | None, typer.Option(min=1, help="Samples of a case at the least.")
+        ] = None,
+        budget: Annotated[
+            float | None, typer.Option(min=0, help="Seconds of a case at the least.")
+        ] = None,
+        seed: Annotated[int, typer.Option(min=0, help="Seed of the inputs.")] = 0,
+    ) -> int:
+        """Time forward, inference and backward beside NumPy, PyTorch, JAX and a plain copy."""
+        from dataclasses import replace
+
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeElapsedColumn as Elapsed
+
+        from batchnorm import bench as benchmark
+
+        plan = benchmark.Plan(
+            ops=benchmark.choose_ops(_names(ops)),
+            providers=benchmark.choose(_names(providers)),
+            threads=threads,
+            seed=seed,
+        )
+        if quick:
+            plan = replace(plan, shapes=benchmark.QUICK_SHAPES, min_rounds=5, budget_s=0.3)
+        if shapes is not None:
+            plan = replace(
+                plan, shapes=tuple(benchmark.parse_shape(name) for name in _names(shapes) or ())
+            )
+        if not accuracy:
+            plan = replace(plan, offsets=())
+        if rounds is not None:
+            plan = replace(plan, min_rounds=rounds)
+        if budget is not None:
+            plan = replace(plan, budget_s=budget)
+        if out is not None:
+            benchmark.prepare_directory(out)
+
+        console, errors = Console(), Console(stderr=True)
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Elapsed(),
+            console=errors,
+            transient=True,
+            disable=not errors.is_terminal,
+        )
+        with progress:
+            task = progress.add_task("starting", total=benchmark.steps(plan))
+            begun = 0
+
+            def started(description: str) -> None:
+                nonlocal begun
+                progress.update(task, description=description, completed=begun)
+                begun += 1
+
+            results = benchmark.run(plan, started=started)
+        benchmark.show(results, console)
+        if out is not None:
+            for path in benchmark.write(results, out):
+                console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+        return FOUND_WRONG if results.troubles else DONE
+
+
+SUBCOMMANDS = (_demo, _bench)
