@@ -124,7 +124,7 @@ struct Coefficients {
 template <index Bytes>
 BN_INLINE void prefetch_row(const void* p) {
 #if defined(__GNUC__) || defined(__clang__)
-  for (index k = 0; k < Bytes; k += 64) __builtin_prefetch(static_cast<const char*>(p) + k);
+  for (index k = 0; k < Bytes; k += 64) __builtin_prefetch(static_cast<const char*>(p) + k, 0, 2);
 #else
   (void)p;
 #endif
@@ -132,69 +132,85 @@ BN_INLINE void prefetch_row(const void* p) {
 
 // ---- reductions ---------------------------------------------------------------------------------
 
+// Moments are summed in float64 throughout. The sums of the backward pass need fewer digits (1e-5
+// of their norm is promised), so where the last step runs in float32 they are taken in float32 over
+// runs of 16 vectors, and only a run's sum goes to float64: half the instructions.
+constexpr index run_length = 16;
+
 template <class T, class P, int E, bool Weighted, int Mode>
 struct Reduction {
-  static constexpr int N = D;
+  static constexpr bool runs = Mode != forward && sizeof(P) == 4;
+  using S = typename std::conditional<runs, float, double>::type;
+  static constexpr int N = runs ? F : D;
   static constexpr bool reads_grad = Mode != forward;
-  using V = Vec<double, N>;
+  using V = Vec<S, N>;
 
-  Vec<double, N> center;
-  Coefficients<P, N, E, forward> affine;  // only where z is needed: backward with an epilogue
+  V center;
+  Coefficients<S, N, E, forward> affine;  // only where z is needed: backward with an epilogue
 
   // The contribution of n (or N) elements at p[i]; `w` is their weight.
   template <bool Part, bool Rows>
-  BN_INLINE void add(const Pointers<T>& p, index i, index n, V w, const Slope<P>& slope, V& first,
+  BN_INLINE void add(const Pointers<T>& p, index i, index n, V w, const Slope<S>& slope, V& first,
                      V& second) const {
-    V d = read<double, N, Part>(p.x + i, n) - center;
-    if constexpr (Weighted) d = where_weighted<double, N>(w, d);
+    const V x = read<S, N, Part>(p.x + i, n);
+    V d = x - center;
+    if constexpr (Weighted) d = where_weighted<S, N>(w, d);
     if constexpr (Mode == forward) {
       // Lanes past the end hold 0 - center; in columns they are dropped with their channel.
-      if constexpr (Part && Rows) d = first_lanes<double, N>(d, n);
+      if constexpr (Part && Rows) d = first_lanes<S, N>(d, n);
       const V weighted = Weighted ? w * d : d;
       first += weighted;
       second += weighted * d;
     } else {
-      V g;
-      if constexpr (E == plain) {
-        g = read<double, N, Part>(p.grad + i, n);
-      } else {
-        Vec<P, N> z = (read<P, N, Part>(p.x + i, n) - affine.shift) * affine.scale + affine.offset;
+      V g = read<S, N, Part>(p.grad + i, n);
+      if constexpr (E != plain) {
+        V z = (x - affine.shift) * affine.scale + affine.offset;
         if constexpr (E == full)
-          if (!Weighted || p.residual) z = z + read<P, N, Part>(p.residual + i, n);
-        g = to_double<N, P>(
-            activate_gradient<P, N>(z, read<P, N, Part>(p.grad + i, n), slope));
+          if (!Weighted || p.residual) z = z + read<S, N, Part>(p.residual + i, n);
+        g = activate_gradient<S, N>(z, g, slope);
       }
-      if constexpr (Weighted) g = where_weighted<double, N>(w, g);
+      if constexpr (Weighted) g = where_weighted<S, N>(w, g);
       first += g;
       second += g * d;
     }
   }
 
   BN_INLINE void of_channel(const Job& j, index c) {
-    center = splat<double, N>(j.center[c]);
+    center = splat<S, N>(j.center[c]);
     if constexpr (E != plain && Mode != forward) affine.of_channel(j, c);
   }
   template <bool Part>
   BN_INLINE void of_channels(const Job& j, index c, index n) {
-    center = read<double, N, Part>(j.center + c, n);
+    center = read<S, N, Part>(j.center + c, n);
     if constexpr (E != plain && Mode != forward) affine.template of_channels<Part>(j, c, n);
   }
 };
 
-template <class R, class T, class P, bool Weighted>
+template <class R, class T, bool Weighted>
 void reduce_rows(const Job& job, const Block& b, double* out1, double* out2) {
-  constexpr int N = D;
+  using S = typename R::S;
+  using V = typename R::V;
+  constexpr int N = R::N;
   constexpr index together = 16;  // channels whose sums are open at once: 4 KiB of them
-  using V = Vec<double, N>;
   // Two chains per sum: an addition takes 3-4 cycles, and one iteration issues four of them.
   struct Sums {
     V first[2], second[2];
   };
-  const Slope<P> slope(job.epilogue);
+  const Slope<S> slope(job.epilogue);
   const index length = b.inner_end - b.inner_begin;
+  const index iterations = (length + 2 * N - 1) / (2 * N);
+  const index run = R::runs ? run_length * 2 * N : length;
+  const index rows_in_run = iterations < run_length ? run_length / iterations : 1;
   for (index c0 = b.channel_begin; c0 < b.channel_end; c0 += together) {
     const index c1 = c0 + together < b.channel_end ? c0 + together : b.channel_end;
     Sums sums[together] = {};
+    Vec<double, D> total1[together] = {}, total2[together] = {};
+    auto flush = [&](index c, Sums& s) {
+      total1[c] += fold<N>(s.first[0] + s.first[1]);
+      total2[c] += fold<N>(s.second[0] + s.second[1]);
+      s = Sums{};
+    };
+    index rows = 0;
     for (index o = b.outer_begin; o < b.outer_end; ++o) {
       for (index c = c0; c < c1; ++c) {
         R r;
@@ -202,7 +218,7 @@ void reduce_rows(const Job& job, const Block& b, double* out1, double* out2) {
         const Pointers<T> p(job, o, b.inner_begin, c);
         auto weight = [&](index i, auto part, index n) {
           if constexpr (Weighted) {
-            return read<double, N, decltype(part)::value>(p.weights + i, n);
+            return read<S, N, decltype(part)::value>(p.weights + i, n);
           } else {
             return V{};
           }
@@ -210,49 +226,60 @@ void reduce_rows(const Job& job, const Block& b, double* out1, double* out2) {
         using Whole = std::false_type;
         using Part = std::true_type;
         Sums s = sums[c - c0];
-        index i = 0;
-        for (; i + 2 * N <= length; i += 2 * N) {
-          r.template add<false, true>(p, i, N, weight(i, Whole{}, N), slope, s.first[0],
-                                      s.second[0]);
-          r.template add<false, true>(p, i + N, N, weight(i + N, Whole{}, N), slope, s.first[1],
-                                      s.second[1]);
-        }
-        if (i + N <= length) {
-          r.template add<false, true>(p, i, N, weight(i, Whole{}, N), slope, s.first[0],
-                                      s.second[0]);
-          i += N;
-        }
-        if (i < length) {
-          const index n = length - i;
-          r.template add<true, true>(p, i, n, weight(i, Part{}, n), slope, s.first[1],
-                                     s.second[1]);
+        for (index begin = 0; begin < length; begin += run) {
+          const index end = length - begin > run ? begin + run : length;
+          index i = begin;
+          for (; i + 2 * N <= end; i += 2 * N) {
+            r.template add<false, true>(p, i, N, weight(i, Whole{}, N), slope, s.first[0],
+                                        s.second[0]);
+            r.template add<false, true>(p, i + N, N, weight(i + N, Whole{}, N), slope, s.first[1],
+                                        s.second[1]);
+          }
+          if (i + N <= end) {
+            r.template add<false, true>(p, i, N, weight(i, Whole{}, N), slope, s.first[0],
+                                        s.second[0]);
+            i += N;
+          }
+          if (i < end) {
+            const index n = end - i;
+            r.template add<true, true>(p, i, n, weight(i, Part{}, n), slope, s.first[1],
+                                       s.second[1]);
+          }
+          if (R::runs && iterations >= run_length) flush(c - c0, s);
         }
         sums[c - c0] = s;
       }
+      if (R::runs && iterations < run_length && ++rows == rows_in_run) {
+        for (index c = c0; c < c1; ++c) flush(c - c0, sums[c - c0]);
+        rows = 0;
+      }
     }
     for (index c = c0; c < c1; ++c) {
-      const Sums& s = sums[c - c0];
-      out1[c - b.channel_begin] = sum_lanes<N>(s.first[0] + s.first[1]);
-      out2[c - b.channel_begin] = sum_lanes<N>(s.second[0] + s.second[1]);
+      flush(c - c0, sums[c - c0]);
+      out1[c - b.channel_begin] = sum_lanes(total1[c - c0]);
+      out2[c - b.channel_begin] = sum_lanes(total2[c - c0]);
     }
   }
 }
 
-// `Tile` vectors of channels side by side, over rows [i0, i1) of one outer index; the sums so far
-// are read from out1, out2 and written back.
-template <class R, class T, class P, bool Weighted, int Tile, bool Part>
+// `Tile` vectors of channels side by side, over rows [i0, i1) of one outer index, added to out1
+// and out2.
+template <class R, class T, bool Weighted, int Tile, bool Part>
 BN_INLINE void reduce_tile(const Job& job, index o, index i0, index i1, index c, index n,
                            double* out1, double* out2) {
-  constexpr int N = D;
-  using V = Vec<double, N>;
-  const Slope<P> slope(job.epilogue);
+  using S = typename R::S;
+  using V = typename R::V;
+  constexpr int N = R::N;
+  const Slope<S> slope(job.epilogue);
   R r[Tile];
-  V first[Tile], second[Tile];
+  V first[Tile] = {}, second[Tile] = {};
   BN_UNROLL
   for (int t = 0; t < Tile; ++t) {
     r[t].template of_channels<Part>(job, c + t * N, n);
-    first[t] = read<double, N, Part>(out1 + t * N, n);
-    second[t] = read<double, N, Part>(out2 + t * N, n);
+    if constexpr (!R::runs) {
+      first[t] = read<S, N, Part>(out1 + t * N, n);
+      second[t] = read<S, N, Part>(out2 + t * N, n);
+    }
   }
   for (index i = i0; i < i1; ++i) {
     const Pointers<T> p(job, o, i, c);
@@ -260,21 +287,26 @@ BN_INLINE void reduce_tile(const Job& job, index o, index i0, index i1, index c,
     if constexpr (R::reads_grad)
       prefetch_row<Tile * N * index(sizeof(T))>(p.grad + (i1 - i0) * job.grad.inner);
     V w{};
-    if constexpr (Weighted) w = splat<double, N>(*p.weights);
+    if constexpr (Weighted) w = splat<S, N>(*p.weights);
     BN_UNROLL
     for (int t = 0; t < Tile; ++t)
       r[t].template add<Part, false>(p, t * N, n, w, slope, first[t], second[t]);
   }
   BN_UNROLL
   for (int t = 0; t < Tile; ++t) {
-    write<N, Part>(out1 + t * N, first[t], n);
-    write<N, Part>(out2 + t * N, second[t], n);
+    if constexpr (R::runs) {
+      add_to<N>(out1 + t * N, first[t], n);
+      add_to<N>(out2 + t * N, second[t], n);
+    } else {
+      write<N, Part>(out1 + t * N, first[t], n);
+      write<N, Part>(out2 + t * N, second[t], n);
+    }
   }
 }
 
-template <class R, class T, class P, bool Weighted, int Tile>
+template <class R, class T, bool Weighted, int Tile>
 void reduce_columns(const Job& job, const Block& b, double* out1, double* out2) {
-  constexpr int N = D;
+  constexpr int N = R::N;
   const index channels = b.channel_end - b.channel_begin;
   std::memset(out1, 0, std::size_t(channels) * sizeof(double));
   std::memset(out2, 0, std::size_t(channels) * sizeof(double));
@@ -282,31 +314,32 @@ void reduce_columns(const Job& job, const Block& b, double* out1, double* out2) 
   index step = index(32768 / sizeof(T)) / channels;
   if (step < 8) step = 8;
   if (channels <= Tile * N) step = b.inner_end - b.inner_begin;
+  if (R::runs) step = run_length;
   for (index o = b.outer_begin; o < b.outer_end; ++o)
     for (index i0 = b.inner_begin; i0 < b.inner_end; i0 += step) {
       const index i1 = i0 + step < b.inner_end ? i0 + step : b.inner_end;
       index c = 0;
       for (; c + Tile * N <= channels; c += Tile * N)
-        reduce_tile<R, T, P, Weighted, Tile, false>(job, o, i0, i1, b.channel_begin + c, N,
-                                                    out1 + c, out2 + c);
-      for (; c + N <= channels; c += N)
-        reduce_tile<R, T, P, Weighted, 1, false>(job, o, i0, i1, b.channel_begin + c, N, out1 + c,
+        reduce_tile<R, T, Weighted, Tile, false>(job, o, i0, i1, b.channel_begin + c, N, out1 + c,
                                                  out2 + c);
+      for (; c + N <= channels; c += N)
+        reduce_tile<R, T, Weighted, 1, false>(job, o, i0, i1, b.channel_begin + c, N, out1 + c,
+                                              out2 + c);
       if (c < channels)
-        reduce_tile<R, T, P, Weighted, 1, true>(job, o, i0, i1, b.channel_begin + c, channels - c,
-                                                out1 + c, out2 + c);
+        reduce_tile<R, T, Weighted, 1, true>(job, o, i0, i1, b.channel_begin + c, channels - c,
+                                             out1 + c, out2 + c);
     }
 }
 
 template <class T, class P, int E, bool Weighted, int Mode>
 void reduce(const Job& job, const Block& b, double* out1, double* out2) {
   using R = Reduction<T, P, E, Weighted, Mode>;
-  // As many tiles as the registers hold: three vectors a tile, 32 or 16 registers.
-  constexpr int tile = D == 8 ? 8 : 4;
+  // Three registers a vector of channels: 8 of them fill 32 registers, 4 of them 16.
+  constexpr int tile = D == 8 && !R::runs ? 8 : 4;
   if (job.rows)
-    reduce_rows<R, T, P, Weighted>(job, b, out1, out2);
+    reduce_rows<R, T, Weighted>(job, b, out1, out2);
   else
-    reduce_columns<R, T, P, Weighted, tile>(job, b, out1, out2);
+    reduce_columns<R, T, Weighted, tile>(job, b, out1, out2);
 }
 
 // ---- applications -------------------------------------------------------------------------------
@@ -436,11 +469,14 @@ void apply_columns(const Job& job, const Block& b) {
   constexpr index capacity = scratch_bytes / index(sizeof(T));
   alignas(64) T scratch[capacity];
   alignas(64) T scratch_residual[capacity];
-  const index limit = job.stream ? capacity : b.channel_end - b.channel_begin;
+  // Rows of a block fall on the same cache sets where their distance is a power of two; four rows
+  // of x, grad_y and y still fit.
+  constexpr index rows = 4;
+  const index limit = job.stream ? capacity / rows : b.channel_end - b.channel_begin;
   for (index c0 = b.channel_begin; c0 < b.channel_end; c0 += limit) {
     const index width = c0 + limit < b.channel_end ? limit : b.channel_end - c0;
     index step = capacity / width;
-    if (!job.stream && step < 8) step = 8;
+    if (step < rows) step = rows;
     for (index o = b.outer_begin; o < b.outer_end; ++o)
       for (index i0 = b.inner_begin; i0 < b.inner_end; i0 += step) {
         const index i1 = i0 + step < b.inner_end ? i0 + step : b.inner_end;

@@ -47,16 +47,6 @@ struct Partition {
   }
 };
 
-double scalar(const char* data, DType t, index at) {
-  switch (t) {
-    case DType::f32: return reinterpret_cast<const float*>(data)[at];
-    case DType::f64: return reinterpret_cast<const double*>(data)[at];
-    case DType::f16: return widen(reinterpret_cast<const float16*>(data)[at]);
-    case DType::bf16: return widen(reinterpret_cast<const bfloat16*>(data)[at]);
-  }
-  return 0;
-}
-
 double rounded_to(double v, DType t) {
   switch (t) {
     case DType::f32: return double(float(v));
@@ -124,7 +114,7 @@ class Call {
     inputs_ = 1 + (grad ? 1 : 0) + (residual ? 1 : 0);
 
     const index c = layout_.channels;
-    storage_.resize(std::size_t(c) * 8);
+    storage_.resize(std::size_t(c) * 9);
     center_ = storage_.data();
     shift_ = center_ + c;
     scale_ = shift_ + c;
@@ -133,6 +123,7 @@ class Call {
     level_ = tilt_ + c;
     first_ = level_ + c;
     second_ = first_ + c;
+    inv_std_ = second_ + c;
     job_.center = center_;
     job_.shift = shift_;
     job_.scale = scale_;
@@ -192,9 +183,9 @@ class Call {
       }
     };
     auto coefficients = [&](index c0, index c1, bool wide) {
+      for (index c = c0; c < c1; ++c) inv_std_[c] = 1 / std::sqrt(m2[c] / count + eps);
       bool fits = true;
-      for (index c = c0; c < c1; ++c)
-        fits &= normalizing(c, 1 / std::sqrt(m2[c] / count + eps), affine, wide);
+      for (index c = c0; c < c1; ++c) fits &= normalizing(c, affine, wide);
       return fits;
     };
     run(isa_.reduce_moments, apply ? isa_.apply_forward : nullptr, begin, finish, coefficients);
@@ -204,8 +195,7 @@ class Call {
     statistics(s);
     auto coefficients = [&](index c0, index c1, bool wide) {
       bool fits = true;
-      for (index c = c0; c < c1; ++c)
-        fits &= normalizing(c, inv_std(s, c), affine, wide);
+      for (index c = c0; c < c1; ++c) fits &= normalizing(c, affine, wide);
       return fits;
     };
     run(nullptr, isa_.apply_forward, nothing, nothing, coefficients);
@@ -220,26 +210,28 @@ class Call {
     // computed: the same coefficients, at the same width.
     bool wide = false;
     for (index c = 0; c < channels(); ++c) {
-      center_[c] = s.mean[c];
-      wide |= !normalizing(c, inv_std(s, c), affine, false);
+      wide |= !normalizing(c, affine, false);
     }
     job_.wide = wide;
-    if (wide)
-      for (index c = 0; c < channels(); ++c) normalizing(c, inv_std(s, c), affine, true);
+    for (index c = 0; c < channels(); ++c) {
+      if (wide) normalizing(c, affine, true);
+      center_[c] = shift_[c];
+    }
+    // What the sums about center_ leave of the mean.
+    auto rest = [&](index c) { return (mean_[c] - center_[c]) + mean_low(c); };
     auto finish = [&](index c0, index c1) {
       for (index c = c0; c < c1; ++c) {
         sum_grad[c] = first_[c];
-        sum_grad_x_hat[c] = inv_std(s, c) * (second_[c] - mean_low(c) * first_[c]);
+        sum_grad_x_hat[c] = inv_std_[c] * (second_[c] - rest(c) * first_[c]);
       }
     };
     auto coefficients = [&](index c0, index c1, bool in_float64) {
       bool fits = true;
       for (index c = c0; c < c1; ++c) {
-        const double inv = inv_std(s, c);
-        fits &= normalizing(c, inv, affine, in_float64);
+        fits &= normalizing(c, affine, in_float64);
         tilt_[c] = level_[c] = 0;
         if (count > 0) {
-          tilt_[c] = inv * sum_grad_x_hat[c] / count;
+          tilt_[c] = inv_std_[c] * sum_grad_x_hat[c] / count;
           level_[c] = sum_grad[c] / count - rest_of_mean(c) * tilt_[c];
           fits &= fits_float32(tilt_[c]);
         }
@@ -343,22 +335,23 @@ class Call {
     return layout_.per_channel() * size_of(job_.dtype) * inputs_;
   }
 
-  // Channels in a block whose second pass reads from cache; in columns whole cache lines of them.
+  // Channels in a block whose second pass reads from cache; not all of them either, for threads
+  // share the blocks.
   index fused_step() const {
-    const index fit = std::max<index>(1, block_bytes / bytes_per_channel());
-    const index c = channels();
-    if (layout_.rows) return std::min(c, fit);
-    const index lines = line / size_of(job_.dtype);
-    return std::min(c, std::max(4 * lines, fit / lines * lines));
+    return std::min(ceil_div(channels(), 8),
+                    std::max<index>(1, block_bytes / bytes_per_channel()));
   }
   index two_pass_step() const {
     return layout_.rows ? std::max<index>(1, std::min<index>(channels(), rows_chunk /
                                                              std::max<index>(1, layout_.inners)))
                         : std::min<index>(channels(), 4096);
   }
+  // Only where channels lie apart. Side by side, a block of them is a narrow strip down the rows,
+  // whose pieces fall on few cache sets where a row is a power of two long; two passes over whole
+  // rows are faster, although the second reads again what the cache has lost.
   bool fusable(const Partition& p) const {
-    const index bytes = bytes_per_channel() * p.channel_step;
-    return bytes <= 4 * block_bytes && p.channel_blocks >= std::min<index>(usable_threads(), 2);
+    return layout_.rows && bytes_per_channel() * p.channel_step <= 4 * block_bytes &&
+           (p.channel_blocks >= 2 || values_ < serial_below);
   }
 
   void probe(int k, index flat) {
@@ -377,14 +370,23 @@ class Call {
   // The median of three values of the channel: within its range whatever the offset, and not
   // moved by one outlier. It is a value of x, so a constant channel leaves differences of zero.
   void choose_centers(index c0, index c1) {
+    switch (job_.dtype) {
+      case DType::f32: return choose_centers_of<float>(c0, c1);
+      case DType::f64: return choose_centers_of<double>(c0, c1);
+      case DType::f16: return choose_centers_of<float16>(c0, c1);
+      case DType::bf16: return choose_centers_of<bfloat16>(c0, c1);
+    }
+  }
+  template <class T>
+  void choose_centers_of(index c0, index c1) {
+    const T* at[3];
+    for (int k = 0; k < 3; ++k)
+      at[k] = reinterpret_cast<const T*>(job_.x.data) + probe_outer_[k] * job_.x.outer +
+              probe_inner_[k] * job_.x.inner;
     for (index c = c0; c < c1; ++c) {
-      double v[3];
-      for (int k = 0; k < 3; ++k)
-        v[k] = scalar(job_.x.data, job_.dtype,
-                      probe_outer_[k] * job_.x.outer + probe_inner_[k] * job_.x.inner +
-                          c * job_.x.channel);
-      const double median =
-          std::max(std::min(v[0], v[1]), std::min(std::max(v[0], v[1]), v[2]));
+      const index step = c * job_.x.channel;
+      const double u = widen(at[0][step]), v = widen(at[1][step]), w = widen(at[2][step]);
+      const double median = std::max(std::min(u, v), std::min(std::max(u, v), w));
       center_[c] = std::isfinite(median) ? median : 0;
     }
   }
@@ -417,18 +419,18 @@ class Call {
   void statistics(const Statistics& s) {
     mean_ = s.mean;
     mean_low_ = s.mean_low;
+    for (index c = 0; c < channels(); ++c) inv_std_[c] = 1 / std::sqrt(s.var[c] + s.eps);
   }
-  static double inv_std(const Statistics& s, index c) { return 1 / std::sqrt(s.var[c] + s.eps); }
   double mean_low(index c) const { return mean_low_ ? mean_low_[c] : 0; }
 
   // What is left of the mean once shift_ has its leading digits.
   double rest_of_mean(index c) const { return (mean_[c] - shift_[c]) + mean_low(c); }
 
   // z = (x - shift) * scale + offset; returns whether float32 can hold these.
-  bool normalizing(index c, double inv, const Affine& affine, bool wide) {
+  bool normalizing(index c, const Affine& affine, bool wide) {
     const bool narrow = !wide && job_.dtype != DType::f64 && !job_.weights.data;
     shift_[c] = narrow ? double(float(mean_[c])) : mean_[c];
-    scale_[c] = (affine.gamma ? affine.gamma[c] : 1) * inv;
+    scale_[c] = (affine.gamma ? affine.gamma[c] : 1) * inv_std_[c];
     offset_[c] = (affine.beta ? affine.beta[c] : 0) - rest_of_mean(c) * scale_[c];
     return !narrow || (std::fabs(mean_[c]) < 1e30 && fits_float32(scale_[c]));
   }
@@ -452,7 +454,7 @@ class Call {
   std::unique_ptr<Packed> packed_[operands];
   index values_ = 0, inputs_ = 1;
   std::vector<double> storage_;
-  double *center_, *shift_, *scale_, *offset_, *tilt_, *level_, *first_, *second_;
+  double *center_, *shift_, *scale_, *offset_, *tilt_, *level_, *first_, *second_, *inv_std_;
   const double* mean_ = nullptr;
   const double* mean_low_ = nullptr;
   index probe_outer_[3] = {}, probe_inner_[3] = {};

@@ -29,7 +29,16 @@ using Vec = typename VectorOf<E, N>::type;
 
 template <class To, class From>
 BN_INLINE To convert(From v) {
-  return __builtin_convertvector(v, To);
+#if defined(BN_AVX512)
+  // GCC 12 splits these two into halves of 256 bits and puts the halves together again.
+  if constexpr (std::is_same<To, Vec<double, 8>>::value && std::is_same<From, Vec<float, 8>>::value)
+    return (To)_mm512_cvtps_pd((__m256)v);
+  else if constexpr (std::is_same<To, Vec<float, 8>>::value &&
+                     std::is_same<From, Vec<double, 8>>::value)
+    return (To)_mm512_cvtpd_ps((__m512d)v);
+  else
+#endif
+    return __builtin_convertvector(v, To);
 }
 #else
 #define BN_INLINE inline
@@ -205,20 +214,36 @@ BN_INLINE void store(T* p, V v) {
   Lanes<typename std::remove_reference<decltype(v[0])>::type, N, T>::store(p, v);
 }
 
+#if defined(__GNUC__) || defined(__clang__)
+// All ones in the first n lanes of the integer vector `I`, zero in the others.
+template <class I, int N>
+BN_INLINE I lane_mask(index n) {
+  I count;
+  for (int i = 0; i < N; ++i) count[i] = i;
+  return count < (static_cast<typename std::remove_reference<decltype(count[0])>::type>(n) - I{});
+}
+#endif
+
 // The first n < N elements; the other lanes are zero, or are not written.
 template <class P, int N, class T>
 BN_INLINE Vec<P, N> load_part(const T* p, index n) {
+#if defined(__AVX2__)
+  if constexpr (std::is_same<T, float>::value) {
+    const auto as = [](Vec<float, N> v) {
+      if constexpr (std::is_same<P, float>::value) {
+        return v;
+      } else {
+        return convert<Vec<P, N>>(v);
+      }
+    };
 #if defined(BN_AVX512)
-  if constexpr (std::is_same<T, float>::value && N == 16) {
-    const auto v = _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1u), p);
-    Vec<float, 16> r;
-    std::memcpy(&r, &v, sizeof(r));
-    return r;
-  } else if constexpr (std::is_same<T, float>::value && N == 8) {
-    const auto v = _mm256_maskz_loadu_ps(__mmask8((1u << n) - 1u), p);
-    Vec<float, 8> r;
-    std::memcpy(&r, &v, sizeof(r));
-    return convert<Vec<P, 8>>(r);
+    if constexpr (N == 16) return as((Vec<float, 16>)_mm512_maskz_loadu_ps(
+        __mmask16((1u << n) - 1u), p));
+#endif
+    if constexpr (N == 8) return as((Vec<float, 8>)_mm256_maskload_ps(
+        p, (__m256i)lane_mask<Vec<std::int32_t, 8>, 8>(n)));
+    if constexpr (N == 4) return as((Vec<float, 4>)_mm_maskload_ps(
+        p, (__m128i)lane_mask<Vec<std::int32_t, 4>, 4>(n)));
   }
 #endif
   T lane[N] = {};
@@ -228,10 +253,13 @@ BN_INLINE Vec<P, N> load_part(const T* p, index n) {
 
 template <int N, class T, class V>
 BN_INLINE void store_part(T* p, V v, index n) {
+#if defined(__AVX2__)
+  if constexpr (std::is_same<T, float>::value && std::is_same<V, Vec<float, N>>::value) {
 #if defined(BN_AVX512)
-  if constexpr (std::is_same<T, float>::value && std::is_same<V, Vec<float, 16>>::value) {
-    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), (__m512)v);
-    return;
+    if constexpr (N == 16) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1u), (__m512)v);
+#endif
+    if constexpr (N == 8) return _mm256_maskstore_ps(
+        p, (__m256i)lane_mask<Vec<std::int32_t, 8>, 8>(n), (__m256)v);
   }
 #endif
   T lane[N];
@@ -242,10 +270,13 @@ BN_INLINE void store_part(T* p, V v, index n) {
 // `v` where the lane's number is below n, zero elsewhere.
 template <class P, int N>
 BN_INLINE Vec<P, N> first_lanes(Vec<P, N> v, index n) {
-  P lane[N];
-  std::memcpy(lane, &v, sizeof(lane));
-  for (int i = 0; i < N; ++i) lane[i] = i < n ? lane[i] : P(0);
-  return load_raw<Vec<P, N>, P, N>(lane);
+#if defined(__GNUC__) || defined(__clang__)
+  using I = Vec<typename std::conditional<sizeof(P) == 8, std::int64_t, std::int32_t>::type, N>;
+  return lane_mask<I, N>(n) ? v : Vec<P, N>{};
+#else
+  for (int i = 0; i < N; ++i) v[i] = i < n ? v[i] : P(0);
+  return v;
+#endif
 }
 
 // `v` where the weight is above zero, zero elsewhere: what a mask hides may be NaN.
@@ -281,30 +312,40 @@ BN_INLINE Vec<P, N> nan_or_zero(Vec<P, N> z) {
 #endif
 }
 
-// float32 or float64 lanes as float64.
-template <int N, class P>
-BN_INLINE Vec<double, N> to_double(Vec<P, N> v) {
-  if constexpr (std::is_same<P, double>::value) {
+// A vector of sums as D lanes of float64.
+template <int N, class V>
+BN_INLINE Vec<double, D> fold(V v) {
+  if constexpr (std::is_same<V, Vec<double, D>>::value) {
     return v;
   } else {
-#if defined(__GNUC__) || defined(__clang__)
-    return convert<Vec<double, N>>(v);
-#else
-    Vec<double, N> r;
-    for (int i = 0; i < N; ++i) r[i] = v[i];
-    return r;
-#endif
+    float lane[N];
+    std::memcpy(lane, &v, sizeof(lane));
+    Vec<double, D> sum = load<double, D>(lane);
+    for (int i = D; i < N; i += D) sum += load<double, D>(lane + i);
+    return sum;
   }
 }
 
-// Lanes added in the order of a balanced tree, the same on every instruction set of one width.
-template <int N>
-BN_INLINE double sum_lanes(Vec<double, N> v) {
-  double lane[N];
+// Lanes added in the order of a balanced tree.
+BN_INLINE double sum_lanes(Vec<double, D> v) {
+  double lane[D];
   std::memcpy(lane, &v, sizeof(lane));
-  for (int half = N / 2; half > 0; half /= 2)
+  for (int half = D / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
+}
+
+// p[i] += v[i] for the first n <= N lanes of float32.
+template <int N, class V>
+BN_INLINE void add_to(double* p, V v, index n) {
+  float lane[N];
+  std::memcpy(lane, &v, sizeof(lane));
+  if (n == N) {
+    for (int i = 0; i < N; i += D)
+      store<D>(p + i, load<double, D>(p + i) + load<double, D>(lane + i));
+  } else {
+    for (index i = 0; i < n; ++i) p[i] += double(lane[i]);
+  }
 }
 
 // Write `bytes` from a small buffer past the cache, in whole lines.

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from . import _core, native
 from .errors import ArgumentError, DTypeError, ShapeError
-from .moments import Moments
+from .moments import Moments, measured
 from .native import Array, Float64
 
 __all__ = [
@@ -32,7 +32,8 @@ class Saved:
     x : (N, C, *S)
         The input itself, not a copy: change it and the gradient changes.
     gamma : (C,) or None
-    has_beta : bool
+    gamma_dtype, beta_dtype : dtype or None
+        Of the arguments; None where they were not given.
     eps : float
     channel_axis : int
         From the front.
@@ -176,7 +177,7 @@ def batch_norm(
     count = _core.forward(
         native.seen(values), native.seen(y), axis, eps, mean, low, m2, g, b, weights=w
     )
-    batch = Moments(np.float64(count), mean, m2)  # type: ignore[arg-type]
+    batch = measured(count, mean, m2)
     saved = Saved(
         moments=batch,
         x=values,
@@ -374,7 +375,7 @@ def inference(
     low = np.zeros(channels)
     _core.normalize(native.seen(x), native.seen(y), axis, m, low, v, eps, g, b)
     saved = Saved(
-        moments=Moments(),
+        moments=_NO_MOMENTS,
         x=x,
         gamma=g,
         gamma_dtype=None if gamma is None else np.asarray(gamma).dtype,
@@ -388,6 +389,9 @@ def inference(
         training=False,
     )
     return y, saved
+
+
+_NO_MOMENTS = Moments()  # evaluation measures nothing
 
 
 def _arrays(*candidates: object) -> tuple[Array, ...]:

@@ -105,7 +105,7 @@ class Moments:
         axis = native.channel_axis_of(values, channel_axis)
         w = None if weights is None else native.as_weights(weights, values, axis)
         count, mean, _, m2 = of_array(values, axis, w)
-        return cls(np.float64(count), mean, m2)  # type: ignore[arg-type]
+        return measured(count, mean, m2)
 
     @classmethod
     def merge(cls, parts: Iterable[Moments]) -> Moments:
@@ -152,6 +152,8 @@ class Moments:
     def var(self, ddof: float = 0) -> Float64:
         """Variance, m2 / (count − ddof): (C,); NaN where count ≤ ddof."""
         freedom = self.count - ddof
+        if freedom.ndim == 0 and freedom > 0:
+            return np.asarray(self.m2 / freedom)
         full = np.broadcast_to(freedom, self.m2.shape)
         return np.divide(self.m2, full, out=np.full(self.m2.shape, np.nan), where=full > 0)
 
@@ -175,6 +177,15 @@ class Moments:
         if self.mean.size <= 4:
             return f"Moments(count={self.count}, mean={self.mean}, m2={self.m2})"
         return f"Moments(count={self.count}, {self.mean.size} channels)"
+
+
+def measured(count: float, mean: Float64, m2: Float64) -> Moments:
+    """Moments from what the core returned: fresh arrays of one length, not checked again."""
+    moments = object.__new__(Moments)
+    for name, value in (("count", np.array(count)), ("mean", mean), ("m2", m2)):
+        value.flags.writeable = False
+        object.__setattr__(moments, name, value)
+    return moments
 
 
 def of_array(

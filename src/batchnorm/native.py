@@ -30,7 +30,7 @@ def as_values(x: ArrayLike, name: str = "x") -> Array:
     array = np.asarray(x)
     if is_supported(array.dtype):
         return array
-    if array.dtype.kind in "iub":
+    if array.dtype.kind in "iub":  # as numpy.mean does
         return array.astype(np.float64)
     raise DTypeError(
         f"{name} must be real numbers of type {_SUPPORTED} (or integers), got {array.dtype}."
@@ -47,7 +47,7 @@ def is_supported(dtype: np.dtype[Any]) -> bool:
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
     """Whether this is `ml_dtypes.bfloat16`, told by name: the package is not needed for it."""
-    return dtype.name == "bfloat16"
+    return dtype.kind == "V" and dtype.name == "bfloat16"
 
 
 def as_weights(weights: ArrayLike, x: Array, channel_axis: int) -> Float64:
@@ -124,14 +124,15 @@ def check_eps(eps: float) -> float:
 
 def check_variance(var: Float64, name: str = "var") -> None:
     """Refuse what no variance can be, naming the channel."""
+    if not var.size or (var.min() >= 0 and var.max() < math.inf):  # False if there is a NaN
+        return
     wrong = ~(np.isfinite(var) & (var >= 0))
-    if wrong.any():
-        c = int(np.flatnonzero(wrong)[0])
-        raise ArgumentError(
-            f"{name} must be finite and not negative, got {var[c]} in channel {c}"
-            f" ({int(wrong.sum())} of {var.size} channels). Recompute the statistics; "
-            "a clamped variance would only hide where they went wrong."
-        )
+    c = int(np.flatnonzero(wrong)[0])
+    raise ArgumentError(
+        f"{name} must be finite and not negative, got {var[c]} in channel {c}"
+        f" ({int(wrong.sum())} of {var.size} channels). Recompute the statistics; "
+        "a clamped variance would only hide where they went wrong."
+    )
 
 
 def output_like(x: Array, out: Array | None, apart_from: tuple[Array, ...]) -> Array:
@@ -174,6 +175,8 @@ def empty_like(x: Array) -> Array:
     if x.nbytes < _POOLED_BYTES:
         return np.empty_like(x, subok=False)
     memory = _core.take(x.nbytes)
+    if x.flags.c_contiguous:
+        return np.ndarray(x.shape, x.dtype, memory)
     axes = sorted(range(x.ndim), key=lambda a: (-abs(x.strides[a]), a))
     strides = [0] * x.ndim
     step = x.itemsize
@@ -192,7 +195,10 @@ def seen(x: Array | None) -> Array | None:
 
 def aligned(x: Array) -> Array:
     """`x`, copied only where its memory is not made of whole, aligned elements."""
-    if x.flags.aligned and all(s % x.itemsize == 0 for s in x.strides):
+    flags = x.flags
+    if flags.aligned and (
+        flags.c_contiguous or all(s % x.itemsize == 0 for s in x.strides)
+    ):
         return x
     return x.copy()
 
