@@ -401,14 +401,15 @@ void apply_rows(const Job& job, const Block& b) {
   alignas(64) T scratch_residual[capacity];
   const Slope<P> slope(job.epilogue);
   const index length = b.inner_end - b.inner_begin;
-  const index piece = job.stream ? capacity : length;
   for (index o = b.outer_begin; o < b.outer_end; ++o)
     for (index c = b.channel_begin; c < b.channel_end; ++c) {
       A a;
       a.k.of_channel(job, c);
-      for (index begin = 0; begin < length; begin += piece) {
-        const index n = begin + piece < length ? piece : length - begin;
+      for (index begin = 0, n; begin < length; begin += n) {
         const Pointers<T> p(job, o, b.inner_begin + begin, c);
+        // Pieces end where lines of the output end, so that lines are written whole.
+        n = length - begin;
+        if (job.stream && n > capacity) n = capacity - index(offset_in_line(p.out) / sizeof(T));
         T* out = job.stream ? scratch : p.out;
         T* out_residual = job.stream && p.out_residual ? scratch_residual : p.out_residual;
         auto weight = [&](index i, auto part, index m) {

@@ -19,7 +19,7 @@ constexpr index rows_chunk = 16384;    // values of one channel in a chunk, chan
 constexpr index columns_chunk = 65536; // values of all channels in a chunk, channels side by side
 constexpr index serial_below = 32768;  // values; waking a thread costs more than this many
 constexpr index line = 64;             // bytes in a cache line
-constexpr index block_bytes = 1 << 20; // what one thread reads twice: about a second-level cache
+constexpr index block_bytes = 2 << 20; // what one thread reads twice in a fused pass
 
 index ceil_div(index a, index b) { return (a + b - 1) / b; }
 
@@ -350,7 +350,7 @@ class Call {
   // whose pieces fall on few cache sets where a row is a power of two long; two passes over whole
   // rows are faster, although the second reads again what the cache has lost.
   bool fusable(const Partition& p) const {
-    return layout_.rows && bytes_per_channel() * p.channel_step <= 4 * block_bytes &&
+    return layout_.rows && bytes_per_channel() * p.channel_step <= block_bytes &&
            (p.channel_blocks >= 2 || values_ < serial_below);
   }
 

@@ -348,10 +348,14 @@ BN_INLINE void add_to(double* p, V v, index n) {
   }
 }
 
+static inline std::size_t offset_in_line(const void* p) {
+  return reinterpret_cast<std::uintptr_t>(p) & 63;
+}
+
 // Write `bytes` from a small buffer past the cache, in whole lines.
 static inline void stream_out(char* to, const char* from, std::size_t bytes) {
 #if defined(__SSE2__)
-  const std::size_t lead = (64 - (reinterpret_cast<std::uintptr_t>(to) & 63)) & 63;
+  const std::size_t lead = (64 - offset_in_line(to)) & 63;
   if (bytes >= lead + 64) {
     if (lead) std::memcpy(to, from, lead);
     to += lead;
