@@ -68,6 +68,13 @@ struct Pointers {
     if (weights) weights += o * j.weights.outer + i * j.weights.inner;
   }
 
+  BN_INLINE void next_row(const Job& j) {  // of what columns read
+    x += j.x.inner;
+    if (grad) grad += j.grad.inner;
+    if (residual) residual += j.residual.inner;
+    if (weights) weights += j.weights.inner;
+  }
+
  private:
   static T* at(const Operand& a, index o, index i, index c) {
     if (!a.data) return nullptr;
@@ -99,8 +106,8 @@ template <class P, int N, int E, int Mode>
 struct Coefficients {
   Vec<P, N> shift, scale, offset, tilt, level;
 
-  template <class Get>
-  BN_INLINE void take(const Job& j, Get get) {
+  template <class Source, class Get>
+  BN_INLINE void take(const Source& j, Get get) {
     constexpr bool z = Mode == forward || E != plain;
     if (z || Mode == backward_batch) shift = get(j.shift);
     scale = get(j.scale);
@@ -113,9 +120,9 @@ struct Coefficients {
   BN_INLINE void of_channel(const Job& j, index c) {
     take(j, [&](const double* a) { return splat<P, N>(a[c]); });
   }
-  template <bool Part>
-  BN_INLINE void of_channels(const Job& j, index c, index n) {
-    take(j, [&](const double* a) { return read<P, N, Part>(a + c, n); });
+  template <bool Part, class Source>
+  BN_INLINE void of_channels(const Source& j, index c, index n) {
+    take(j, [&](const auto* a) { return read<P, N, Part>(a + c, n); });
   }
 };
 
@@ -265,8 +272,8 @@ void reduce_rows(const Job& job, const Block& b, double* out1, double* out2) {
 // `Tile` vectors of channels side by side, over rows [i0, i1) of one outer index, added to out1
 // and out2.
 template <class R, class T, bool Weighted, int Tile, bool Part>
-BN_INLINE void reduce_tile(const Job& job, index o, index i0, index i1, index c, index n,
-                           double* out1, double* out2) {
+BN_INLINE void reduce_tile(const Job& job, index o, index i0, index i1, index ahead, index c,
+                           index n, double* out1, double* out2) {
   using S = typename R::S;
   using V = typename R::V;
   constexpr int N = R::N;
@@ -281,11 +288,13 @@ BN_INLINE void reduce_tile(const Job& job, index o, index i0, index i1, index c,
       second[t] = read<S, N, Part>(out2 + t * N, n);
     }
   }
-  for (index i = i0; i < i1; ++i) {
-    const Pointers<T> p(job, o, i, c);
-    prefetch_row<Tile * N * index(sizeof(T))>(p.x + (i1 - i0) * job.x.inner);
-    if constexpr (R::reads_grad)
-      prefetch_row<Tile * N * index(sizeof(T))>(p.grad + (i1 - i0) * job.grad.inner);
+  Pointers<T> p(job, o, i0, c);
+  for (index i = i0; i < i1; ++i, p.next_row(job)) {
+    if (ahead) {
+      prefetch_row<Tile * N * index(sizeof(T))>(p.x + ahead * job.x.inner);
+      if constexpr (R::reads_grad)
+        prefetch_row<Tile * N * index(sizeof(T))>(p.grad + ahead * job.grad.inner);
+    }
     V w{};
     if constexpr (Weighted) w = splat<S, N>(*p.weights);
     BN_UNROLL
@@ -312,22 +321,23 @@ void reduce_columns(const Job& job, const Block& b, double* out1, double* out2) 
   std::memset(out2, 0, std::size_t(channels) * sizeof(double));
   // Rows whose block stays in the first-level cache while the tiles pass over it.
   index step = index(32768 / sizeof(T)) / channels;
-  if (step < 8) step = 8;
+  if (step < 16) step = 16;
   if (channels <= Tile * N) step = b.inner_end - b.inner_begin;
   if (R::runs) step = run_length;
   for (index o = b.outer_begin; o < b.outer_end; ++o)
     for (index i0 = b.inner_begin; i0 < b.inner_end; i0 += step) {
       const index i1 = i0 + step < b.inner_end ? i0 + step : b.inner_end;
+      const index ahead = channels > Tile * N ? i1 - i0 : 0;
       index c = 0;
       for (; c + Tile * N <= channels; c += Tile * N)
-        reduce_tile<R, T, Weighted, Tile, false>(job, o, i0, i1, b.channel_begin + c, N, out1 + c,
-                                                 out2 + c);
+        reduce_tile<R, T, Weighted, Tile, false>(job, o, i0, i1, ahead, b.channel_begin + c, N,
+                                                 out1 + c, out2 + c);
       for (; c + N <= channels; c += N)
-        reduce_tile<R, T, Weighted, 1, false>(job, o, i0, i1, b.channel_begin + c, N, out1 + c,
+        reduce_tile<R, T, Weighted, 1, false>(job, o, i0, i1, ahead, b.channel_begin + c, N, out1 + c,
                                               out2 + c);
       if (c < channels)
-        reduce_tile<R, T, Weighted, 1, true>(job, o, i0, i1, b.channel_begin + c, channels - c,
-                                             out1 + c, out2 + c);
+        reduce_tile<R, T, Weighted, 1, true>(job, o, i0, i1, ahead, b.channel_begin + c,
+                                             channels - c, out1 + c, out2 + c);
     }
 }
 
@@ -392,6 +402,25 @@ struct Application {
 
 constexpr index scratch_bytes = 4096;
 
+// The coefficients of some channels side by side, rounded to the type of the last step once for
+// all rows of a block.
+template <class P>
+struct CoefficientTable {
+  static constexpr index capacity = 1024;
+  alignas(64) P shift[capacity], scale[capacity], offset[capacity], tilt[capacity],
+      level[capacity];
+
+  void fill(const Job& j, index c0, index width) {
+    for (index c = 0; c < width; ++c) {
+      shift[c] = P(j.shift[c0 + c]);
+      scale[c] = P(j.scale[c0 + c]);
+      offset[c] = P(j.offset[c0 + c]);
+      tilt[c] = P(j.tilt[c0 + c]);
+      level[c] = P(j.level[c0 + c]);
+    }
+  }
+};
+
 template <class A, class T, class P, bool Weighted>
 void apply_rows(const Job& job, const Block& b) {
   constexpr int N = A::N;
@@ -440,19 +469,23 @@ void apply_rows(const Job& job, const Block& b) {
 
 // `Tile` vectors of channels over rows [i0, i1); row i is written at out + (i - i0) * pitch.
 template <class A, class T, class P, bool Weighted, int Tile, bool Part>
-BN_INLINE void apply_tile(const Job& job, index o, index i0, index i1, index c, index n, T* out,
-                          index pitch, T* out_residual, index pitch_residual) {
+BN_INLINE void apply_tile(const Job& job, const CoefficientTable<P>& table, index c0, index o,
+                          index i0, index i1, index ahead, index c, index n, T* out, index pitch,
+                          T* out_residual, index pitch_residual) {
   constexpr int N = A::N;
   using V = Vec<P, N>;
   const Slope<P> slope(job.epilogue);
   A a[Tile];
   BN_UNROLL
-  for (int t = 0; t < Tile; ++t) a[t].k.template of_channels<Part>(job, c + t * N, n);
-  for (index i = i0; i < i1; ++i) {
-    const Pointers<T> p(job, o, i, c);
-    if constexpr (A::reads_x) prefetch_row<Tile * N * index(sizeof(T))>(p.x + (i1 - i0) * job.x.inner);
-    if constexpr (A::reads_grad)
-      prefetch_row<Tile * N * index(sizeof(T))>(p.grad + (i1 - i0) * job.grad.inner);
+  for (int t = 0; t < Tile; ++t) a[t].k.template of_channels<Part>(table, c - c0 + t * N, n);
+  Pointers<T> p(job, o, i0, c);
+  for (index i = i0; i < i1; ++i, p.next_row(job)) {
+    if (ahead) {
+      if constexpr (A::reads_x)
+        prefetch_row<Tile * N * index(sizeof(T))>(p.x + ahead * job.x.inner);
+      if constexpr (A::reads_grad)
+        prefetch_row<Tile * N * index(sizeof(T))>(p.grad + ahead * job.grad.inner);
+    }
     V w{};
     if constexpr (Weighted) w = splat<P, N>(*p.weights);
     BN_UNROLL
@@ -470,12 +503,13 @@ void apply_columns(const Job& job, const Block& b) {
   constexpr index capacity = scratch_bytes / index(sizeof(T));
   alignas(64) T scratch[capacity];
   alignas(64) T scratch_residual[capacity];
-  // Rows of a block fall on the same cache sets where their distance is a power of two; four rows
-  // of x, grad_y and y still fit.
-  constexpr index rows = 4;
-  const index limit = job.stream ? capacity / rows : b.channel_end - b.channel_begin;
+  // Rows whose distance is a power of two fall on the same cache sets, so few are open at once.
+  constexpr index rows = 2;
+  const index limit = job.stream ? capacity / rows : CoefficientTable<P>::capacity;
+  CoefficientTable<P> table;
   for (index c0 = b.channel_begin; c0 < b.channel_end; c0 += limit) {
     const index width = c0 + limit < b.channel_end ? limit : b.channel_end - c0;
+    table.fill(job, c0, width);
     index step = capacity / width;
     if (step < rows) step = rows;
     for (index o = b.outer_begin; o < b.outer_end; ++o)
@@ -487,15 +521,16 @@ void apply_columns(const Job& job, const Block& b) {
         const index pitch = job.stream ? width : job.out.inner;
         const index pitch_residual = job.stream ? width : job.out_residual.inner;
         auto second = [&](index c) { return out_residual ? out_residual + c : nullptr; };
+        const index ahead = width > tile * N ? i1 - i0 : 0;
         index c = 0;
         for (; c + tile * N <= width; c += tile * N)
-          apply_tile<A, T, P, Weighted, tile, false>(job, o, i0, i1, c0 + c, N, out + c, pitch,
+          apply_tile<A, T, P, Weighted, tile, false>(job, table, c0, o, i0, i1, ahead, c0 + c, N, out + c, pitch,
                                                      second(c), pitch_residual);
         for (; c + N <= width; c += N)
-          apply_tile<A, T, P, Weighted, 1, false>(job, o, i0, i1, c0 + c, N, out + c, pitch,
+          apply_tile<A, T, P, Weighted, 1, false>(job, table, c0, o, i0, i1, ahead, c0 + c, N, out + c, pitch,
                                                   second(c), pitch_residual);
         if (c < width)
-          apply_tile<A, T, P, Weighted, 1, true>(job, o, i0, i1, c0 + c, width - c, out + c,
+          apply_tile<A, T, P, Weighted, 1, true>(job, table, c0, o, i0, i1, ahead, c0 + c, width - c, out + c,
                                                  pitch, second(c), pitch_residual);
         if (job.stream) {
           auto flush = [&](T* to, index row, const T* from) {

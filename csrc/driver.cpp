@@ -60,7 +60,7 @@ double rounded_to(double v, DType t) {
 // Beyond this range float32 coefficients lose digits or overflow; the last step is float64 then.
 bool fits_float32(double v) {
   const double a = std::fabs(v);
-  return a == 0 || (a > 1e-30 && a < 1e30) || !std::isfinite(v);
+  return a == 0 || (a > 1e-30 && a < 1e30) || !(a - a == 0);  // or not finite in either
 }
 
 template <class Body>
@@ -172,21 +172,19 @@ class Call {
     }
     auto begin = [&](index c0, index c1) { choose_centers(c0, c1); };
     auto finish = [&](index c0, index c1) {
+      if (moments_of_channels(c0, c1, count, mean, mean_low, m2)) return;
       for (index c = c0; c < c1; ++c) {
-        if (!moments_of_channel(c, count, mean, mean_low, m2)) {
-          recenter(c, mean[c]);
-          moments_of_channel(c, count, mean, mean_low, m2);
-          // About the mean itself the difference can round below zero only by digits of second_;
-          // anything larger is left to be seen.
-          if (m2[c] < 0 && -m2[c] < 1e-9 * second_[c]) m2[c] = 0;
-        }
+        if (moments_of_channels(c, c + 1, count, mean, mean_low, m2)) continue;
+        recenter(c, mean[c]);
+        moments_of_channels(c, c + 1, count, mean, mean_low, m2);
+        // About the mean itself the difference can round below zero only by digits of second_;
+        // anything larger is left to be seen.
+        if (m2[c] < 0 && -m2[c] < 1e-9 * second_[c]) m2[c] = 0;
       }
     };
     auto coefficients = [&](index c0, index c1, bool wide) {
       for (index c = c0; c < c1; ++c) inv_std_[c] = 1 / std::sqrt(m2[c] / count + eps);
-      bool fits = true;
-      for (index c = c0; c < c1; ++c) fits &= normalizing(c, affine, wide);
-      return fits;
+      return normalizing(c0, c1, affine, wide);
     };
     run(isa_.reduce_moments, apply ? isa_.apply_forward : nullptr, begin, finish, coefficients);
   }
@@ -194,9 +192,7 @@ class Call {
   void normalize(const Statistics& s, const Affine& affine) {
     statistics(s);
     auto coefficients = [&](index c0, index c1, bool wide) {
-      bool fits = true;
-      for (index c = c0; c < c1; ++c) fits &= normalizing(c, affine, wide);
-      return fits;
+      return normalizing(c0, c1, affine, wide);
     };
     run(nullptr, isa_.apply_forward, nothing, nothing, coefficients);
   }
@@ -208,15 +204,9 @@ class Call {
     job_.batch_statistics = count > 0;
     // The sign of z decides what an activation lets through, so z must be what the forward pass
     // computed: the same coefficients, at the same width.
-    bool wide = false;
-    for (index c = 0; c < channels(); ++c) {
-      wide |= !normalizing(c, affine, false);
-    }
-    job_.wide = wide;
-    for (index c = 0; c < channels(); ++c) {
-      if (wide) normalizing(c, affine, true);
-      center_[c] = shift_[c];
-    }
+    job_.wide = !normalizing(0, channels(), affine, false);
+    if (job_.wide) normalizing(0, channels(), affine, true);
+    std::copy_n(shift_, channels(), center_);
     // What the sums about center_ leave of the mean.
     auto rest = [&](index c) { return (mean_[c] - center_[c]) + mean_low(c); };
     auto finish = [&](index c0, index c1) {
@@ -226,9 +216,8 @@ class Call {
       }
     };
     auto coefficients = [&](index c0, index c1, bool in_float64) {
-      bool fits = true;
+      bool fits = normalizing(c0, c1, affine, in_float64);
       for (index c = c0; c < c1; ++c) {
-        fits &= normalizing(c, affine, in_float64);
         tilt_[c] = level_[c] = 0;
         if (count > 0) {
           tilt_[c] = inv_std_[c] * sum_grad_x_hat[c] / count;
@@ -391,14 +380,24 @@ class Call {
     }
   }
 
-  // false: so much of the second sum is due to a bad center that digits were lost.
-  bool moments_of_channel(index c, double count, double* mean, double* mean_low, double* m2) {
-    const double s = first_[c], q = second_[c];
-    const double step = s / count;
-    mean[c] = center_[c] + step;
-    mean_low[c] = std::isfinite(mean[c]) ? (center_[c] - mean[c]) + step : 0;
-    m2[c] = q - s * step;
-    return !(std::fabs(q) > 256 * std::fabs(m2[c]));
+  // false: so much of a second sum is due to a bad center that digits were lost.
+  bool moments_of_channels(index c0, index c1, double count, double* mean, double* mean_low,
+                           double* m2) const {
+    const double* center = center_;
+    const double* first = first_;
+    const double* second = second_;
+    int lost = 0;
+    for (index c = c0; c < c1; ++c) {  // no branches: vectorized
+      const double step = first[c] / count;
+      const double rounded = center[c] + step;
+      const double low = (center[c] - rounded) + step;
+      const double rest = second[c] - first[c] * step;
+      mean[c] = rounded;
+      mean_low[c] = low - low == 0 ? low : 0;  // not of an infinite mean
+      m2[c] = rest;
+      lost |= std::fabs(second[c]) > 256 * std::fabs(rest) ? 1 : 0;
+    }
+    return lost == 0;
   }
 
   // Sum one channel again about its mean: the corrected two-pass algorithm.
@@ -427,12 +426,21 @@ class Call {
   double rest_of_mean(index c) const { return (mean_[c] - shift_[c]) + mean_low(c); }
 
   // z = (x - shift) * scale + offset; returns whether float32 can hold these.
-  bool normalizing(index c, const Affine& affine, bool wide) {
+  bool normalizing(index c0, index c1, const Affine& affine, bool wide) {
     const bool narrow = !wide && job_.dtype != DType::f64 && !job_.weights.data;
-    shift_[c] = narrow ? double(float(mean_[c])) : mean_[c];
-    scale_[c] = (affine.gamma ? affine.gamma[c] : 1) * inv_std_[c];
-    offset_[c] = (affine.beta ? affine.beta[c] : 0) - rest_of_mean(c) * scale_[c];
-    return !narrow || (std::fabs(mean_[c]) < 1e30 && fits_float32(scale_[c]));
+    double *shift = shift_, *scale = scale_, *offset = offset_;
+    for (index c = c0; c < c1; ++c) shift[c] = narrow ? double(float(mean_[c])) : mean_[c];
+    if (affine.gamma)
+      for (index c = c0; c < c1; ++c) scale[c] = affine.gamma[c] * inv_std_[c];
+    else
+      for (index c = c0; c < c1; ++c) scale[c] = inv_std_[c];
+    for (index c = c0; c < c1; ++c)
+      offset[c] = (affine.beta ? affine.beta[c] : 0) - rest_of_mean(c) * scale[c];
+    if (!narrow) return true;
+    int outside = 0;
+    for (index c = c0; c < c1; ++c)
+      outside |= (std::fabs(mean_[c]) < 1e30) & fits_float32(scale[c]) ? 0 : 1;
+    return outside == 0;
   }
 
   void fill_zero() {
