@@ -282,7 +282,7 @@ NB_MODULE(_core, m) {
   m.def("release_blocks", &bn::release_blocks);
   m.def("kept_bytes", &bn::kept_bytes);
   m.def("keep_at_most", &bn::keep_at_most, "bytes"_a);
-  m.def("copy", &copy, "to"_a, "from"_a, "A parallel memcpy of C-contiguous arrays.");
+  m.def("copy", &copy, "to"_a, "from_"_a, "A parallel memcpy of C-contiguous arrays.");
 
   m.def("instruction_sets", &bn::instruction_sets);
   m.def("instruction_set", &bn::instruction_set);

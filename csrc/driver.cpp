@@ -439,7 +439,7 @@ class Call {
     if (!narrow) return true;
     int outside = 0;
     for (index c = c0; c < c1; ++c)
-      outside |= (std::fabs(mean_[c]) < 1e30) & fits_float32(scale[c]) ? 0 : 1;
+      outside |= ((std::fabs(mean_[c]) < 1e30) & fits_float32(scale[c])) ? 0 : 1;
     return outside == 0;
   }
 

@@ -353,7 +353,7 @@ def inference(
     named_axis: int = 1,
     apart: tuple[Array, ...] = (),
 ) -> tuple[Array, Saved]:
-    """y by given statistics, and what the backward pass in evaluation needs."""
+    """Normalize by given statistics; also return what the backward pass in evaluation needs."""
     channels = x.shape[axis]
     if mean is None or var is None:
         raise ArgumentError("mean and var must be given, got None.")

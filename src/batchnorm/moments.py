@@ -144,7 +144,9 @@ class Moments:
         delta = other.mean - self.mean
         # An empty part has no mean to differ from: its share of zero or one must give the other's
         # value to the last bit, and 0 · inf must not arise.
-        mean = np.where(nb == 0, self.mean, np.where(na == 0, other.mean, self.mean + delta * share))
+        mean = np.where(
+            nb == 0, self.mean, np.where(na == 0, other.mean, self.mean + delta * share)
+        )
         between = np.where((na == 0) | (nb == 0), 0.0, delta) * delta * na * share
         m2 = self.m2 + other.m2 + np.where((na == 0) | (nb == 0), 0.0, between)
         return Moments(n, mean, m2)
@@ -155,7 +157,9 @@ class Moments:
         if freedom.ndim == 0 and freedom > 0:
             return np.asarray(self.m2 / freedom)
         full = np.broadcast_to(freedom, self.m2.shape)
-        return np.divide(self.m2, full, out=np.full(self.m2.shape, np.nan), where=full > 0)
+        undefined = np.full(self.m2.shape, np.nan)
+        var: Float64 = np.divide(self.m2, full, out=undefined, where=full > 0)
+        return var
 
     def std(self, ddof: float = 0) -> Float64:
         """Standard deviation, the root of `var`: (C,)."""

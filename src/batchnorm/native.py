@@ -161,7 +161,8 @@ def _share_memory(a: Array, b: Array) -> bool:
     if not np.may_share_memory(a, b):
         return False
     try:
-        return np.shares_memory(a, b, max_work=10_000)
+        limit: Any = 10_000  # NumPy's own stubs know only its named limits
+        return np.shares_memory(a, b, max_work=limit)
     except RuntimeError:  # numpy.exceptions.TooHardError: undecided, so refuse
         return True
 
@@ -176,14 +177,16 @@ def empty_like(x: Array) -> Array:
         return np.empty_like(x, subok=False)
     memory = _core.take(x.nbytes)
     if x.flags.c_contiguous:
-        return np.ndarray(x.shape, x.dtype, memory)
+        flat: Array = np.ndarray(x.shape, x.dtype, memory)
+        return flat
     axes = sorted(range(x.ndim), key=lambda a: (-abs(x.strides[a]), a))
     strides = [0] * x.ndim
     step = x.itemsize
     for a in reversed(axes):
         strides[a] = step
         step *= x.shape[a]
-    return np.ndarray(x.shape, x.dtype, memory, 0, strides)
+    y: Array = np.ndarray(x.shape, x.dtype, memory, 0, strides)
+    return y
 
 
 def seen(x: Array | None) -> Array | None:
@@ -196,11 +199,10 @@ def seen(x: Array | None) -> Array | None:
 def aligned(x: Array) -> Array:
     """`x`, copied only where its memory is not made of whole, aligned elements."""
     flags = x.flags
-    if flags.aligned and (
-        flags.c_contiguous or all(s % x.itemsize == 0 for s in x.strides)
-    ):
+    if flags.aligned and (flags.c_contiguous or all(s % x.itemsize == 0 for s in x.strides)):
         return x
-    return x.copy()
+    copied: Array = x.copy()
+    return copied
 
 
 def use_environment() -> None:

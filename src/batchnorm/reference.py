@@ -100,4 +100,5 @@ def batch_norm_inference(
     axis = channel_axis % x.ndim
     g, b = _columns(gamma, x, axis, 1.0), _columns(beta, x, axis, 0.0)
     e, v = _columns(mean, x, axis, 0.0), _columns(var, x, axis, 1.0)
-    return g / np.sqrt(v + eps) * x + (b - g * e / np.sqrt(v + eps))
+    y: Float64 = g / np.sqrt(v + eps) * x + (b - g * e / np.sqrt(v + eps))
+    return y

@@ -1,0 +1,88 @@
+"""Types of the native core (csrc/bindings.cpp)."""
+
+from typing import Any
+
+# An array with the buffer protocol, or (address, dtype code, shape, strides in elements).
+_Array = Any
+
+def forward(
+    x: _Array,
+    y: _Array | None,
+    channel_axis: int,
+    eps: float,
+    mean: _Array,
+    mean_low: _Array,
+    m2: _Array,
+    gamma: _Array | None = ...,
+    beta: _Array | None = ...,
+    weights: _Array | None = ...,
+    residual: _Array | None = ...,
+    activation: int = ...,
+    slope: float = ...,
+) -> float: ...
+def normalize(
+    x: _Array,
+    y: _Array,
+    channel_axis: int,
+    mean: _Array,
+    mean_low: _Array | None,
+    var: _Array,
+    eps: float,
+    gamma: _Array | None = ...,
+    beta: _Array | None = ...,
+    weights: _Array | None = ...,
+    residual: _Array | None = ...,
+    activation: int = ...,
+    slope: float = ...,
+) -> None: ...
+def backward_sums(
+    grad_y: _Array,
+    x: _Array,
+    channel_axis: int,
+    mean: _Array,
+    mean_low: _Array | None,
+    var: _Array,
+    eps: float,
+    sum_grad: _Array,
+    sum_grad_x_hat: _Array,
+    gamma: _Array | None = ...,
+    beta: _Array | None = ...,
+    weights: _Array | None = ...,
+    residual: _Array | None = ...,
+    activation: int = ...,
+    slope: float = ...,
+) -> None: ...
+def backward(
+    grad_y: _Array,
+    x: _Array,
+    grad_x: _Array,
+    channel_axis: int,
+    count: float,
+    mean: _Array,
+    mean_low: _Array | None,
+    var: _Array,
+    eps: float,
+    sum_grad: _Array,
+    sum_grad_x_hat: _Array,
+    gamma: _Array | None = ...,
+    beta: _Array | None = ...,
+    weights: _Array | None = ...,
+    residual: _Array | None = ...,
+    grad_residual: _Array | None = ...,
+    activation: int = ...,
+    slope: float = ...,
+) -> None: ...
+
+backward_fused = backward
+
+def take(bytes: int) -> Any: ...
+def release_blocks() -> None: ...
+def kept_bytes() -> int: ...
+def keep_at_most(bytes: int) -> None: ...
+def copy(to: _Array, from_: _Array) -> None: ...
+def instruction_sets() -> list[str]: ...
+def instruction_set() -> str: ...
+def use_instruction_set(name: str) -> None: ...
+def has_openmp() -> bool: ...
+def threads() -> int: ...
+def last_level_cache() -> int: ...
