@@ -301,6 +301,8 @@ class BatchNorm:
                     )
                 loaded[name] = int(value)
                 continue
+            if value.dtype == "V2" and native.is_bfloat16(self.dtype):
+                value = value.view(self.dtype)  # .npz has no name for bfloat16, and keeps its bits
             checked = native.per_channel(value, self.num_features, name, self.channel_axis)
             assert checked is not None
             own = self.dtype if name in ("gamma", "beta") else np.dtype(np.float64)
