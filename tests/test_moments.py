@@ -1,0 +1,350 @@
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from batchnorm import Moments
+from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
+
+# A merge or a sum of n ≤ 100 values below 1e3 in float64: n·u·κ² with room. Mean relative to the
+# largest value, m2 relative to the largest square times n, for both are sums of such terms.
+ROUNDING = 1e-13
+
+
+def _exact(x, weights=None):
+    """Count, mean and m2 of (n, C) in rationals, rounded once."""
+    weights = np.ones(len(x)) if weights is None else weights
+    w = [Fraction(float(v)) for v in weights]
+    n = sum(w)
+    means, m2s = [], []
+    for column in np.asarray(x, np.float64).T:
+        values = [Fraction(float(v)) for v in column]
+        mean = sum(a * b for a, b in zip(w, values, strict=True)) / n
+        means.append(float(mean))
+        m2s.append(float(sum(a * (b - mean) ** 2 for a, b in zip(w, values, strict=True))))
+    return float(n), np.array(means), np.array(m2s)
+
+
+def _assert_same(a, b, largest):
+    n = float(np.max(a.count))
+    np.testing.assert_allclose(a.count, b.count, rtol=1e-15)
+    np.testing.assert_allclose(a.mean, b.mean, rtol=0, atol=ROUNDING * largest)
+    np.testing.assert_allclose(a.m2, b.m2, rtol=0, atol=ROUNDING * largest**2 * max(n, 1))
+
+
+values = hnp.arrays(
+    np.float64,
+    st.tuples(st.integers(3, 40), st.integers(1, 4)),
+    elements=st.floats(-1e3, 1e3, allow_subnormal=False),
+)
+
+
+# ---- the value ----------------------------------------------------------------------------------
+
+
+def test_moments_of_gives_count_mean_and_m2():
+    m = Moments.of(np.array([[1.0, 4.0], [3.0, 4.0], [5.0, 7.0]]))
+    assert m.count == 3
+    np.testing.assert_array_equal(m.mean, [3.0, 5.0])
+    np.testing.assert_array_equal(m.m2, [8.0, 6.0])
+
+
+@pytest.mark.parametrize("name", ["count", "mean", "m2"])
+def test_moments_attributes_cannot_be_set(name):
+    with pytest.raises(AttributeError):
+        setattr(Moments.of(np.ones((2, 2))), name, np.zeros(2))
+
+
+@pytest.mark.parametrize("name", ["count", "mean", "m2"])
+@pytest.mark.parametrize(
+    "make", [lambda: Moments.of(np.ones((2, 2))), lambda: Moments(2, [1], [0])]
+)
+def test_moments_arrays_are_read_only(make, name):
+    array = getattr(make(), name)
+    with pytest.raises(ValueError, match="read-only"):
+        array[...] = 1
+
+
+def test_moments_do_not_share_memory_with_their_arguments():
+    mean = np.zeros(2)
+    m = Moments(3, mean, np.zeros(2))
+    mean[0] = 5
+    assert m.mean[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8", "i4", "?"])
+def test_moments_are_float64_whatever_the_values_are(kind):
+    m = Moments.of(np.array([[0, 1], [1, 1]]).astype(kind))
+    assert {m.count.dtype, m.mean.dtype, m.m2.dtype} == {np.dtype(np.float64)}
+
+
+def test_moments_of_integers_are_those_of_their_values():
+    m = Moments.of(np.array([[2**53], [2**53 - 2]], np.int64))
+    assert m.mean[0] == 2.0**53 - 1
+
+
+def test_moments_var_divides_by_count_minus_ddof():
+    m = Moments(5, [0.0], [12.0])
+    assert [m.var()[0], m.var(ddof=1)[0], m.var(2)[0]] == [12 / 5, 3.0, 4.0]
+
+
+def test_moments_std_is_the_root_of_var():
+    m = Moments(5, [0.0], [36.0])
+    assert m.std(ddof=1)[0] == 3.0
+
+
+@pytest.mark.parametrize(("count", "ddof"), [(0, 0), (1, 1), (0.5, 1)])
+def test_moments_var_is_nan_when_count_is_not_above_ddof(count, ddof):
+    assert np.isnan(Moments(count, [0.0], [0.0]).var(ddof)[0])
+
+
+def test_moments_var_is_nan_only_in_the_channels_without_values():
+    v = Moments([0, 2], [0.0, 1.0], [0.0, 8.0]).var()
+    np.testing.assert_array_equal(v, [np.nan, 4.0])
+
+
+def test_moments_of_an_empty_batch_have_count_zero():
+    m = Moments.of(np.empty((0, 3)))
+    assert m.count == 0
+    np.testing.assert_array_equal([m.mean, m.m2], np.zeros((2, 3)))
+
+
+def test_moments_of_no_channels_keep_the_count():
+    m = Moments.of(np.empty((4, 0)))
+    assert m.mean.shape == (0,)
+
+
+def test_moments_of_a_zero_size_spatial_axis_have_count_zero():
+    assert Moments.of(np.empty((2, 3, 0))).count == 0
+
+
+def test_moments_equal_when_all_three_are():
+    x = np.arange(6.0).reshape(3, 2)
+    assert Moments.of(x) == Moments.of(x.copy())
+
+
+def test_moments_differ_when_one_value_does():
+    x = np.arange(6.0).reshape(3, 2)
+    assert Moments.of(x) != Moments.of(x + 1)
+
+
+def test_moments_differ_from_another_type():
+    assert Moments() != 0
+
+
+def test_moments_survive_pickling():
+    m = Moments.of(np.arange(6.0).reshape(3, 2))
+    assert pickle.loads(pickle.dumps(m)) == m
+
+
+def test_moments_repr_shows_the_values_of_few_channels():
+    assert "count=2" in repr(Moments(2, [1.0], [3.0]))
+
+
+@pytest.mark.parametrize(
+    ("count", "mean", "m2"),
+    [(1, [0.0], [0.0, 0.0]), ([1, 2, 3], [0.0], [0.0]), (1, [[0.0]], [[0.0]]), ([1], 0.0, 0.0)],
+)
+def test_moments_refuse_shapes_that_do_not_fit(count, mean, m2):
+    with pytest.raises(ShapeError, match=r"mean and m2 must have shape \(C,\).*got"):
+        Moments(count, mean, m2)
+
+
+@pytest.mark.parametrize(("count", "m2"), [(-1, [0.0]), (1, [-1e-300])])
+def test_moments_refuse_negative_values(count, m2):
+    with pytest.raises(ArgumentError, match="must not be negative"):
+        Moments(count, [0.0], m2)
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_moments_of_refuses_fewer_than_two_axes(shape):
+    with pytest.raises(ShapeError, match="x must have at least 2 axes"):
+        Moments.of(np.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [complex, "U3", object, np.longdouble])
+def test_moments_of_refuses_what_is_not_a_supported_number(dtype):
+    with pytest.raises(DTypeError, match="x must be real numbers.*got"):
+        Moments.of(np.ones((2, 2)).astype(dtype))
+
+
+# ---- merging ------------------------------------------------------------------------------------
+
+
+@given(values, st.data())
+def test_moments_merged_over_any_partition_equal_those_of_the_whole(x, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(x)), max_size=5)))
+    parts = np.split(x, cuts)
+    _assert_same(Moments.merge(Moments.of(p) for p in parts), Moments.of(x), np.abs(x).max())
+
+
+@given(values, st.integers(0, 40), st.integers(0, 40))
+def test_moments_merging_is_associative_to_rounding(x, i, j):
+    i, j = sorted((min(i, len(x)), min(j, len(x))))
+    a, b, c = Moments.of(x[:i]), Moments.of(x[i:j]), Moments.of(x[j:])
+    _assert_same((a + b) + c, a + (b + c), np.abs(x).max())
+
+
+@given(values, st.integers(0, 40))
+def test_moments_merging_is_commutative_to_rounding(x, i):
+    a, b = Moments.of(x[:i]), Moments.of(x[i:])
+    _assert_same(a + b, b + a, np.abs(x).max())
+
+
+@given(values)
+def test_moments_neutral_element_changes_no_bit_on_either_side(x):
+    m = Moments.of(x)
+    for merged in (Moments() + m, m + Moments()):
+        assert [v.tobytes() for v in (merged.count, merged.mean, merged.m2)] == [
+            v.tobytes() for v in (m.count, m.mean, m.m2)
+        ]
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_moments_of_an_empty_batch_change_no_bit_when_merged(left):
+    m, empty = (
+        Moments.of(np.random.default_rng(0).normal(size=(7, 3))),
+        Moments.of(np.empty((0, 3))),
+    )
+    merged = empty + m if left else m + empty
+    assert merged.mean.tobytes() == m.mean.tobytes()
+    assert merged.m2.tobytes() == m.m2.tobytes()
+
+
+def test_moments_merge_of_nothing_is_the_neutral_element():
+    assert Moments.merge([]) == Moments()
+
+
+def test_moments_merge_of_one_is_that_one():
+    m = Moments.of(np.arange(6.0).reshape(3, 2))
+    assert Moments.merge([m]) == m
+
+
+def test_moments_merge_of_a_thousand_parts_equals_the_whole():
+    x = np.random.default_rng(1).normal(1e6, 1.0, (3000, 2))
+    merged = Moments.merge(Moments.of(p) for p in np.split(x, 1000))
+    _, mean, m2 = _exact(x)
+    # The corrected two-pass bound for float64 plus ten levels of merging, each a few u of a part
+    # of m2; u·κ from the rounded means of the parts: δ is known to 1e6·u.
+    np.testing.assert_allclose(merged.mean, mean, rtol=1e-15)
+    np.testing.assert_allclose(merged.m2, m2, rtol=1e-9)
+
+
+def test_moments_merge_takes_a_generator():
+    assert Moments.merge(Moments(1, [float(i)], [0.0]) for i in range(3)).mean[0] == 1.0
+
+
+def test_moments_merge_counts_each_channel_for_itself():
+    merged = Moments([1, 3], [0.0, 0.0], [0.0, 0.0]) + Moments([1, 1], [2.0, 4.0], [0.0, 0.0])
+    np.testing.assert_array_equal(merged.count, [2, 4])
+    np.testing.assert_array_equal(merged.mean, [1.0, 1.0])
+    np.testing.assert_array_equal(merged.m2, [2.0, 12.0])
+
+
+def test_moments_merge_keeps_a_channel_that_one_side_has_not_seen():
+    merged = Moments([0, 1], [0.0, 1.0], [0.0, 0.0]) + Moments([2, 1], [7.0, 1.0], [5.0, 0.0])
+    np.testing.assert_array_equal(merged.mean, [7.0, 1.0])
+    np.testing.assert_array_equal(merged.m2, [5.0, 0.0])
+
+
+def test_moments_merge_of_two_empty_batches_is_empty():
+    merged = Moments.of(np.empty((0, 2))) + Moments.of(np.empty((0, 2)))
+    assert merged.count == 0
+    np.testing.assert_array_equal(merged.mean, np.zeros(2))
+
+
+def test_moments_merge_of_equal_constants_has_no_variance_when_they_are_huge():
+    # scikit-learn/scikit-learn#5602: partial_fit on a constant 1.8e301 gave NaN.
+    m = Moments.of(np.full((3, 1), 1.8e301)) + Moments.of(np.full((5, 1), 1.8e301))
+    assert m.mean[0] == 1.8e301
+    assert m.var()[0] == 0
+
+
+def test_moments_merge_keeps_nan_in_its_channel():
+    x = np.array([[np.nan, 1.0], [2.0, 3.0]])
+    merged = Moments.of(x) + Moments.of(np.ones((2, 2)))
+    np.testing.assert_array_equal(np.isnan(merged.mean), [True, False])
+
+
+def test_moments_merge_refuses_another_number_of_channels():
+    with pytest.raises(ShapeError, match=r"same number of channels, got \(2,\) and \(3,\)"):
+        Moments.of(np.ones((2, 2))) + Moments.of(np.ones((2, 3)))
+
+
+def test_moments_add_refuses_another_type():
+    with pytest.raises(TypeError):
+        Moments() + 1
+
+
+# ---- weights ------------------------------------------------------------------------------------
+
+
+@given(values, st.data())
+def test_moments_integer_weights_are_repetition(x, data):
+    w = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(x), max_size=len(x))))
+    weighted, repeated = Moments.of(x, weights=w), Moments.of(np.repeat(x, w, axis=0))
+    _assert_same(weighted, repeated, np.abs(x).max())
+
+
+def test_moments_real_weights_give_numpys_weighted_average(rng):
+    x, w = rng.normal(5, 2, (50, 3)), rng.uniform(0, 2, 50)
+    m = Moments.of(x, weights=w)
+    mean = np.average(x, axis=0, weights=w)
+    np.testing.assert_allclose(m.count, w.sum(), rtol=1e-14)
+    np.testing.assert_allclose(m.mean, mean, rtol=1e-14)
+    np.testing.assert_allclose(m.var(), np.average((x - mean) ** 2, axis=0, weights=w), rtol=1e-13)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_moments_zero_weight_hides_what_it_covers(instruction_set, rng, bad, channel_axis):
+    x = rng.normal(size=(6, 5, 7))
+    w = (rng.uniform(size=(6, 7 if channel_axis == 1 else 5)) > 0.4).astype(float)
+    clean = np.where(np.expand_dims(w, channel_axis) > 0, x, 0)
+    dirty = np.where(np.expand_dims(w, channel_axis) > 0, x, bad)
+    a = Moments.of(clean, weights=w, channel_axis=channel_axis)
+    b = Moments.of(dirty, weights=w, channel_axis=channel_axis)
+    assert a.mean.tobytes() == b.mean.tobytes()
+    assert a.m2.tobytes() == b.m2.tobytes()
+
+
+def test_moments_weights_of_whole_examples_broadcast(rng):
+    x, w = rng.normal(size=(4, 3, 2, 5)), np.array([1.0, 0.0, 1.0, 1.0])
+    m = Moments.of(x, weights=w[:, None, None])
+    _assert_same(m, Moments.of(x[w > 0]), np.abs(x).max())
+
+
+def test_moments_weights_of_all_zero_give_count_zero():
+    m = Moments.of(np.full((3, 2), np.nan), weights=np.zeros(3))
+    assert m.count == 0
+    np.testing.assert_array_equal([m.mean, m.m2], np.zeros((2, 2)))
+
+
+def test_moments_boolean_weights_are_a_mask(rng):
+    x, mask = rng.normal(size=(10, 2)), np.arange(10) % 3 > 0
+    _assert_same(Moments.of(x, weights=mask), Moments.of(x[mask]), np.abs(x).max())
+
+
+@pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
+def test_moments_refuse_weights_that_are_negative_or_not_finite(bad):
+    with pytest.raises(ArgumentError, match="weights must be finite and not negative.*got"):
+        Moments.of(np.ones((3, 2)), weights=[1.0, bad, 1.0])
+
+
+def test_moments_refuse_weights_that_do_not_broadcast():
+    with pytest.raises(ShapeError, match=r"weights must broadcast.*\(3, 4\).*got \(3,\)"):
+        Moments.of(np.ones((3, 2, 4)), weights=np.ones(3))
+
+
+def test_moments_refuse_complex_weights():
+    with pytest.raises(DTypeError, match="weights must be real numbers, got complex"):
+        Moments.of(np.ones((3, 2)), weights=np.ones(3, complex))
+
+
+def test_moments_errors_are_of_the_librarys_base():
+    assert issubclass(ShapeError, (BatchNormError, ValueError))
+    assert issubclass(DTypeError, BatchNormError)

@@ -1,0 +1,263 @@
+"""The same bits for any number of threads; forks, concurrent callers, and the memory pool."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+
+import numpy as np
+import pytest
+
+import batchnorm
+from batchnorm import Moments, _core
+
+needs_openmp = pytest.mark.skipif(not _core.has_openmp(), reason="built without OpenMP")
+
+CASES = {
+    "nchw": ((64, 64, 20, 20), 1),
+    "nhwc": ((64, 20, 20, 64), -1),
+    "features": ((5000, 64), 1),
+    "long": ((3, 200_000), 0),
+    "few": ((3, 200_000), 1),
+}
+
+
+def _everything(shape, axis, dtype, weighted):
+    """Bytes of moments, y and all gradients, in evaluation too."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, shape).astype(dtype)
+    g = x[::-1]
+    c = shape[axis]
+    gamma, beta = rng.normal(size=(2, c))
+    w = None
+    if weighted:
+        w = rng.integers(0, 3, [n for a, n in enumerate(shape) if a != axis % len(shape)])
+    m = Moments.of(x, channel_axis=axis, weights=w)
+    y, saved = batchnorm.batch_norm(x, gamma, beta, channel_axis=axis, weights=w)
+    grads = batchnorm.batch_norm_backward(g, saved)
+    z = batchnorm.batch_norm_inference(x, m.mean, m.var(), gamma, beta, channel_axis=axis)
+    return [a.tobytes() for a in (m.mean, m.m2, y, *grads, z)]
+
+
+@needs_openmp
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("dtype", "weighted"),
+    [("float32", False), ("float32", True), ("float64", False), ("f2", False)],
+)
+def test_threads_do_not_change_a_bit(case, dtype, weighted):
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    shape, axis = CASES[case]
+    results = []
+    for limit in (1, 2, 3):
+        with threadpoolctl.threadpool_limits(limits=limit):
+            assert _core.threads() == limit
+            results.append(_everything(shape, axis, dtype, weighted))
+    assert results[0] == results[1] == results[2]
+
+
+@needs_openmp
+def test_threads_do_not_change_a_bit_on_any_instruction_set(instruction_set):
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    results = []
+    for limit in (1, 2):
+        with threadpoolctl.threadpool_limits(limits=limit):
+            results.append(_everything((16, 32, 20, 20), 1, "float32", False))
+    assert results[0] == results[1]
+
+
+@needs_openmp
+def test_threads_follow_threadpoolctl():
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    with threadpoolctl.threadpool_limits(limits=2):
+        assert batchnorm.show_config()["threads"] == 2
+    with threadpoolctl.threadpool_limits(limits=1):
+        assert batchnorm.show_config()["threads"] == 1
+
+
+def _python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@needs_openmp
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_threads_follow_omp_num_threads(threads):
+    code = "import batchnorm; print(batchnorm.show_config()['threads'])"
+    assert _python(code, OMP_NUM_THREADS=threads).stdout.strip() == threads
+
+
+def test_threads_of_python_calling_at_once_get_the_same(rng):
+    x, g = rng.normal(size=(2, 16, 24, 30, 30)).astype(np.float32)
+
+    def work():
+        y, saved = batchnorm.batch_norm(x, np.ones(24), np.zeros(24))
+        grads = batchnorm.batch_norm_backward(g, saved)
+        return [a.tobytes() for a in (y, *grads)]
+
+    expected, results = work(), []
+    workers = [
+        threading.Thread(target=lambda: results.extend(work() for _ in range(5))) for _ in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 20
+    assert all(r == expected for r in results)
+
+
+def _in_child(x, expected, queue):
+    queue.put(batchnorm.normalize(x).tobytes() == expected)
+
+
+@pytest.mark.skipif(
+    "fork" not in multiprocessing.get_all_start_methods(), reason="no fork on this platform"
+)
+def test_threads_survive_a_fork_after_use(rng):
+    x = rng.normal(size=(32, 32, 20, 20)).astype(np.float32)
+    expected = batchnorm.normalize(x).tobytes()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_in_child, args=(x, expected, queue))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of fork itself
+        warnings.simplefilter("ignore", RuntimeWarning)  # and so does JAX where another test had it
+        child.start()
+    try:
+        assert queue.get(timeout=30)
+        child.join(30)
+        assert child.exitcode == 0
+    finally:
+        if child.is_alive():
+            child.kill()
+    assert batchnorm.normalize(x).tobytes() == expected
+
+
+# ---- instruction sets by environment ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", _core.instruction_sets())
+def test_environment_chooses_the_instruction_set(name):
+    code = "import batchnorm; print(batchnorm.show_config()['instruction_set'])"
+    assert _python(code, BATCHNORM_ISA=name).stdout.strip() == name
+
+
+def test_environment_names_the_variable_when_its_value_is_unknown():
+    done = _python("import batchnorm", BATCHNORM_ISA="mmx")
+    assert done.returncode != 0
+    assert "BATCHNORM_ISA must be one of" in done.stderr
+    assert "'mmx'" in done.stderr
+    assert "baseline" in done.stderr
+
+
+def test_environment_is_ignored_when_empty():
+    done = _python("import batchnorm", BATCHNORM_ISA="")
+    assert done.returncode == 0, done.stderr
+
+
+def test_show_config_names_version_and_machine():
+    config = batchnorm.show_config()
+    assert config["version"] == batchnorm.__version__
+    assert config["instruction_set"] in config["instruction_sets"]
+    assert config["threads"] >= 1
+    assert config["last_level_cache"] > 0
+
+
+# ---- the pool of output memory ------------------------------------------------------------------
+
+LARGE = (64, 16, 40, 40)  # 6.5 MB of float32
+
+
+@pytest.fixture
+def empty_pool():
+    _core.release_blocks()
+    yield
+    _core.release_blocks()
+
+
+def test_pool_gives_the_memory_of_a_dropped_output_to_the_next(empty_pool, rng):
+    x = rng.normal(size=LARGE).astype(np.float32)
+    y = batchnorm.normalize(x)
+    address = y.ctypes.data
+    del y
+    assert _core.kept_bytes() >= x.nbytes
+    assert batchnorm.normalize(x).ctypes.data == address
+
+
+def test_pool_never_lends_the_memory_of_a_live_output(empty_pool, rng):
+    x = rng.normal(size=LARGE).astype(np.float32)
+    outputs = [batchnorm.normalize(x) for _ in range(4)]
+    expected = outputs[0].copy()
+    for i, a in enumerate(outputs):
+        np.testing.assert_array_equal(a, expected)
+        assert not any(np.may_share_memory(a, b) for b in outputs[i + 1 :])
+
+
+def test_pool_keeps_memory_while_a_view_of_it_lives(empty_pool, rng):
+    x = rng.normal(size=LARGE).astype(np.float32)
+    view = batchnorm.normalize(x)[3:5, 2]
+    kept = view.copy()
+    for _ in range(3):
+        batchnorm.normalize(-x)
+    np.testing.assert_array_equal(view, kept)
+
+
+def test_pool_is_empty_after_release_blocks(empty_pool, rng):
+    batchnorm.normalize(rng.normal(size=LARGE))
+    assert _core.kept_bytes() > 0
+    _core.release_blocks()
+    assert _core.kept_bytes() == 0
+
+
+def test_pool_leaves_live_outputs_alone_when_released(empty_pool, rng):
+    x = rng.normal(size=LARGE).astype(np.float32)
+    y = batchnorm.normalize(x)
+    expected = y.copy()
+    _core.release_blocks()
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_pool_keeps_no_more_than_it_is_told(empty_pool, rng):
+    _core.keep_at_most(1 << 20)
+    try:
+        batchnorm.normalize(rng.normal(size=LARGE))
+        assert _core.kept_bytes() <= 1 << 20
+    finally:
+        _core.keep_at_most(256 << 20)
+
+
+def test_pool_does_not_lend_a_block_that_is_much_too_large(empty_pool, rng):
+    large = batchnorm.normalize(rng.normal(size=LARGE).astype(np.float32))
+    address = large.ctypes.data
+    del large
+    small = batchnorm.normalize(rng.normal(size=(64, 16, 20, 20)).astype(np.float32))
+    assert small.ctypes.data != address
+
+
+def test_pool_serves_threads_at_once(empty_pool, rng):
+    x = rng.normal(size=(16, 16, 40, 40)).astype(np.float32)
+    expected = batchnorm.normalize(x)
+    wrong = []
+
+    def work(sign):
+        for _ in range(30):
+            y = batchnorm.normalize(sign * x)
+            if not np.array_equal(y, sign * expected):
+                wrong.append(sign)
+
+    workers = [threading.Thread(target=work, args=(s,)) for s in (1, -1, 1, -1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
