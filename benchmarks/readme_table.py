@@ -41,10 +41,8 @@ def make_table(results: Path) -> str:
     offsets = sorted({float(row["offset"]) for row in accuracy})
     measured = {row["provider"] for row in (*speed, *accuracy)}
 
-    lines = [
-        "| | " + " | ".join(OPS) + " | " + " | ".join(f"error, mean {o:g}" for o in offsets) + " |",
-        "|:--|" + "--:|" * (len(OPS) + len(offsets)),
-    ]
+    columns = [*OPS, *(f"error, mean {_plain(offset)}" for offset in offsets)]
+    lines = ["| | " + " | ".join(columns) + " |", "|:--|" + "--:|" * len(columns)]
     for provider, name in NAMES.items():
         if provider not in measured:
             continue
@@ -88,7 +86,7 @@ def _speedup(rows: list[dict[str, str]], provider: str, op: str) -> str:
 
 
 def _error(rows: list[dict[str, str]], provider: str, offset: float) -> str:
-    """The worse of the layouts, as m·10ᵉ in plain text; NaN where any is."""
+    """The worse of the layouts to one digit; NaN where any is."""
     found = [
         float(row["max_error"] or "nan")
         for row in rows
@@ -98,7 +96,14 @@ def _error(rows: list[dict[str, str]], provider: str, offset: float) -> str:
         return "–"
     if any(map(math.isnan, found)):
         return "NaN"
-    return f"{max(found):.0e}".replace("e-0", "e-").replace("e+0", "e+")
+    return _plain(float(f"{max(found):.0e}"))
+
+
+def _plain(value: float) -> str:
+    """1e6 and 3e-7 rather than 1e+06 and 3e-07."""
+    if value == 0 or 1 <= value < 1000:
+        return f"{value:g}"
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def insert(readme: str, table: str) -> str:

@@ -357,8 +357,6 @@ void reduce(const Job& job, const Block& b, double* out1, double* out2) {
 template <class T, class P, int E, bool Weighted, int Mode>
 struct Application {
   static constexpr int N = sizeof(P) == 4 ? F : D;
-  static constexpr bool reads_x = Mode != backward_fixed || E != plain;
-  static constexpr bool reads_grad = Mode != forward;
   using V = Vec<P, N>;
   Coefficients<P, N, E, Mode> k;
 
@@ -470,7 +468,7 @@ void apply_rows(const Job& job, const Block& b) {
 // `Tile` vectors of channels over rows [i0, i1); row i is written at out + (i - i0) * pitch.
 template <class A, class T, class P, bool Weighted, int Tile, bool Part>
 BN_INLINE void apply_tile(const Job& job, const CoefficientTable<P>& table, index c0, index o,
-                          index i0, index i1, index ahead, index c, index n, T* out, index pitch,
+                          index i0, index i1, index c, index n, T* out, index pitch,
                           T* out_residual, index pitch_residual) {
   constexpr int N = A::N;
   using V = Vec<P, N>;
@@ -480,12 +478,6 @@ BN_INLINE void apply_tile(const Job& job, const CoefficientTable<P>& table, inde
   for (int t = 0; t < Tile; ++t) a[t].k.template of_channels<Part>(table, c - c0 + t * N, n);
   Pointers<T> p(job, o, i0, c);
   for (index i = i0; i < i1; ++i, p.next_row(job)) {
-    if (ahead) {
-      if constexpr (A::reads_x)
-        prefetch_row<Tile * N * index(sizeof(T))>(p.x + ahead * job.x.inner);
-      if constexpr (A::reads_grad)
-        prefetch_row<Tile * N * index(sizeof(T))>(p.grad + ahead * job.grad.inner);
-    }
     V w{};
     if constexpr (Weighted) w = splat<P, N>(*p.weights);
     BN_UNROLL
@@ -521,16 +513,15 @@ void apply_columns(const Job& job, const Block& b) {
         const index pitch = job.stream ? width : job.out.inner;
         const index pitch_residual = job.stream ? width : job.out_residual.inner;
         auto second = [&](index c) { return out_residual ? out_residual + c : nullptr; };
-        const index ahead = width > tile * N ? i1 - i0 : 0;
         index c = 0;
         for (; c + tile * N <= width; c += tile * N)
-          apply_tile<A, T, P, Weighted, tile, false>(job, table, c0, o, i0, i1, ahead, c0 + c, N, out + c, pitch,
+          apply_tile<A, T, P, Weighted, tile, false>(job, table, c0, o, i0, i1, c0 + c, N, out + c, pitch,
                                                      second(c), pitch_residual);
         for (; c + N <= width; c += N)
-          apply_tile<A, T, P, Weighted, 1, false>(job, table, c0, o, i0, i1, ahead, c0 + c, N, out + c, pitch,
+          apply_tile<A, T, P, Weighted, 1, false>(job, table, c0, o, i0, i1, c0 + c, N, out + c, pitch,
                                                   second(c), pitch_residual);
         if (c < width)
-          apply_tile<A, T, P, Weighted, 1, true>(job, table, c0, o, i0, i1, ahead, c0 + c, width - c, out + c,
+          apply_tile<A, T, P, Weighted, 1, true>(job, table, c0, o, i0, i1, c0 + c, width - c, out + c,
                                                  pitch, second(c), pitch_residual);
         if (job.stream) {
           auto flush = [&](T* to, index row, const T* from) {

@@ -114,6 +114,7 @@ class Call {
     inputs_ = 1 + (grad ? 1 : 0) + (residual ? 1 : 0);
 
     const index c = layout_.channels;
+    wide_.assign(std::size_t(c), 0);
     storage_.resize(std::size_t(c) * 9);
     center_ = storage_.data();
     shift_ = center_ + c;
@@ -182,18 +183,16 @@ class Call {
         if (m2[c] < 0 && -m2[c] < 1e-9 * second_[c]) m2[c] = 0;
       }
     };
-    auto coefficients = [&](index c0, index c1, bool wide) {
+    auto coefficients = [&](index c0, index c1) {
       for (index c = c0; c < c1; ++c) inv_std_[c] = 1 / std::sqrt(m2[c] / count + eps);
-      return normalizing(c0, c1, affine, wide);
+      normalizing(c0, c1, affine);
     };
     run(isa_.reduce_moments, apply ? isa_.apply_forward : nullptr, begin, finish, coefficients);
   }
 
   void normalize(const Statistics& s, const Affine& affine) {
     statistics(s);
-    auto coefficients = [&](index c0, index c1, bool wide) {
-      return normalizing(c0, c1, affine, wide);
-    };
+    auto coefficients = [&](index c0, index c1) { normalizing(c0, c1, affine); };
     run(nullptr, isa_.apply_forward, nothing, nothing, coefficients);
   }
 
@@ -204,28 +203,30 @@ class Call {
     job_.batch_statistics = count > 0;
     // The sign of z decides what an activation lets through, so z must be what the forward pass
     // computed: the same coefficients, at the same width.
-    job_.wide = !normalizing(0, channels(), affine, false);
-    if (job_.wide) normalizing(0, channels(), affine, true);
+    normalizing(0, channels(), affine);
     std::copy_n(shift_, channels(), center_);
     // What the sums about center_ leave of the mean.
     auto rest = [&](index c) { return (mean_[c] - center_[c]) + mean_low(c); };
     auto finish = [&](index c0, index c1) {
       for (index c = c0; c < c1; ++c) {
+        // Products of finite values may exceed float32, whose runs are summed; once more then.
+        if (!std::isfinite(first_[c]) || !std::isfinite(second_[c])) {
+          wide_[std::size_t(c)] = 1;
+          sum_again(c);
+        }
         sum_grad[c] = first_[c];
         sum_grad_x_hat[c] = inv_std_[c] * (second_[c] - rest(c) * first_[c]);
       }
     };
-    auto coefficients = [&](index c0, index c1, bool in_float64) {
-      bool fits = normalizing(c0, c1, affine, in_float64);
+    auto coefficients = [&](index c0, index c1) {
       for (index c = c0; c < c1; ++c) {
+        if (wide_[std::size_t(c)]) normalizing_in_float64(c, affine);
         tilt_[c] = level_[c] = 0;
-        if (count > 0) {
-          tilt_[c] = inv_std_[c] * sum_grad_x_hat[c] / count;
-          level_[c] = sum_grad[c] / count - rest_of_mean(c) * tilt_[c];
-          fits &= fits_float32(tilt_[c]);
-        }
+        if (count == 0) continue;
+        tilt_[c] = inv_std_[c] * sum_grad_x_hat[c] / count;
+        if (!wide_[std::size_t(c)] && !fits_float32(tilt_[c])) normalizing_in_float64(c, affine);
+        level_[c] = sum_grad[c] / count - rest_of_mean(c) * tilt_[c];
       }
-      return fits;
     };
     run(reduce ? isa_.reduce_backward : nullptr, apply ? isa_.apply_backward : nullptr, nothing,
         finish, coefficients);
@@ -242,7 +243,7 @@ class Call {
   static void nothing(index, index) {}
 
   // begin(c0, c1), then the two sums into first_, second_, then finish(c0, c1), then
-  // coefficients(c0, c1, wide) -> whether float32 holds them, then the application.
+  // coefficients(c0, c1), then the application.
   template <class Begin, class Finish, class CoefficientsOf>
   void run(Reduce reduce, Apply apply, const Begin& begin, const Finish& finish,
            const CoefficientsOf& coefficients) {
@@ -264,7 +265,7 @@ class Call {
         const index chunk = t / p.channel_blocks;
         const Block b = p.block(layout_, chunk, t % p.channel_blocks);
         double* first = partial.data() + chunk * 2 * c + b.channel_begin;
-        reduce(job_, b, first, first + c);
+        reduce_by_width(reduce, b, first, first + c);
       });
       parallel(p.channel_blocks, values_, [&](index k) {
         const Block b = p.block(layout_, 0, k);
@@ -278,15 +279,12 @@ class Call {
       });
     }
     if (!apply) return;
-    if (!coefficients(0, channels(), job_.wide)) {
-      job_.wide = true;
-      coefficients(0, channels(), true);
-    }
+    coefficients(0, channels());
     const index tasks = p.chunks() * p.channel_blocks;
     parallel(tasks, values_, [&](index t) {
       // Backwards where x was just read forwards: its end is what the cache still holds.
       const index k = reduce ? tasks - 1 - t : t;
-      apply(job_, p.block(layout_, k / p.channel_blocks, k % p.channel_blocks));
+      apply_by_width(apply, p.block(layout_, k / p.channel_blocks, k % p.channel_blocks));
     });
   }
 
@@ -303,20 +301,16 @@ class Call {
       double* second = first + step;
       for (index c = c0; c < c1; ++c) first_[c] = second_[c] = 0;
       for (index chunk = 0; chunk < p.chunks(); ++chunk) {
-        reduce(job_, p.block(layout_, chunk, k), first, second);
+        reduce_by_width(reduce, p.block(layout_, chunk, k), first, second);
         for (index c = c0; c < c1; ++c) {
           first_[c] += first[c - c0];
           second_[c] += second[c - c0];
         }
       }
       finish(c0, c1);
-      Job job = job_;
-      if (!coefficients(c0, c1, job.wide)) {
-        job.wide = true;
-        coefficients(c0, c1, true);
-      }
+      coefficients(c0, c1);
       for (index chunk = p.chunks() - 1; chunk >= 0; --chunk)
-        apply(job, p.block(layout_, chunk, k));
+        apply_by_width(apply, p.block(layout_, chunk, k));
     });
   }
 
@@ -405,11 +399,14 @@ class Call {
     const double center = rounded_to(mean, job_.dtype);
     if (!std::isfinite(center) || center == center_[c]) return;
     center_[c] = center;
+    sum_again(c);
+  }
+  void sum_again(index c) {
     first_[c] = second_[c] = 0;
     const Partition p(layout_, 1);
     for (index chunk = 0; chunk < p.chunks(); ++chunk) {
       double first, second;
-      reduce_(job_, p.block(layout_, chunk, c), &first, &second);
+      reduce_by_width(reduce_, p.block(layout_, chunk, c), &first, &second);
       first_[c] += first;
       second_[c] += second;
     }
@@ -425,9 +422,10 @@ class Call {
   // What is left of the mean once shift_ has its leading digits.
   double rest_of_mean(index c) const { return (mean_[c] - shift_[c]) + mean_low(c); }
 
-  // z = (x - shift) * scale + offset; returns whether float32 can hold these.
-  bool normalizing(index c0, index c1, const Affine& affine, bool wide) {
-    const bool narrow = !wide && job_.dtype != DType::f64 && !job_.weights.data;
+  // z = (x - shift) * scale + offset, with a shift that float32 holds exactly where the last step
+  // runs in it.
+  void normalizing(index c0, index c1, const Affine& affine) {
+    const bool narrow = job_.dtype != DType::f64 && !job_.weights.data;
     double *shift = shift_, *scale = scale_, *offset = offset_;
     for (index c = c0; c < c1; ++c) shift[c] = narrow ? double(float(mean_[c])) : mean_[c];
     if (affine.gamma)
@@ -436,11 +434,49 @@ class Call {
       for (index c = c0; c < c1; ++c) scale[c] = inv_std_[c];
     for (index c = c0; c < c1; ++c)
       offset[c] = (affine.beta ? affine.beta[c] : 0) - rest_of_mean(c) * scale[c];
-    if (!narrow) return true;
-    int outside = 0;
-    for (index c = c0; c < c1; ++c)
-      outside |= ((std::fabs(mean_[c]) < 1e30) & fits_float32(scale[c])) ? 0 : 1;
-    return outside == 0;
+    if (!narrow) return;
+    for (index c = c0; c < c1; ++c) {
+      // What is not finite is so at either width.
+      const bool fits = (!(std::fabs(mean_[c]) >= 1e30) | std::isinf(mean_[c])) &
+                        fits_float32(scale[c]);
+      wide_[std::size_t(c)] = 0;
+      if (!fits) normalizing_in_float64(c, affine);
+    }
+  }
+
+  void normalizing_in_float64(index c, const Affine& affine) {
+    wide_[std::size_t(c)] = 1;
+    shift_[c] = mean_[c];
+    offset_[c] = (affine.beta ? affine.beta[c] : 0) - rest_of_mean(c) * scale_[c];
+  }
+
+  // The channels of a block in stretches of one width. What one channel needs changes no other:
+  // its values must not depend on its neighbours'.
+  template <class Visit>
+  void each_width(const Block& b, const Visit& visit) const {
+    for (index c = b.channel_begin; c < b.channel_end;) {
+      Block part = b;
+      part.channel_begin = c;
+      const char width = wide_[std::size_t(c)];
+      while (c < b.channel_end && wide_[std::size_t(c)] == width) ++c;
+      part.channel_end = c;
+      if (!width) {
+        visit(job_, part);
+      } else {
+        Job job = job_;
+        job.wide = true;
+        visit(job, part);
+      }
+    }
+  }
+  void apply_by_width(Apply apply, const Block& b) const {
+    each_width(b, [&](const Job& job, const Block& part) { apply(job, part); });
+  }
+  void reduce_by_width(Reduce reduce, const Block& b, double* first, double* second) const {
+    each_width(b, [&](const Job& job, const Block& part) {
+      const index at = part.channel_begin - b.channel_begin;
+      reduce(job, part, first + at, second + at);
+    });
   }
 
   void fill_zero() {
@@ -457,6 +493,7 @@ class Call {
   }
 
   const InstructionSet& isa_;
+  std::vector<char> wide_;  // channels whose last step is float64 although x is narrower
   Layout layout_;
   Job job_;
   std::unique_ptr<Packed> packed_[operands];

@@ -1,4 +1,4 @@
-"""normalize, batch_norm, batch_norm_backward, batch_norm_inference: what they compute and refuse."""
+"""The functions of the NumPy face: what they compute, and what they refuse."""
 
 import numpy as np
 import pytest
@@ -224,7 +224,7 @@ with_out = pytest.mark.parametrize("name", ["batch_norm", "inference", "backward
 def test_functional_refuses_out_when_it_is_x(name, rng):
     x = rng.normal(size=(4, 3))
     before = x.copy()
-    with pytest.raises(ArgumentError, match="out must not share memory.*got an overlapping array"):
+    with pytest.raises(ArgumentError, match=r"out must not share memory.*got an overlapping array"):
         _with_out(name, x, x)
     np.testing.assert_array_equal(x, before)
 
@@ -266,7 +266,7 @@ def test_functional_refuses_out_of_another_shape(name, rng):
 
 @with_out
 def test_functional_refuses_out_of_another_dtype(name, rng):
-    with pytest.raises(DTypeError, match="out must have.*float64.*got.*float32"):
+    with pytest.raises(DTypeError, match=r"out must have.*float64.*got.*float32"):
         _with_out(name, rng.normal(size=(4, 3)), np.empty((4, 3), np.float32))
 
 
@@ -374,6 +374,21 @@ def test_batch_norm_mask_equals_leaving_the_values_out(instruction_set, rng, cha
     # Both are within promise 2 of one exact value.
     np.testing.assert_allclose(y[mask], expected, rtol=2e-6, atol=2e-5)
     np.testing.assert_allclose(saved.moments.var(), alone.moments.var(), rtol=2e-9)
+
+
+def test_batch_norm_integer_weights_are_repetition(instruction_set, rng):
+    x, g = rng.normal(size=(2, 12, 3))
+    w = np.array([1, 2, 3, 1] * 3)
+    y, saved = batchnorm.batch_norm(x, np.ones(3), weights=w)
+    grad_x, _, _ = batchnorm.batch_norm_backward(g, saved)
+    repeats = np.repeat(np.arange(12), w)
+    expected, alone = batchnorm.batch_norm(x[repeats], np.ones(3))
+    # The loss sees y once; each copy takes its share of grad_y, and x gets what its copies get.
+    copies, _, _ = batchnorm.batch_norm_backward((g / w[:, None])[repeats], alone)
+    gathered = np.zeros_like(x)
+    np.add.at(gathered, repeats, copies)
+    np.testing.assert_allclose(y[repeats], expected, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(grad_x, gathered, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("channel_axis", [1, -1])
@@ -575,7 +590,7 @@ def test_functional_refuses_other_types_of_x(name, dtype_name):
     if kind == np.float64:
         pytest.skip("longdouble is float64 here")
     x = np.zeros((3, 2), kind)
-    with pytest.raises(DTypeError, match="x must be real numbers of type float16.*got"):
+    with pytest.raises(DTypeError, match=r"x must be real numbers of type float16.*got"):
         _calls(x)[name]()
 
 
@@ -644,13 +659,13 @@ def test_inference_refuses_absent_statistics(argument):
 
 @pytest.mark.parametrize("bad", [-1e-12, np.nan, np.inf, -np.inf])
 def test_inference_refuses_a_variance_that_none_can_be_and_names_the_channel(bad):
-    with pytest.raises(ArgumentError, match="var must be finite and not negative.*channel 2"):
+    with pytest.raises(ArgumentError, match=r"var must be finite and not negative.*channel 2"):
         _per_channel("var", [1.0, 0.0, bad])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_inference_refuses_a_mean_that_is_not_finite_and_names_the_channel(bad):
-    with pytest.raises(ArgumentError, match="mean must be finite, got .* in channel 1"):
+    with pytest.raises(ArgumentError, match=r"mean must be finite, got .* in channel 1"):
         _per_channel("mean", [1.0, bad, 0.0])
 
 
@@ -674,7 +689,7 @@ def test_batch_norm_refuses_one_value_of_non_zero_weight():
 
 @pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
 def test_batch_norm_refuses_weights_that_are_negative_or_not_finite(bad):
-    with pytest.raises(ArgumentError, match="weights must be finite and not negative.*got"):
+    with pytest.raises(ArgumentError, match=r"weights must be finite and not negative.*got"):
         batchnorm.batch_norm(np.ones((3, 2)), weights=[1.0, bad, 1.0])
 
 

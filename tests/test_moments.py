@@ -168,7 +168,7 @@ def test_moments_of_refuses_fewer_than_two_axes(shape):
 
 @pytest.mark.parametrize("dtype", [complex, "U3", object, np.longdouble])
 def test_moments_of_refuses_what_is_not_a_supported_number(dtype):
-    with pytest.raises(DTypeError, match="x must be real numbers.*got"):
+    with pytest.raises(DTypeError, match=r"x must be real numbers.*got"):
         Moments.of(np.ones((2, 2)).astype(dtype))
 
 
@@ -331,7 +331,7 @@ def test_moments_boolean_weights_are_a_mask(rng):
 
 @pytest.mark.parametrize("bad", [-1.0, np.nan, np.inf])
 def test_moments_refuse_weights_that_are_negative_or_not_finite(bad):
-    with pytest.raises(ArgumentError, match="weights must be finite and not negative.*got"):
+    with pytest.raises(ArgumentError, match=r"weights must be finite and not negative.*got"):
         Moments.of(np.ones((3, 2)), weights=[1.0, bad, 1.0])
 
 

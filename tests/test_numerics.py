@@ -349,6 +349,17 @@ def test_backward_gradients_keep_their_bound_when_inputs_are_extreme(instruction
     assert _relative(grad_x, expected) <= GRADIENT + slack
 
 
+def test_backward_gradients_keep_their_bound_when_products_exceed_float32(instruction_set, rng):
+    # x and grad_y are far from overflow, and so are grad_x and grad_gamma; x · grad_y is not.
+    x = (1e29 * rng.normal(size=(200, 3))).astype(np.float32)
+    g = (1e10 * rng.normal(size=(200, 3))).astype(np.float32)
+    _, saved = batchnorm.batch_norm(x, GAMMA)
+    _, cache = reference.batch_norm(x, GAMMA)
+    expected = reference.batch_norm_backward(g, cache)
+    for a, b in zip(batchnorm.batch_norm_backward(g, saved)[:2], expected[:2], strict=True):
+        assert _relative(a, b) <= GRADIENT
+
+
 # ---- edges --------------------------------------------------------------------------------------
 
 

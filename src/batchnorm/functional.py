@@ -181,7 +181,7 @@ def batch_norm(
     saved = Saved(
         moments=batch,
         x=values,
-        gamma=g,
+        gamma=None if g is None else g.copy(),  # an optimizer may step in place before backward
         gamma_dtype=None if gamma is None else np.asarray(gamma).dtype,
         beta_dtype=None if beta is None else np.asarray(beta).dtype,
         eps=eps,
@@ -378,7 +378,7 @@ def inference(
     saved = Saved(
         moments=_NO_MOMENTS,
         x=x,
-        gamma=g,
+        gamma=None if g is None else g.copy(),  # an optimizer may step in place before backward
         gamma_dtype=None if gamma is None else np.asarray(gamma).dtype,
         beta_dtype=None if beta is None else np.asarray(beta).dtype,
         eps=eps,

@@ -96,7 +96,9 @@ class BatchNorm:
             raise ArgumentError(f"num_features must be an integer, got {num_features!r}.")
         if num_features < 0:
             raise ArgumentError(f"num_features must not be negative, got {num_features}.")
-        if momentum is not None and not 0 <= momentum <= 1:
+        if momentum is not None and not (
+            isinstance(momentum, (int, float, np.number)) and 0 <= momentum <= 1
+        ):
             raise ArgumentError(
                 f"momentum must be None or from 0 to 1, got {momentum!r}. It is the weight of the "
                 "new value; Keras's and Flax's is that of the old one."
@@ -307,6 +309,8 @@ class BatchNorm:
             assert checked is not None
             own = self.dtype if name in ("gamma", "beta") else np.dtype(np.float64)
             loaded[name] = checked.astype(own)
+        if "running_mean" in loaded and not np.isfinite(loaded["running_mean"]).all():
+            raise ArgumentError("running_mean must be finite; the saved statistics hold NaN.")
         if "running_var" in loaded:
             native.check_variance(loaded["running_var"], "running_var")
         for name, value in loaded.items():
