@@ -357,6 +357,7 @@ void reduce(const Job& job, const Block& b, double* out1, double* out2) {
 template <class T, class P, int E, bool Weighted, int Mode>
 struct Application {
   static constexpr int N = sizeof(P) == 4 ? F : D;
+  static constexpr bool backward = Mode != forward;
   using V = Vec<P, N>;
   Coefficients<P, N, E, Mode> k;
 
@@ -408,14 +409,16 @@ struct CoefficientTable {
   alignas(64) P shift[capacity], scale[capacity], offset[capacity], tilt[capacity],
       level[capacity];
 
-  void fill(const Job& j, index c0, index width) {
-    for (index c = 0; c < width; ++c) {
-      shift[c] = P(j.shift[c0 + c]);
-      scale[c] = P(j.scale[c0 + c]);
-      offset[c] = P(j.offset[c0 + c]);
-      tilt[c] = P(j.tilt[c0 + c]);
-      level[c] = P(j.level[c0 + c]);
-    }
+  void fill(const Job& j, index c0, index width, bool backward) {
+    const auto round = [&](const double* from, P* to) {
+      for (index c = 0; c < width; ++c) to[c] = P(from[c0 + c]);
+    };
+    round(j.shift, shift);
+    round(j.scale, scale);
+    round(j.offset, offset);
+    if (!backward) return;
+    round(j.tilt, tilt);
+    round(j.level, level);
   }
 };
 
@@ -501,7 +504,7 @@ void apply_columns(const Job& job, const Block& b) {
   CoefficientTable<P> table;
   for (index c0 = b.channel_begin; c0 < b.channel_end; c0 += limit) {
     const index width = c0 + limit < b.channel_end ? limit : b.channel_end - c0;
-    table.fill(job, c0, width);
+    table.fill(job, c0, width, A::backward);
     index step = capacity / width;
     if (step < rows) step = rows;
     for (index o = b.outer_begin; o < b.outer_end; ++o)
