@@ -1,10 +1,8 @@
 // The kernels of kernels.hpp on whole arrays: partition, threads, and every decision that touches
 // accuracy. The loops over elements are block.cpp's.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <memory>
 
 #include "half.hpp"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -104,7 +103,8 @@ class Moments:
         values = native.aligned(native.as_values(x))
         axis = native.channel_axis_of(values, channel_axis)
         w = None if weights is None else native.as_weights(weights, values, axis)
-        count, mean, _, m2 = of_array(values, axis, w)
+        mean, low, m2 = np.empty((3, values.shape[axis]))
+        count = _core.forward(native.seen(values), None, axis, 0.0, mean, low, m2, weights=w)
         return measured(count, mean, m2)
 
     @classmethod
@@ -190,12 +190,3 @@ def measured(count: float, mean: Float64, m2: Float64) -> Moments:
         value.flags.writeable = False
         object.__setattr__(moments, name, value)
     return moments
-
-
-def of_array(
-    x: NDArray[Any], axis: int, weights: Float64 | None
-) -> tuple[float, Float64, Float64, Float64]:
-    """Count, mean, what rounding left off the mean, and m2; arguments as checked by `native`."""
-    mean, low, m2 = np.empty((3, x.shape[axis]))
-    count = _core.forward(native.seen(x), None, axis, 0.0, mean, low, m2, weights=weights)
-    return count, mean, low, m2

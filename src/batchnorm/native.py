@@ -189,10 +189,11 @@ def empty_like(x: Array) -> Array:
     return y
 
 
-def seen(x: Array | None) -> Array | None:
+def seen(x: Array) -> Array:
     """`x` as the core takes it: bfloat16, which has no buffer format, as its bits."""
-    if x is not None and is_bfloat16(x.dtype):
-        return x.view(np.uint16)
+    if is_bfloat16(x.dtype):
+        bits: Array = x.view(np.uint16)
+        return bits
     return x
 
 
