@@ -3,8 +3,11 @@
 //
 // Two loops over two layouts. A reduction makes two float64 sums per channel; an application turns
 // elements of x into elements of y. Forward and backward differ only in the term they add or write.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
+#include <memory>
 #include <type_traits>
 
 #if defined(__SSE2__)
@@ -193,6 +196,160 @@ struct Reduction {
   }
 };
 
+// ---- columns made of something else -------------------------------------------------------------
+
+// Rows of columns that follow one another without a gap are one long row in which the channels come
+// again and again, and it may be cut elsewhere: to full vectors where there are few channels, and
+// where cache lines begin. Short rows of channels, too, are columns: each value of a row is one,
+// and the rows that have the same outer index make one long row.
+constexpr index widest = 2048;    // columns
+constexpr index short_row = 128;  // values of one channel
+
+inline index values_to_line(const char* p, index size) {
+  return index((64 - offset_in_line(p)) & 63) / size;
+}
+
+// A job over columns of which number v belongs to channel
+// channel_begin + (phase + v) / each % channels.
+struct Columns {
+  using Member = const double* Job::*;
+  using Members = std::initializer_list<Member>;
+
+  Job job;
+  Block block;
+  index channel_begin, channels, each, phase;
+
+  // Rows that hold all `channels` of a block side by side, cut `phase` values after its first.
+  static Columns cut(const Job& j, const Block& b, index phase, index width, index rows,
+                     Members used) {
+    Columns k(j, b, 1, phase, width, rows);
+    k.each_operand([&](Operand& a) {
+      k.begin(a, b.outer_begin * a.outer + b.inner_begin * a.inner + b.channel_begin + phase, width);
+    });
+    k.spread(used);
+    return k;
+  }
+
+  // Values [phase, phase + width) of the rows of a block's channels, these taken one after the other.
+  static Columns of_rows(const Job& j, const Block& b, index phase, index width, Members used) {
+    Columns k(j, b, b.inner_end, phase, width, b.outer_end - b.outer_begin);
+    k.each_operand([&](Operand& a) {
+      k.begin(a, b.outer_begin * a.outer + b.channel_begin * a.channel + phase, a.outer);
+    });
+    k.spread(used);
+    return k;
+  }
+
+  template <class Visit>
+  void each_column(Visit visit) const {  // visit(number, channel)
+    index c = phase / each % channels, e = phase % each;
+    for (index v = 0; v < block.channel_end; ++v) {
+      visit(v, channel_begin + c);
+      if (++e < each) continue;
+      e = 0;
+      if (++c == channels) c = 0;
+    }
+  }
+
+ private:
+  Columns(const Job& j, const Block& b, index each_, index phase_, index width, index rows)
+      : job(j), block{0, 1, 0, rows, 0, width}, channel_begin(b.channel_begin),
+        channels(b.channel_end - b.channel_begin), each(each_), phase(phase_) {
+    job.rows = false;
+  }
+  void begin(Operand& a, index at, index row) const {
+    a.data += at * size_of(job.dtype);
+    a.outer = 0;
+    a.channel = 1;
+    a.inner = row;
+  }
+  template <class Visit>
+  void each_operand(Visit visit) {
+    for (Operand* a : {&job.x, &job.grad, &job.residual, &job.out, &job.out_residual})
+      if (a->data) visit(*a);
+  }
+  void spread(Members used) {
+    const index width = block.channel_end;
+    values_.reset(new double[used.size() * std::size_t(width)]);
+    double* to = values_.get();
+    for (Member m : used) {
+      const double* from = job.*m + channel_begin;
+      index c = phase / each % channels;
+      for (index v = 0, e = phase % each; v < width; e = 0) {
+        index n;
+        if (each == 1) {  // up to the last channel, and then from the first
+          n = std::min(channels - c, width - v);
+          std::copy_n(from + c, n, to + v);
+          c = 0;
+        } else {
+          n = std::min(each - e, width - v);
+          std::fill_n(to + v, n, from[c]);
+          c = c + 1 == channels ? 0 : c + 1;
+        }
+        v += n;
+      }
+      job.*m = to;
+      to += width;
+    }
+  }
+  std::unique_ptr<double[]> values_;
+};
+
+// Visit a block of short rows as columns, cut where lines of `a` begin; false if it is none.
+template <class Visit>
+bool each_of_short_rows(const Job& job, const Block& b, const Operand& a, Columns::Members used,
+                        const Visit& visit) {
+  if (!job.dense || b.inner_end > short_row || b.outer_end - b.outer_begin < 8) return false;
+  const index size = size_of(job.dtype);
+  const index all = (b.channel_end - b.channel_begin) * b.inner_end;
+  index width = values_to_line(
+      a.data + (b.outer_begin * a.outer + b.channel_begin * a.channel) * size, size);
+  for (index v = 0; v < all; v += width, width = widest / 2) {
+    if (width > all - v) width = all - v;
+    if (width > 0) visit(Columns::of_rows(job, b, v, width, used));
+  }
+  return true;
+}
+
+// Visit what of a block of columns can be cut anew, into rows of full lines `narrowest` values long
+// at the least; and the blocks that are left over. `a`: where lines should begin, or null.
+template <class Visit, class Rest>
+void each_of_columns(const Job& job, const Block& b, const Operand* a, index narrowest,
+                     Columns::Members used, const Visit& visit, const Rest& rest) {
+  const index size = size_of(job.dtype), channels = b.channel_end - b.channel_begin;
+  index width = channels;
+  while (width * size % 64 || width < narrowest) width *= 2;
+  const bool cuts = job.dense && job.x.inner == channels && b.outer_end - b.outer_begin == 1 &&
+                    width <= widest;
+  const index all = cuts ? (b.inner_end - b.inner_begin) * channels : 0;
+  const index phase = !cuts || !a ? 0 : values_to_line(
+      a->data + (b.outer_begin * a->outer + b.inner_begin * a->inner + b.channel_begin) * size,
+      size);
+  const index rows = (all - phase) / width;
+  if (rows < 2 || (phase == 0 && width == channels)) return rest(b);
+  visit(Columns::cut(job, b, phase, width, rows, used));
+  auto leftover = [&](index from, index to) {
+    while (from < to) {
+      Block part = b;
+      part.inner_begin += from / channels;
+      part.channel_begin += from % channels;
+      index n = (to - from) / channels;  // whole rows
+      if (from % channels || n == 0) {
+        n = std::min(channels - from % channels, to - from);
+        part.inner_end = part.inner_begin + 1;
+        part.channel_end = part.channel_begin + n;
+        from += n;
+      } else {
+        part.inner_end = part.inner_begin + n;
+        from += n * channels;
+      }
+      rest(part);
+    }
+  };
+  leftover(0, phase);
+  leftover(phase + rows * width, all);
+}
+
 template <class R, class T, bool Weighted>
 void reduce_rows(const Job& job, const Block& b, double* out1, double* out2) {
   using S = typename R::S;
@@ -304,8 +461,8 @@ BN_INLINE void reduce_tile(const Job& job, index o, index i0, index i1, index ah
   BN_UNROLL
   for (int t = 0; t < Tile; ++t) {
     if constexpr (R::runs) {
-      add_to<N>(out1 + t * N, first[t], n);
-      add_to<N>(out2 + t * N, second[t], n);
+      add_to<N, Part>(out1 + t * N, first[t], n);
+      add_to<N, Part>(out2 + t * N, second[t], n);
     } else {
       write<N, Part>(out1 + t * N, first[t], n);
       write<N, Part>(out2 + t * N, second[t], n);
@@ -317,8 +474,6 @@ template <class R, class T, bool Weighted, int Tile>
 void reduce_columns(const Job& job, const Block& b, double* out1, double* out2) {
   constexpr int N = R::N;
   const index channels = b.channel_end - b.channel_begin;
-  std::memset(out1, 0, std::size_t(channels) * sizeof(double));
-  std::memset(out2, 0, std::size_t(channels) * sizeof(double));
   // Rows whose block stays in the first-level cache while the tiles pass over it.
   index step = index(32768 / sizeof(T)) / channels;
   if (step < 16) step = 16;
@@ -332,6 +487,9 @@ void reduce_columns(const Job& job, const Block& b, double* out1, double* out2) 
       for (; c + Tile * N <= channels; c += Tile * N)
         reduce_tile<R, T, Weighted, Tile, false>(job, o, i0, i1, ahead, b.channel_begin + c, N,
                                                  out1 + c, out2 + c);
+      for (; c + 4 * N <= channels; c += 4 * N)
+        reduce_tile<R, T, Weighted, 4, false>(job, o, i0, i1, ahead, b.channel_begin + c, N,
+                                              out1 + c, out2 + c);
       for (; c + N <= channels; c += N)
         reduce_tile<R, T, Weighted, 1, false>(job, o, i0, i1, ahead, b.channel_begin + c, N, out1 + c,
                                               out2 + c);
@@ -344,12 +502,34 @@ void reduce_columns(const Job& job, const Block& b, double* out1, double* out2) 
 template <class T, class P, int E, bool Weighted, int Mode>
 void reduce(const Job& job, const Block& b, double* out1, double* out2) {
   using R = Reduction<T, P, E, Weighted, Mode>;
+  using Plain = Reduction<T, P, E, false, Mode>;
   // Three registers a vector of channels: 8 of them fill 32 registers, 4 of them 16.
-  constexpr int tile = D == 8 && !R::runs ? 8 : 4;
-  if (job.rows)
+  constexpr int tile = D == 8 ? 8 : 4;
+  auto clear = [](double* out, index n) { std::memset(out, 0, std::size_t(n) * sizeof(double)); };
+  const Columns::Members alone = {&Job::center};
+  const Columns::Members with_z = {&Job::center, &Job::shift, &Job::scale, &Job::offset};
+  const Columns::Members& used = E != plain && Mode != forward ? with_z : alone;
+  auto columns = [&](const Columns& k) {
+    alignas(64) double sums1[widest], sums2[widest];
+    clear(sums1, k.block.channel_end);
+    clear(sums2, k.block.channel_end);
+    reduce_columns<Plain, T, false, tile>(k.job, k.block, sums1, sums2);
+    k.each_column([&](index v, index c) {
+      out1[c - b.channel_begin] += sums1[v];
+      out2[c - b.channel_begin] += sums2[v];
+    });
+  };
+  clear(out1, b.channel_end - b.channel_begin);
+  clear(out2, b.channel_end - b.channel_begin);
+  if (!job.rows) {
+    // Not cut where lines begin: the order of summation should not depend on an address.
+    each_of_columns(job, b, nullptr, 64, used, columns, [&](const Block& part) {
+      const index at = part.channel_begin - b.channel_begin;
+      reduce_columns<R, T, Weighted, tile>(job, part, out1 + at, out2 + at);
+    });
+  } else if (!each_of_short_rows(job, b, job.x, used, columns)) {
     reduce_rows<R, T, Weighted>(job, b, out1, out2);
-  else
-    reduce_columns<R, T, Weighted, tile>(job, b, out1, out2);
+  }
 }
 
 // ---- applications -------------------------------------------------------------------------------
@@ -360,6 +540,7 @@ struct Application {
   static constexpr bool backward = Mode != forward;
   using V = Vec<P, N>;
   Coefficients<P, N, E, Mode> k;
+  bool stream = false;  // whole vectors past the cache: `out` and out_residual are aligned
 
   template <bool Part>
   BN_INLINE void at(const Pointers<T>& p, index i, index n, V w, const Slope<P>& slope, T* out,
@@ -374,7 +555,7 @@ struct Application {
       V y = z;
       if constexpr (E != plain) y = activate<P, N>(z, slope);
       if constexpr (Weighted) y = where_weighted<P, N>(w, y);
-      write<N, Part>(out + i, y, n);
+      put<Part>(out + i, y, n);
     } else {
       V g = read<P, N, Part>(p.grad + i, n);
       if constexpr (E != plain) g = activate_gradient<P, N>(z, g, slope);
@@ -382,7 +563,7 @@ struct Application {
         if (out_residual) {
           V gr = g;
           if constexpr (Weighted) gr = where_weighted<P, N>(w, gr);
-          write<N, Part>(out_residual + i, gr, n);
+          put<Part>(out_residual + i, gr, n);
         }
       }
       if constexpr (Mode == backward_batch) {
@@ -394,164 +575,179 @@ struct Application {
       }
       g = g * k.scale;
       if constexpr (Weighted) g = where_weighted<P, N>(w, g);
-      write<N, Part>(out + i, g, n);
+      put<Part>(out + i, g, n);
     }
   }
-};
 
-constexpr index scratch_bytes = 4096;
+ private:
+  template <bool Part>
+  BN_INLINE void put(T* p, V v, index n) const {
+    if (!Part && stream)
+      store_past_cache<N>(p, v);
+    else
+      write<N, Part>(p, v, n);
+  }
+};
 
 // The coefficients of some channels side by side, rounded to the type of the last step once for
 // all rows of a block.
 template <class P>
 struct CoefficientTable {
-  static constexpr index capacity = 1024;
+  static constexpr index capacity = widest;
   alignas(64) P shift[capacity], scale[capacity], offset[capacity], tilt[capacity],
       level[capacity];
 
-  void fill(const Job& j, index c0, index width, bool backward) {
+  CoefficientTable(const Job& j, index c0, index width, bool two) {
     const auto round = [&](const double* from, P* to) {
       for (index c = 0; c < width; ++c) to[c] = P(from[c0 + c]);
     };
     round(j.shift, shift);
     round(j.scale, scale);
     round(j.offset, offset);
-    if (!backward) return;
+    if (!two) return;
     round(j.tilt, tilt);
     round(j.level, level);
   }
 };
 
+// How many of n values to write before those that go past the cache; n if none do.
+template <class T>
+index before_stream(const Job& job, const T* out, const T* out_residual, index n) {
+  if (!job.stream || (out_residual && offset_in_line(out_residual) != offset_in_line(out))) return n;
+  return std::min(n, values_to_line(reinterpret_cast<const char*>(out), sizeof(T)));
+}
+
 template <class A, class T, class P, bool Weighted>
 void apply_rows(const Job& job, const Block& b) {
   constexpr int N = A::N;
   using V = Vec<P, N>;
-  constexpr index capacity = scratch_bytes / index(sizeof(T));
-  alignas(64) T scratch[capacity];
-  alignas(64) T scratch_residual[capacity];
   const Slope<P> slope(job.epilogue);
   const index length = b.inner_end - b.inner_begin;
   for (index o = b.outer_begin; o < b.outer_end; ++o)
     for (index c = b.channel_begin; c < b.channel_end; ++c) {
       A a;
       a.k.of_channel(job, c);
-      for (index begin = 0, n; begin < length; begin += n) {
-        const Pointers<T> p(job, o, b.inner_begin + begin, c);
-        // Pieces end where lines of the output end, so that lines are written whole.
-        n = length - begin;
-        if (job.stream && n > capacity) n = capacity - index(offset_in_line(p.out) / sizeof(T));
-        T* out = job.stream ? scratch : p.out;
-        T* out_residual = job.stream && p.out_residual ? scratch_residual : p.out_residual;
-        auto weight = [&](index i, auto part, index m) {
-          if constexpr (Weighted) {
-            return read<P, N, decltype(part)::value>(p.weights + i, m);
-          } else {
-            return V{};
-          }
-        };
-        index i = 0;
-        for (; i + N <= n; i += N)
-          a.template at<false>(p, i, N, weight(i, std::false_type{}, N), slope, out,
-                               out_residual);
-        if (i < n)
-          a.template at<true>(p, i, n - i, weight(i, std::true_type{}, n - i), slope, out,
-                              out_residual);
-        if (job.stream) {
-          stream_out(reinterpret_cast<char*>(p.out), reinterpret_cast<const char*>(scratch),
-                     std::size_t(n) * sizeof(T));
-          if (p.out_residual)
-            stream_out(reinterpret_cast<char*>(p.out_residual),
-                       reinterpret_cast<const char*>(scratch_residual),
-                       std::size_t(n) * sizeof(T));
-        }
-      }
+      const Pointers<T> p(job, o, b.inner_begin, c);
+      auto some = [&](index i, auto part, index n) {
+        constexpr bool Part = decltype(part)::value;
+        V w{};
+        if constexpr (Weighted) w = read<P, N, Part>(p.weights + i, n);
+        a.template at<Part>(p, i, n, w, slope, p.out, p.out_residual);
+      };
+      auto values = [&](index i, index end) {
+        for (; i + N <= end; i += N) some(i, std::false_type{}, N);
+        if (i < end) some(i, std::true_type{}, end - i);
+      };
+      const index first = before_stream(job, p.out, p.out_residual, length);
+      values(0, first);
+      if (first == length) continue;
+      a.stream = true;
+      values(first, length);
     }
 }
 
-// `Tile` vectors of channels over rows [i0, i1); row i is written at out + (i - i0) * pitch.
+// `Tile` vectors of channels from c on, over all rows.
 template <class A, class T, class P, bool Weighted, int Tile, bool Part>
-BN_INLINE void apply_tile(const Job& job, const CoefficientTable<P>& table, index c0, index o,
-                          index i0, index i1, index c, index n, T* out, index pitch,
-                          T* out_residual, index pitch_residual) {
+BN_INLINE void apply_tile(const Job& job, const Block& b, const CoefficientTable<P>& table, index o,
+                          index c, index n, bool stream) {
   constexpr int N = A::N;
   using V = Vec<P, N>;
   const Slope<P> slope(job.epilogue);
   A a[Tile];
   BN_UNROLL
-  for (int t = 0; t < Tile; ++t) a[t].k.template of_channels<Part>(table, c - c0 + t * N, n);
-  Pointers<T> p(job, o, i0, c);
-  for (index i = i0; i < i1; ++i, p.next_row(job)) {
+  for (int t = 0; t < Tile; ++t) {
+    a[t].k.template of_channels<Part>(table, c + t * N, n);
+    a[t].stream = stream;
+  }
+  Pointers<T> p(job, o, b.inner_begin, b.channel_begin + c);
+  T *out = p.out, *out_residual = p.out_residual;
+  for (index i = b.inner_begin; i < b.inner_end; ++i, p.next_row(job)) {
     V w{};
     if constexpr (Weighted) w = splat<P, N>(*p.weights);
     BN_UNROLL
     for (int t = 0; t < Tile; ++t)
       a[t].template at<Part>(p, t * N, n, w, slope, out, out_residual);
-    out += pitch;
-    if (out_residual) out_residual += pitch_residual;
+    out += job.out.inner;
+    if (out_residual) out_residual += job.out_residual.inner;
   }
+}
+
+// Channels [c, end) of one row.
+template <class A, class T, class P, bool Weighted>
+BN_INLINE void apply_row(const Job& job, const Block& b, const CoefficientTable<P>& table, index o,
+                         index i, index c, index end) {
+  constexpr int N = A::N;
+  using V = Vec<P, N>;
+  const Slope<P> slope(job.epilogue);
+  const Pointers<T> p(job, o, i, b.channel_begin);
+  V w{};
+  if constexpr (Weighted) w = splat<P, N>(*p.weights);
+  A a;
+  auto values = [&](index stop) {
+    for (; c + N <= stop; c += N) {
+      a.k.template of_channels<false>(table, c, N);
+      a.template at<false>(p, c, N, w, slope, p.out, p.out_residual);
+    }
+    if (c < stop) {
+      a.k.template of_channels<true>(table, c, stop - c);
+      a.template at<true>(p, c, stop - c, w, slope, p.out, p.out_residual);
+      c = stop;
+    }
+  };
+  values(c + before_stream(job, p.out + c, p.out_residual ? p.out_residual + c : nullptr, end - c));
+  a.stream = true;
+  values(end);
 }
 
 template <class A, class T, class P, bool Weighted>
 void apply_columns(const Job& job, const Block& b) {
   constexpr int N = A::N;
   constexpr int tile = 4;
-  constexpr index capacity = scratch_bytes / index(sizeof(T));
-  alignas(64) T scratch[capacity];
-  alignas(64) T scratch_residual[capacity];
-  // Rows whose distance is a power of two fall on the same cache sets, so few are open at once.
-  constexpr index rows = 2;
-  const index limit = job.stream ? capacity / rows : CoefficientTable<P>::capacity;
-  CoefficientTable<P> table;
-  for (index c0 = b.channel_begin; c0 < b.channel_end; c0 += limit) {
-    const index width = c0 + limit < b.channel_end ? limit : b.channel_end - c0;
-    table.fill(job, c0, width, A::backward);
-    index step = capacity / width;
-    if (step < rows) step = rows;
-    for (index o = b.outer_begin; o < b.outer_end; ++o)
-      for (index i0 = b.inner_begin; i0 < b.inner_end; i0 += step) {
-        const index i1 = i0 + step < b.inner_end ? i0 + step : b.inner_end;
-        const Pointers<T> p(job, o, i0, c0);
-        T* out = job.stream ? scratch : p.out;
-        T* out_residual = job.stream && p.out_residual ? scratch_residual : p.out_residual;
-        const index pitch = job.stream ? width : job.out.inner;
-        const index pitch_residual = job.stream ? width : job.out_residual.inner;
-        auto second = [&](index c) { return out_residual ? out_residual + c : nullptr; };
-        index c = 0;
-        for (; c + tile * N <= width; c += tile * N)
-          apply_tile<A, T, P, Weighted, tile, false>(job, table, c0, o, i0, i1, c0 + c, N, out + c, pitch,
-                                                     second(c), pitch_residual);
-        for (; c + N <= width; c += N)
-          apply_tile<A, T, P, Weighted, 1, false>(job, table, c0, o, i0, i1, c0 + c, N, out + c, pitch,
-                                                  second(c), pitch_residual);
-        if (c < width)
-          apply_tile<A, T, P, Weighted, 1, true>(job, table, c0, o, i0, i1, c0 + c, width - c, out + c,
-                                                 pitch, second(c), pitch_residual);
-        if (job.stream) {
-          auto flush = [&](T* to, index row, const T* from) {
-            const std::size_t bytes = std::size_t(width) * sizeof(T);
-            if (row == width) {
-              stream_out(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(from),
-                         bytes * std::size_t(i1 - i0));
-            } else {
-              for (index i = 0; i < i1 - i0; ++i)
-                stream_out(reinterpret_cast<char*>(to + i * row),
-                           reinterpret_cast<const char*>(from + i * width), bytes);
-            }
-          };
-          flush(p.out, job.out.inner, scratch);
-          if (p.out_residual) flush(p.out_residual, job.out_residual.inner, scratch_residual);
-        }
+  const index width = b.channel_end - b.channel_begin;
+  const CoefficientTable<P> table(job, b.channel_begin, width, A::backward);
+  for (index o = b.outer_begin; o < b.outer_end; ++o) {
+    if (width <= tile * N) {  // registers hold the coefficients
+      const Pointers<T> p(job, o, b.inner_begin, b.channel_begin);
+      const bool stream = before_stream(job, p.out, p.out_residual, width) == 0 &&
+                          job.out.inner * index(sizeof(T)) % 64 == 0 &&
+                          job.out_residual.inner * index(sizeof(T)) % 64 == 0;
+      index c = 0;
+      if (width == tile * N) {
+        apply_tile<A, T, P, Weighted, tile, false>(job, b, table, o, c, N, stream);
+        continue;
       }
+      for (; c + N <= width; c += N)
+        apply_tile<A, T, P, Weighted, 1, false>(job, b, table, o, c, N, stream);
+      if (c < width) apply_tile<A, T, P, Weighted, 1, true>(job, b, table, o, c, width - c, stream);
+      continue;
+    }
+    // Row by row, as memory has them; but where the first-level cache does not hold the
+    // coefficients of a row, two share what it does hold.
+    constexpr index held = 1024;
+    const index together = width <= held ? 1 : 2;
+    for (index first = b.inner_begin; first < b.inner_end; first += together) {
+      const index last = std::min(b.inner_end, first + together);
+      for (index c = 0; c < width; c += held)
+        for (index i = first; i < last; ++i)
+          apply_row<A, T, P, Weighted>(job, b, table, o, i, c, std::min(width, c + held));
+    }
   }
 }
 
 template <class T, class P, int E, bool Weighted, int Mode>
 void apply(const Job& job, const Block& b) {
   using A = Application<T, P, E, Weighted, Mode>;
-  if (job.rows)
+  using Plain = Application<T, P, E, false, Mode>;
+  const Columns::Members forwards = {&Job::shift, &Job::scale, &Job::offset};
+  const Columns::Members backwards = {&Job::shift, &Job::scale, &Job::offset, &Job::tilt,
+                                      &Job::level};
+  const Columns::Members& used = A::backward ? backwards : forwards;
+  auto columns = [](const Columns& k) { apply_columns<Plain, T, P, false>(k.job, k.block); };
+  if (!job.rows)
+    each_of_columns(job, b, &job.out, 4 * A::N, used, columns,
+                    [&](const Block& part) { apply_columns<A, T, P, Weighted>(job, part); });
+  else if (!each_of_short_rows(job, b, job.out, used, columns))
     apply_rows<A, T, P, Weighted>(job, b);
-  else
-    apply_columns<A, T, P, Weighted>(job, b);
   if (job.stream) stream_end();
 }
 

@@ -1,9 +1,14 @@
 // The kernels of kernels.hpp on whole arrays: partition, threads, and every decision that touches
 // accuracy. The loops over elements are block.cpp's.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <memory>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "half.hpp"
 #include "kernels.hpp"
@@ -61,17 +66,39 @@ bool fits_float32(double v) {
   return a == 0 || (a > 1e-30 && a < 1e30) || !(a - a == 0);  // or not finite in either
 }
 
+// Each thread has a stretch of neighbouring tasks, because a core reads twice as fast what it read
+// before and what follows it than what the tasks of another leave it; one that is done early, its
+// neighbour being held up by another program, helps out. `backwards`: from the end of each stretch,
+// where an earlier pass over the same tasks ended, and what it read is still in the cache.
 template <class Body>
-void parallel(index tasks, index values, const Body& body) {
+void parallel(index tasks, index values, bool backwards, const Body& body) {
   const int wanted = values < serial_below ? 1 : int(std::min<index>(tasks, usable_threads()));
   if (wanted <= 1) {
-    for (index t = 0; t < tasks; ++t) body(t);
+    for (index t = 0; t < tasks; ++t) body(backwards ? tasks - 1 - t : t);
     return;
   }
 #ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic, 1) num_threads(wanted)
+  struct alignas(line) Stretch {
+    std::atomic<index> next;
+    index begin, end;
+  };
+  std::unique_ptr<Stretch[]> stretches(new Stretch[std::size_t(wanted)]);
+  for (int k = 0; k < wanted; ++k) {
+    stretches[k].begin = tasks * k / wanted;
+    stretches[k].next.store(stretches[k].begin, std::memory_order_relaxed);
+    stretches[k].end = tasks * (k + 1) / wanted;
+  }
+#pragma omp parallel num_threads(wanted)
+  {
+    const int first = omp_get_thread_num();
+    for (int k = 0; k < wanted; ++k) {
+      Stretch& s = stretches[(first + k) % wanted];
+      index t;
+      while ((t = s.next.fetch_add(1, std::memory_order_relaxed)) < s.end)
+        body(backwards ? s.begin + s.end - 1 - t : t);
+    }
+  }
 #endif
-  for (std::int64_t t = 0; t < tasks; ++t) body(t);
 }
 
 // One call on its way through the kernels.
@@ -104,12 +131,19 @@ class Call {
     job_.weights = seen[Weights];
     job_.out = seen[Out];
     job_.out_residual = seen[OutResidual];
+    job_.dense = !weights;
+    for (int k = 0; k < Weights; ++k) {
+      if (!seen[k].data) continue;
+      const index gap = layout_.rows ? seen[k].channel - layout_.inners
+                                     : seen[k].inner - layout_.channels;
+      job_.dense = job_.dense && gap == 0;
+    }
     values_ = layout_.per_channel() * layout_.channels;
-    const index bytes = values_ * size_of(x.dtype);
-    const bool pieces = layout_.rows ? layout_.inners * size_of(x.dtype) >= 1024
-                                     : layout_.channels * size_of(x.dtype) >= line;
-    job_.stream = bytes > last_level_cache() && pieces;
     inputs_ = 1 + (grad ? 1 : 0) + (residual ? 1 : 0);
+    const index touched = inputs_ + (out ? 1 : 0) + (out_residual ? 1 : 0);
+    const bool pieces = job_.dense || (layout_.rows ? layout_.inners * size_of(x.dtype) >= 1024
+                                                    : layout_.channels * size_of(x.dtype) >= line);
+    job_.stream = values_ * size_of(x.dtype) * touched > last_level_cache() && pieces;
 
     const index c = layout_.channels;
     wide_.assign(std::size_t(c), 0);
@@ -252,20 +286,20 @@ class Call {
     }
     const Partition p(layout_, two_pass_step());
     if (reduce) {
-      parallel(p.channel_blocks, values_, [&](index k) {
+      parallel(p.channel_blocks, values_, false, [&](index k) {
         const Block b = p.block(layout_, 0, k);
         begin(b.channel_begin, b.channel_end);
       });
       const index c = channels();
       std::vector<double> partial(std::size_t(p.chunks() * c * 2));
       const index tasks = p.chunks() * p.channel_blocks;
-      parallel(tasks, values_, [&](index t) {
+      parallel(tasks, values_, false, [&](index t) {
         const index chunk = t / p.channel_blocks;
         const Block b = p.block(layout_, chunk, t % p.channel_blocks);
         double* first = partial.data() + chunk * 2 * c + b.channel_begin;
         reduce_by_width(reduce, b, first, first + c);
       });
-      parallel(p.channel_blocks, values_, [&](index k) {
+      parallel(p.channel_blocks, values_, false, [&](index k) {
         const Block b = p.block(layout_, 0, k);
         for (index at = b.channel_begin; at < b.channel_end; ++at) first_[at] = second_[at] = 0;
         for (index chunk = 0; chunk < p.chunks(); ++chunk)
@@ -279,9 +313,7 @@ class Call {
     if (!apply) return;
     coefficients(0, channels());
     const index tasks = p.chunks() * p.channel_blocks;
-    parallel(tasks, values_, [&](index t) {
-      // Backwards where x was just read forwards: its end is what the cache still holds.
-      const index k = reduce ? tasks - 1 - t : t;
+    parallel(tasks, values_, reduce != nullptr, [&](index k) {
       apply_by_width(apply, p.block(layout_, k / p.channel_blocks, k % p.channel_blocks));
     });
   }
@@ -291,7 +323,7 @@ class Call {
                  const Finish& finish, const CoefficientsOf& coefficients) {
     const index step = p.channel_step;
     std::vector<double> partial(std::size_t(p.channel_blocks * step * 2));
-    parallel(p.channel_blocks, values_, [&](index k) {
+    parallel(p.channel_blocks, values_, false, [&](index k) {
       const Block whole = p.block(layout_, 0, k);
       const index c0 = whole.channel_begin, c1 = whole.channel_end;
       begin(c0, c1);
@@ -325,7 +357,7 @@ class Call {
   index two_pass_step() const {
     return layout_.rows ? std::max<index>(1, std::min<index>(channels(), rows_chunk /
                                                              std::max<index>(1, layout_.inners)))
-                        : std::min<index>(channels(), 4096);
+                        : std::min<index>(channels(), 2048);
   }
   // Only where channels lie apart. Side by side, a block of them is a narrow strip down the rows,
   // whose pieces fall on few cache sets where a row is a power of two long; two passes over whole
@@ -592,7 +624,7 @@ void copy(void* to, const void* from, std::size_t bytes) {
   const index tasks = ceil_div(index(bytes), piece);
   const InstructionSet& isa = current_instruction_set();
   const bool stream = index(bytes) > last_level_cache();
-  parallel(tasks, index(bytes) / 4, [&](index t) {
+  parallel(tasks, index(bytes) / 4, false, [&](index t) {
     const std::size_t at = std::size_t(t * piece);
     isa.copy(static_cast<char*>(to) + at, static_cast<const char*>(from) + at,
              std::min<std::size_t>(std::size_t(piece), bytes - at), stream);

@@ -123,7 +123,8 @@ struct Block {
 };
 
 struct Job {
-  bool rows = true;  // rows: inner is contiguous; otherwise channels are
+  bool rows = true;   // rows: inner is contiguous; otherwise channels are
+  bool dense = false;  // and rows follow one another without a gap, with no weights to skip
   DType dtype = DType::f32;
   bool wide = false;  // the last step in float64 although x is narrower
   bool batch_statistics = true;  // backward only: false in evaluation

@@ -312,16 +312,38 @@ BN_INLINE Vec<P, N> nan_or_zero(Vec<P, N> z) {
 #endif
 }
 
+// Lanes [k * D, k * D + D) of a vector of float32, as float64. Through registers: a vector whose
+// address is taken is kept in memory, every addition to it included.
+template <int N, class V>
+BN_INLINE Vec<double, D> widen_lanes(V v, int k) {
+#if defined(BN_AVX512)
+  if constexpr (N == 16) {
+    const __m256 half = k == 0 ? _mm512_castps512_ps256((__m512)v)
+                               : _mm512_extractf32x8_ps((__m512)v, 1);
+    return (Vec<double, 8>)_mm512_cvtps_pd(half);
+  } else
+#elif defined(__AVX2__)
+  if constexpr (N == 8) {
+    const __m128 half = k == 0 ? _mm256_castps256_ps128((__m256)v)
+                               : _mm256_extractf128_ps((__m256)v, 1);
+    return (Vec<double, 4>)_mm256_cvtps_pd(half);
+  } else
+#endif
+  {
+    float lane[N];
+    std::memcpy(lane, &v, sizeof(lane));
+    return load<double, D>(lane + k * D);
+  }
+}
+
 // A vector of sums as D lanes of float64.
 template <int N, class V>
 BN_INLINE Vec<double, D> fold(V v) {
   if constexpr (std::is_same<V, Vec<double, D>>::value) {
     return v;
   } else {
-    float lane[N];
-    std::memcpy(lane, &v, sizeof(lane));
-    Vec<double, D> sum = load<double, D>(lane);
-    for (int i = D; i < N; i += D) sum += load<double, D>(lane + i);
+    Vec<double, D> sum = widen_lanes<N>(v, 0);
+    for (int k = 1; k < N / D; ++k) sum += widen_lanes<N>(v, k);
     return sum;
   }
 }
@@ -335,16 +357,16 @@ BN_INLINE double sum_lanes(Vec<double, D> v) {
   return lane[0];
 }
 
-// p[i] += v[i] for the first n <= N lanes of float32.
-template <int N, class V>
+// p[i] += v[i] for the first n <= N lanes.
+template <int N, bool Part, class V>
 BN_INLINE void add_to(double* p, V v, index n) {
-  float lane[N];
-  std::memcpy(lane, &v, sizeof(lane));
-  if (n == N) {
-    for (int i = 0; i < N; i += D)
-      store<D>(p + i, load<double, D>(p + i) + load<double, D>(lane + i));
+  if constexpr (Part) {
+    for (index i = 0; i < n; ++i) p[i] += double(v[i]);
+  } else if constexpr (std::is_same<V, Vec<double, D>>::value) {
+    store<D>(p, load<double, D>(p) + v);
   } else {
-    for (index i = 0; i < n; ++i) p[i] += double(lane[i]);
+    for (int k = 0; k < N / D; ++k)
+      store<D>(p + k * D, load<double, D>(p + k * D) + widen_lanes<N>(v, k));
   }
 }
 
@@ -377,6 +399,40 @@ static inline void stream_out(char* to, const char* from, std::size_t bytes) {
   }
 #endif
   if (bytes) std::memcpy(to, from, bytes);
+}
+
+// Write N lanes past the cache; `p` is aligned to a line, or to a vector within one.
+template <int N, class T, class V>
+BN_INLINE void store_past_cache(T* p, V v) {
+#if defined(__SSE2__)
+  alignas(64) T value[N];
+  store<N>(value, v);
+  constexpr int bytes = N * int(sizeof(T));
+#if defined(BN_AVX512)
+  if constexpr (bytes % 64 == 0) {
+    for (int k = 0; k < N; k += 64 / int(sizeof(T)))
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p + k), _mm512_load_si512(value + k));
+    return;
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (bytes % 32 == 0) {
+    for (int k = 0; k < N; k += 32 / int(sizeof(T)))
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p + k),
+                          _mm256_load_si256(reinterpret_cast<const __m256i*>(value + k)));
+    return;
+  }
+#endif
+  if constexpr (bytes % 16 == 0) {
+    for (int k = 0; k < N; k += 16 / int(sizeof(T)))
+      _mm_stream_si128(reinterpret_cast<__m128i*>(p + k),
+                       _mm_load_si128(reinterpret_cast<const __m128i*>(value + k)));
+  } else {
+    std::memcpy(p, value, sizeof(value));
+  }
+#else
+  store<N>(p, v);
+#endif
 }
 
 // Make streamed lines visible to other threads.
