@@ -203,10 +203,14 @@ void backward(Pass pass, nb::handle grad_y, nb::handle x, nb::handle grad_x, int
                        axis, count, st, af, e, s1.data(), s2.data());
 }
 
-nb::object take(std::size_t bytes) {
-  void* block = bn::take_block(bytes);
+nb::object take(std::size_t bytes, nb::handle like) {
+  constexpr std::size_t line = 64;
+  const View x(like, false, "like");
+  const std::size_t offset = reinterpret_cast<std::uintptr_t>(x.array().data) % line;
+  void* block = bn::take_block(bytes + line);
   nb::capsule owner(block, [](void* p) noexcept { bn::give_block(p); });
-  return nb::cast(nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(block, {bytes}, owner));
+  return nb::cast(nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(
+      static_cast<char*>(block) + offset, {bytes}, owner));
 }
 
 void copy(nb::handle to, nb::handle from) {
@@ -278,7 +282,9 @@ NB_MODULE(_core, m) {
   define("backward", Pass::apply);         // the sums are given
   define("backward_fused", Pass::both);    // the sums are made
 
-  m.def("take", &take, "bytes"_a, "Uninitialised memory for an output, as uint8.");
+  m.def("take", &take, "bytes"_a, "like"_a,
+        "Uninitialised memory for an output, as uint8, that lies in its cache lines as `like` does: "
+        "vectors of both then begin where lines do.");
   m.def("release_blocks", &bn::release_blocks);
   m.def("kept_bytes", &bn::kept_bytes);
   m.def("keep_at_most", &bn::keep_at_most, "bytes"_a);

@@ -3,11 +3,9 @@
 //
 // Two loops over two layouts. A reduction makes two float64 sums per channel; an application turns
 // elements of x into elements of y. Forward and backward differ only in the term they add or write.
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
-#include <memory>
 #include <type_traits>
 
 #if defined(__SSE2__)
@@ -205,7 +203,14 @@ struct Reduction {
 constexpr index widest = 2048;    // columns
 constexpr index short_row = 128;  // values of one channel
 
-inline index values_to_line(const char* p, index size) {
+// Room for the coefficients of a job over columns, of which there are five kinds.
+struct Storage {
+  alignas(64) double values[5 * widest];
+};
+
+static inline index smaller(index a, index b) { return a < b ? a : b; }
+
+static inline index values_to_line(const char* p, index size) {
   return index((64 - offset_in_line(p)) & 63) / size;
 }
 
@@ -221,22 +226,23 @@ struct Columns {
 
   // Rows that hold all `channels` of a block side by side, cut `phase` values after its first.
   static Columns cut(const Job& j, const Block& b, index phase, index width, index rows,
-                     Members used) {
+                     Members used, double* storage) {
     Columns k(j, b, 1, phase, width, rows);
     k.each_operand([&](Operand& a) {
       k.begin(a, b.outer_begin * a.outer + b.inner_begin * a.inner + b.channel_begin + phase, width);
     });
-    k.spread(used);
+    k.spread(used, storage);
     return k;
   }
 
   // Values [phase, phase + width) of the rows of a block's channels, these taken one after the other.
-  static Columns of_rows(const Job& j, const Block& b, index phase, index width, Members used) {
+  static Columns of_rows(const Job& j, const Block& b, index phase, index width, Members used,
+                         double* storage) {
     Columns k(j, b, b.inner_end, phase, width, b.outer_end - b.outer_begin);
     k.each_operand([&](Operand& a) {
       k.begin(a, b.outer_begin * a.outer + b.channel_begin * a.channel + phase, a.outer);
     });
-    k.spread(used);
+    k.spread(used, storage);
     return k;
   }
 
@@ -268,22 +274,20 @@ struct Columns {
     for (Operand* a : {&job.x, &job.grad, &job.residual, &job.out, &job.out_residual})
       if (a->data) visit(*a);
   }
-  void spread(Members used) {
+  void spread(Members used, double* to) {
     const index width = block.channel_end;
-    values_.reset(new double[used.size() * std::size_t(width)]);
-    double* to = values_.get();
     for (Member m : used) {
       const double* from = job.*m + channel_begin;
       index c = phase / each % channels;
       for (index v = 0, e = phase % each; v < width; e = 0) {
         index n;
         if (each == 1) {  // up to the last channel, and then from the first
-          n = std::min(channels - c, width - v);
-          std::copy_n(from + c, n, to + v);
+          n = smaller(channels - c, width - v);
+          std::memcpy(to + v, from + c, std::size_t(n) * sizeof(double));
           c = 0;
         } else {
-          n = std::min(each - e, width - v);
-          std::fill_n(to + v, n, from[c]);
+          n = smaller(each - e, width - v);
+          for (index k = 0; k < n; ++k) to[v + k] = from[c];
           c = c + 1 == channels ? 0 : c + 1;
         }
         v += n;
@@ -292,7 +296,6 @@ struct Columns {
       to += width;
     }
   }
-  std::unique_ptr<double[]> values_;
 };
 
 // Visit a block of short rows as columns, cut where lines of `a` begin; false if it is none.
@@ -304,9 +307,10 @@ bool each_of_short_rows(const Job& job, const Block& b, const Operand& a, Column
   const index all = (b.channel_end - b.channel_begin) * b.inner_end;
   index width = values_to_line(
       a.data + (b.outer_begin * a.outer + b.channel_begin * a.channel) * size, size);
+  Storage storage;
   for (index v = 0; v < all; v += width, width = widest / 2) {
     if (width > all - v) width = all - v;
-    if (width > 0) visit(Columns::of_rows(job, b, v, width, used));
+    if (width > 0) visit(Columns::of_rows(job, b, v, width, used, storage.values));
   }
   return true;
 }
@@ -327,7 +331,8 @@ void each_of_columns(const Job& job, const Block& b, const Operand* a, index nar
       size);
   const index rows = (all - phase) / width;
   if (rows < 2 || (phase == 0 && width == channels)) return rest(b);
-  visit(Columns::cut(job, b, phase, width, rows, used));
+  Storage storage;
+  visit(Columns::cut(job, b, phase, width, rows, used, storage.values));
   auto leftover = [&](index from, index to) {
     while (from < to) {
       Block part = b;
@@ -335,7 +340,7 @@ void each_of_columns(const Job& job, const Block& b, const Operand* a, index nar
       part.channel_begin += from % channels;
       index n = (to - from) / channels;  // whole rows
       if (from % channels || n == 0) {
-        n = std::min(channels - from % channels, to - from);
+        n = smaller(channels - from % channels, to - from);
         part.inner_end = part.inner_begin + 1;
         part.channel_end = part.channel_begin + n;
         from += n;
@@ -614,7 +619,7 @@ struct CoefficientTable {
 template <class T>
 index before_stream(const Job& job, const T* out, const T* out_residual, index n) {
   if (!job.stream || (out_residual && offset_in_line(out_residual) != offset_in_line(out))) return n;
-  return std::min(n, values_to_line(reinterpret_cast<const char*>(out), sizeof(T)));
+  return smaller(n, values_to_line(reinterpret_cast<const char*>(out), sizeof(T)));
 }
 
 template <class A, class T, class P, bool Weighted>
@@ -726,10 +731,10 @@ void apply_columns(const Job& job, const Block& b) {
     constexpr index held = 1024;
     const index together = width <= held ? 1 : 2;
     for (index first = b.inner_begin; first < b.inner_end; first += together) {
-      const index last = std::min(b.inner_end, first + together);
+      const index last = smaller(b.inner_end, first + together);
       for (index c = 0; c < width; c += held)
         for (index i = first; i < last; ++i)
-          apply_row<A, T, P, Weighted>(job, b, table, o, i, c, std::min(width, c + held));
+          apply_row<A, T, P, Weighted>(job, b, table, o, i, c, smaller(width, c + held));
     }
   }
 }

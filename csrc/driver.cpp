@@ -237,27 +237,40 @@ class Call {
     // computed: the same coefficients, at the same width.
     normalizing(0, channels(), affine);
     std::copy_n(shift_, channels(), center_);
-    // What the sums about center_ leave of the mean.
-    auto rest = [&](index c) { return (mean_[c] - center_[c]) + mean_low(c); };
     auto finish = [&](index c0, index c1) {
+      const double *first = first_, *second = second_, *inv_std = inv_std_, *center = center_;
+      int finite = 1;
+      for (index c = c0; c < c1; ++c)
+        finite &= (first[c] - first[c] == 0) & (second[c] - second[c] == 0);
+      // Products of finite values may exceed float32, whose runs are summed; once more then.
+      for (index c = c0; !finite && c < c1; ++c) {
+        if (std::isfinite(first[c]) && std::isfinite(second[c])) continue;
+        wide_[std::size_t(c)] = 1;
+        sum_again(c);
+      }
       for (index c = c0; c < c1; ++c) {
-        // Products of finite values may exceed float32, whose runs are summed; once more then.
-        if (!std::isfinite(first_[c]) || !std::isfinite(second_[c])) {
-          wide_[std::size_t(c)] = 1;
-          sum_again(c);
-        }
-        sum_grad[c] = first_[c];
-        sum_grad_x_hat[c] = inv_std_[c] * (second_[c] - rest(c) * first_[c]);
+        // What the sums about center leave of the mean.
+        const double rest = (mean_[c] - center[c]) + mean_low(c);
+        sum_grad[c] = first[c];
+        sum_grad_x_hat[c] = inv_std[c] * (second[c] - rest * first[c]);
       }
     };
     auto coefficients = [&](index c0, index c1) {
+      double *tilt = tilt_, *level = level_;
+      const double *inv_std = inv_std_, *shift = shift_;
+      const bool fixed = count == 0;  // statistics that do not depend on x
+      int all_fit = 1;
       for (index c = c0; c < c1; ++c) {
-        if (wide_[std::size_t(c)]) normalizing_in_float64(c, affine);
-        tilt_[c] = level_[c] = 0;
-        if (count == 0) continue;
-        tilt_[c] = inv_std_[c] * sum_grad_x_hat[c] / count;
-        if (!wide_[std::size_t(c)] && !fits_float32(tilt_[c])) normalizing_in_float64(c, affine);
-        level_[c] = sum_grad[c] / count - rest_of_mean(c) * tilt_[c];
+        tilt[c] = fixed ? 0 : inv_std[c] * sum_grad_x_hat[c] / count;
+        const double a = std::fabs(tilt[c]);
+        all_fit &= (a == 0) | ((a < 1e30) & (a > 1e-30));
+      }
+      for (index c = c0; c < c1; ++c)
+        if (wide_[std::size_t(c)] || (!all_fit && !fits_float32(tilt[c])))
+          normalizing_in_float64(c, affine);
+      for (index c = c0; c < c1; ++c) {
+        const double rest = (mean_[c] - shift[c]) + mean_low(c);
+        level[c] = fixed ? 0 : sum_grad[c] / count - rest * tilt[c];
       }
     };
     run(reduce ? isa_.reduce_backward : nullptr, apply ? isa_.apply_backward : nullptr, nothing,
@@ -291,12 +304,13 @@ class Call {
         begin(b.channel_begin, b.channel_end);
       });
       const index c = channels();
-      std::vector<double> partial(std::size_t(p.chunks() * c * 2));
+      // Each task writes its part of it; zeros first would be one more pass.
+      const std::unique_ptr<double[]> partial(new double[std::size_t(p.chunks() * c * 2)]);
       const index tasks = p.chunks() * p.channel_blocks;
       parallel(tasks, values_, false, [&](index t) {
         const index chunk = t / p.channel_blocks;
         const Block b = p.block(layout_, chunk, t % p.channel_blocks);
-        double* first = partial.data() + chunk * 2 * c + b.channel_begin;
+        double* first = partial.get() + chunk * 2 * c + b.channel_begin;
         reduce_by_width(reduce, b, first, first + c);
       });
       parallel(p.channel_blocks, values_, false, [&](index k) {
@@ -322,12 +336,12 @@ class Call {
   void run_fused(const Partition& p, Reduce reduce, Apply apply, const Begin& begin,
                  const Finish& finish, const CoefficientsOf& coefficients) {
     const index step = p.channel_step;
-    std::vector<double> partial(std::size_t(p.channel_blocks * step * 2));
+    const std::unique_ptr<double[]> partial(new double[std::size_t(p.channel_blocks * step * 2)]);
     parallel(p.channel_blocks, values_, false, [&](index k) {
       const Block whole = p.block(layout_, 0, k);
       const index c0 = whole.channel_begin, c1 = whole.channel_end;
       begin(c0, c1);
-      double* first = partial.data() + k * step * 2;
+      double* first = partial.get() + k * step * 2;
       double* second = first + step;
       for (index c = c0; c < c1; ++c) first_[c] = second_[c] = 0;
       for (index chunk = 0; chunk < p.chunks(); ++chunk) {

@@ -175,7 +175,7 @@ def empty_like(x: Array) -> Array:
     """
     if x.nbytes < _POOLED_BYTES:
         return np.empty_like(x, subok=False)
-    memory = _core.take(x.nbytes)
+    memory = _core.take(x.nbytes, seen(x))
     if x.flags.c_contiguous:
         flat: Array = np.ndarray(x.shape, x.dtype, memory)
         return flat
