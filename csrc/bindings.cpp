@@ -204,10 +204,10 @@ void backward(Pass pass, nb::handle grad_y, nb::handle x, nb::handle grad_x, int
 }
 
 nb::object take(std::size_t bytes, nb::handle like) {
-  constexpr std::size_t line = 64;
+  constexpr std::size_t page = 4096;
   const View x(like, false, "like");
-  const std::size_t offset = reinterpret_cast<std::uintptr_t>(x.array().data) % line;
-  void* block = bn::take_block(bytes + line);
+  const std::size_t offset = reinterpret_cast<std::uintptr_t>(x.array().data) % page;
+  void* block = bn::take_block(bytes + page);
   nb::capsule owner(block, [](void* p) noexcept { bn::give_block(p); });
   return nb::cast(nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(
       static_cast<char*>(block) + offset, {bytes}, owner));
@@ -283,8 +283,8 @@ NB_MODULE(_core, m) {
   define("backward_fused", Pass::both);    // the sums are made
 
   m.def("take", &take, "bytes"_a, "like"_a,
-        "Uninitialised memory for an output, as uint8, that lies in its cache lines as `like` does: "
-        "vectors of both then begin where lines do.");
+        "Uninitialised memory for an output, as uint8, that lies in its page as `like` does: then "
+        "vectors of both begin where cache lines do, and no load seems to wait for a store.");
   m.def("release_blocks", &bn::release_blocks);
   m.def("kept_bytes", &bn::kept_bytes);
   m.def("keep_at_most", &bn::keep_at_most, "bytes"_a);

@@ -107,6 +107,7 @@ template <class P, int N, int E, int Mode>
 struct Coefficients {
   Vec<P, N> shift, scale, offset, tilt, level;
 
+  // `get` makes a vector of what the source calls shift, scale and so on.
   template <class Source, class Get>
   BN_INLINE void take(const Source& j, Get get) {
     constexpr bool z = Mode == forward || E != plain;
@@ -594,25 +595,33 @@ struct Application {
   }
 };
 
-// The coefficients of some channels side by side, rounded to the type of the last step once for
-// all rows of a block.
-template <class P>
+// The coefficients of columns, rounded to the type of the last step once for all rows of a block:
+// those of N columns side by side, then those of the next N. In five arrays a power of two long
+// they would compete with one another, and with the rows, for the same lines of the first-level cache.
+template <class P, int N>
 struct CoefficientTable {
-  static constexpr index capacity = widest;
-  alignas(64) P shift[capacity], scale[capacity], offset[capacity], tilt[capacity],
-      level[capacity];
+  static constexpr int kinds = 5;
+  alignas(64) P values[kinds * (widest + N)];
 
   CoefficientTable(const Job& j, index c0, index width, bool two) {
-    const auto round = [&](const double* from, P* to) {
-      for (index c = 0; c < width; ++c) to[c] = P(from[c0 + c]);
-    };
-    round(j.shift, shift);
-    round(j.scale, scale);
-    round(j.offset, offset);
-    if (!two) return;
-    round(j.tilt, tilt);
-    round(j.level, level);
+    const double* from[kinds] = {j.shift, j.scale, j.offset, j.tilt, j.level};
+    for (int k = 0; k < (two ? kinds : 3); ++k)
+      for (index c = 0; c < width; c += N) {
+        P* to = values + c * kinds + k * N;
+        if (width - c >= N)
+          for (int i = 0; i < N; ++i) to[i] = P(from[k][c0 + c + i]);
+        else
+          for (index i = 0; i < N; ++i) to[i] = i < width - c ? P(from[k][c0 + c + i]) : P(0);
+      }
   }
+
+  // From column c on, a multiple of N.
+  template <class Coefficients>
+  BN_INLINE void get(index c, Coefficients& k) const {
+    const P* at = values + c * kinds;
+    k.take(*this, [&](int kind) { return load<P, N>(at + kind * N); });
+  }
+  enum : int { shift, scale, offset, tilt, level };
 };
 
 // How many of n values to write before those that go past the cache; n if none do.
@@ -653,7 +662,7 @@ void apply_rows(const Job& job, const Block& b) {
 
 // `Tile` vectors of channels from c on, over all rows.
 template <class A, class T, class P, bool Weighted, int Tile, bool Part>
-BN_INLINE void apply_tile(const Job& job, const Block& b, const CoefficientTable<P>& table, index o,
+BN_INLINE void apply_tile(const Job& job, const Block& b, const CoefficientTable<P, A::N>& table, index o,
                           index c, index n, bool stream) {
   constexpr int N = A::N;
   using V = Vec<P, N>;
@@ -661,7 +670,7 @@ BN_INLINE void apply_tile(const Job& job, const Block& b, const CoefficientTable
   A a[Tile];
   BN_UNROLL
   for (int t = 0; t < Tile; ++t) {
-    a[t].k.template of_channels<Part>(table, c + t * N, n);
+    table.get(c + t * N, a[t].k);
     a[t].stream = stream;
   }
   Pointers<T> p(job, o, b.inner_begin, b.channel_begin + c);
@@ -677,10 +686,10 @@ BN_INLINE void apply_tile(const Job& job, const Block& b, const CoefficientTable
   }
 }
 
-// Channels [c, end) of one row.
+// Columns [c, end) of one row.
 template <class A, class T, class P, bool Weighted>
-BN_INLINE void apply_row(const Job& job, const Block& b, const CoefficientTable<P>& table, index o,
-                         index i, index c, index end) {
+BN_INLINE void apply_row(const Job& job, const Block& b, const CoefficientTable<P, A::N>& table,
+                         index o, index i, index c, index end, bool stream) {
   constexpr int N = A::N;
   using V = Vec<P, N>;
   const Slope<P> slope(job.epilogue);
@@ -688,20 +697,15 @@ BN_INLINE void apply_row(const Job& job, const Block& b, const CoefficientTable<
   V w{};
   if constexpr (Weighted) w = splat<P, N>(*p.weights);
   A a;
-  auto values = [&](index stop) {
-    for (; c + N <= stop; c += N) {
-      a.k.template of_channels<false>(table, c, N);
-      a.template at<false>(p, c, N, w, slope, p.out, p.out_residual);
-    }
-    if (c < stop) {
-      a.k.template of_channels<true>(table, c, stop - c);
-      a.template at<true>(p, c, stop - c, w, slope, p.out, p.out_residual);
-      c = stop;
-    }
-  };
-  values(c + before_stream(job, p.out + c, p.out_residual ? p.out_residual + c : nullptr, end - c));
-  a.stream = true;
-  values(end);
+  a.stream = stream;
+  for (; c + N <= end; c += N) {
+    table.get(c, a.k);
+    a.template at<false>(p, c, N, w, slope, p.out, p.out_residual);
+  }
+  if (c < end) {
+    table.get(c, a.k);
+    a.template at<true>(p, c, end - c, w, slope, p.out, p.out_residual);
+  }
 }
 
 template <class A, class T, class P, bool Weighted>
@@ -709,13 +713,13 @@ void apply_columns(const Job& job, const Block& b) {
   constexpr int N = A::N;
   constexpr int tile = 4;
   const index width = b.channel_end - b.channel_begin;
-  const CoefficientTable<P> table(job, b.channel_begin, width, A::backward);
+  const CoefficientTable<P, N> table(job, b.channel_begin, width, A::backward);
   for (index o = b.outer_begin; o < b.outer_end; ++o) {
+    const Pointers<T> p(job, o, b.inner_begin, b.channel_begin);
+    const bool stream = before_stream(job, p.out, p.out_residual, width) == 0 &&
+                        job.out.inner * index(sizeof(T)) % 64 == 0 &&
+                        job.out_residual.inner * index(sizeof(T)) % 64 == 0;
     if (width <= tile * N) {  // registers hold the coefficients
-      const Pointers<T> p(job, o, b.inner_begin, b.channel_begin);
-      const bool stream = before_stream(job, p.out, p.out_residual, width) == 0 &&
-                          job.out.inner * index(sizeof(T)) % 64 == 0 &&
-                          job.out_residual.inner * index(sizeof(T)) % 64 == 0;
       index c = 0;
       if (width == tile * N) {
         apply_tile<A, T, P, Weighted, tile, false>(job, b, table, o, c, N, stream);
@@ -734,7 +738,7 @@ void apply_columns(const Job& job, const Block& b) {
       const index last = smaller(b.inner_end, first + together);
       for (index c = 0; c < width; c += held)
         for (index i = first; i < last; ++i)
-          apply_row<A, T, P, Weighted>(job, b, table, o, i, c, smaller(width, c + held));
+          apply_row<A, T, P, Weighted>(job, b, table, o, i, c, smaller(width, c + held), stream);
     }
   }
 }

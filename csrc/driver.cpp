@@ -22,7 +22,7 @@ constexpr index rows_chunk = 16384;    // values of one channel in a chunk, chan
 constexpr index columns_chunk = 65536; // values of all channels in a chunk, channels side by side
 constexpr index serial_below = 32768;  // values; waking a thread costs more than this many
 constexpr index line = 64;             // bytes in a cache line
-constexpr index block_bytes = 2 << 20; // what one thread reads twice in a fused pass
+constexpr index block_bytes = 512 << 10; // what one thread reads twice in a fused pass
 
 index ceil_div(index a, index b) { return (a + b - 1) / b; }
 
