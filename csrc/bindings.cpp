@@ -296,4 +296,6 @@ NB_MODULE(_core, m) {
   m.def("has_openmp", &bn::has_openmp);
   m.def("threads", &bn::threads);
   m.def("last_level_cache", &bn::last_level_cache);
+  m.def("assume_last_level_cache", &bn::assume_last_level_cache, "bytes"_a,
+        "For tests: what is larger than this is written past the cache. Negative: the machine's.");
 }

@@ -124,7 +124,14 @@ int threads() { return usable_threads(); }
 
 // ---- cache --------------------------------------------------------------------------------------
 
+namespace {
+std::atomic<index> assumed_cache{-1};
+}
+
+void assume_last_level_cache(index bytes) { assumed_cache = bytes; }
+
 index last_level_cache() {
+  if (assumed_cache >= 0) return assumed_cache;
   static const index bytes = [] {
     // The C library's sysconf was seen to answer with ten times the truth on a virtual machine;
     // the kernel's own table is what lscpu reads.

@@ -7,6 +7,7 @@ namespace bn {
 
 int usable_threads();      // 1 in a forked child, whose OpenMP threads did not survive the fork
 index last_level_cache();  // bytes
+void assume_last_level_cache(index bytes);  // for tests; negative: what the machine has
 
 // Memory for outputs. Blocks that come back are kept (up to a limit) and handed out again, because
 // the first touch of fresh pages costs several times what the kernels do to them.

@@ -290,20 +290,94 @@ def test_kernels_backward_equals_the_oracle_when_large(instruction_set, rows, sh
     case.assert_gradient(sum_grad_x_hat, case.sum_grad_x_hat)
 
 
-def test_kernels_write_past_the_cache_when_larger_than_it():
-    # Outputs beyond the last-level cache are streamed; the shape leaves ragged ends everywhere.
-    channels, inner = 3, 5001
-    outer = min(1500, _core.last_level_cache() // (4 * channels * inner) + 1)
-    rng = np.random.default_rng(0)
-    row = rng.normal(size=(1, channels, inner)).astype(np.float32)
-    for axis in (1, 2):
-        one = row if axis == 1 else np.ascontiguousarray(np.moveaxis(row, 1, 2))
-        x = np.repeat(one, outer, 0)
-        y, z = np.empty_like(x), np.empty_like(one)
-        statistics = axis, np.arange(3.0), None, np.ones(3), EPS
-        _core.normalize(x, y, *statistics)
-        _core.normalize(one, z, *statistics)
-        np.testing.assert_array_equal(y, np.broadcast_to(z, y.shape))
+# Shapes (n, c, s) that are cut anew: few channels, odd numbers of them, rows of 7x7 with many and
+# few of the outer index, more channels than a table holds.
+CUT = [
+    (40, 3, 70), (5, 10, 300), (3, 64, 50), (2, 100, 130), (9, 256, 20), (1, 1024, 65),
+    (1, 2100, 9), (20, 30, 49), (3, 30, 49), (64, 1, 33), (2, 5, 3000),
+]  # fmt: skip
+cut_shapes = pytest.mark.parametrize("shape", CUT, ids=lambda s: "x".join(map(str, s)))
+
+
+@pytest.fixture
+def past_the_cache():
+    """Every output, however small, is written past the cache."""
+    _core.assume_last_level_cache(0)
+    yield
+    _core.assume_last_level_cache(-1)
+
+
+def _shifted(by):
+    """Put an array `by` elements after the beginning of a cache line."""
+
+    def put(a):
+        memory = np.empty(a.size + 128, a.dtype)
+        start = -memory.ctypes.data % 64 // a.itemsize + by
+        placed = memory[start : start + a.size].reshape(a.shape)
+        placed[...] = a
+        return placed
+
+    return put
+
+
+@cut_shapes
+def test_kernels_rows_cut_anew_equal_the_oracle(instruction_set, dtype, rows, shape, residual):
+    # No activation, so no value lies at its kink.
+    case = Case(dtype, rows=rows, shape=shape, residual=residual, put=_shifted(3))
+    case.assert_output(case.forward()[0])
+    grad_x, sum_grad, sum_grad_x_hat = case.fused()
+    case.assert_gradient(grad_x, case.grad_x)
+    case.assert_gradient(sum_grad, case.sum_grad)
+    case.assert_gradient(sum_grad_x_hat, case.sum_grad_x_hat)
+
+
+@cut_shapes
+@pytest.mark.parametrize("shift", [0, 1, 4, 13])
+def test_kernels_past_the_cache_the_bits_are_the_same(
+    instruction_set, dtype, rows, shape, shift, request
+):
+    case = Case(dtype, rows=rows, shape=shape, put=_shifted(shift))
+    y, grad_x = case.forward()[0], case.fused()[0]
+    request.getfixturevalue("past_the_cache")
+    assert case.forward()[0].tobytes() == y.tobytes()
+    assert case.fused()[0].tobytes() == grad_x.tobytes()
+
+
+@cut_shapes
+def test_kernels_past_the_cache_with_a_residual_of_its_own_place(
+    instruction_set, rows, shape, past_the_cache
+):
+    case = Case(np.float32, rows=rows, shape=shape, residual=True, put=_shifted(1))
+    statistics = case.mean, None, case.var, EPS, case.sum_grad, case.sum_grad_x_hat, case.gamma
+    for place in (1, 2):  # where grad_x lies, and elsewhere
+        grad_x = _shifted(1)(np.zeros_like(case.x))
+        grad_residual = _shifted(place)(np.zeros_like(case.x))
+        _core.backward(
+            case.grad_y, case.x, grad_x, case.axis, case.count, *statistics,
+            grad_residual=grad_residual, **case.extras,
+        )  # fmt: skip
+        case.assert_gradient(grad_x, case.grad_x)
+        np.testing.assert_array_equal(grad_residual, case.grad_y)
+
+
+@pytest.mark.parametrize("shift", [1, 4, 13])
+@cut_shapes
+def test_kernels_sums_do_not_depend_on_the_address(instruction_set, rows, shape, shift):
+    here, there = (Case(np.float32, rows=rows, shape=shape, put=_shifted(by)) for by in (0, shift))
+    assert np.array(here.forward()[2:]).tobytes() == np.array(there.forward()[2:]).tobytes()
+    assert np.array(here.fused()[1:]).tobytes() == np.array(there.fused()[1:]).tobytes()
+
+
+def test_kernels_write_nothing_beside_an_output_past_the_cache(
+    instruction_set, rows, past_the_cache
+):
+    for shape in CUT:
+        case = Case(np.float32, rows=rows, shape=shape)
+        memory = np.full(case.x.size + 128, 7.0, np.float32)
+        y = memory[61 : 61 + case.x.size].reshape(case.x.shape)
+        _core.normalize(case.x, y, case.axis, case.mean, None, case.var, EPS)
+        assert (memory[:61] == 7).all()
+        assert (memory[61 + case.x.size :] == 7).all()
 
 
 # ---- activations at their edges -----------------------------------------------------------------
