@@ -213,14 +213,17 @@ def test_missing_provider_names_the_install_command() -> None:
 # --- harness --------------------------------------------------------------------------------------
 
 
-def test_interleave_rotates_the_order_from_round_to_round() -> None:
+def test_interleave_draws_the_order_anew_for_every_round() -> None:
     order: list[str] = []
     runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
     harness.interleave(
-        runs, dict.fromkeys("abc", 1), min_rounds=3, max_rounds=3, budget_s=0.0, clock=FakeClock()
+        runs, dict.fromkeys("abc", 2), min_rounds=9, max_rounds=9, budget_s=0.0, clock=FakeClock()
     )
-    # Each is called twice: once untimed, to find the machine as it leaves it itself.
-    assert "".join(order) == "aabbcc" + "bbccaa" + "ccaabb"
+    # Each is called twice untimed, to find the machine as it leaves it itself, and twice timed.
+    assert order[0::4] == order[1::4] == order[2::4] == order[3::4]
+    rounds = ["".join(order[i : i + 12 : 4]) for i in range(0, len(order), 12)]
+    assert {"".join(sorted(one)) for one in rounds} == {"abc"}
+    assert len(set(rounds)) > 3
 
 
 def test_interleave_times_one_call_of_a_repeated_sample() -> None:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import gc
 import math
+import random
 import statistics
 import sys
 import time
@@ -235,9 +236,10 @@ def interleave(
 ) -> dict[str, Samples]:
     """Time calls in rounds, each of which takes one sample of every call.
 
-    The order is rotated from round to round. A sample is preceded by one call that is not timed,
-    so that each finds the caches, the branch predictors and the thread pools as it leaves them
-    itself, which is how its user finds them, and not as its neighbour does.
+    The order is drawn anew for every round, so that no call always follows the same one. A sample
+    is preceded by as many calls that are not timed, so that each finds the caches, the branch
+    predictors and the thread pools as it leaves them itself, which is how its user finds them,
+    and not as its neighbour does.
 
     Parameters
     ----------
@@ -257,15 +259,17 @@ def interleave(
     """
     names = list(runs)
     samples = {name: Samples() for name in names}
+    shuffle = random.Random(0)
     collecting = gc.isenabled()
     gc.disable()
     try:
         begin, rounds = clock(), 0
         while names and rounds < max_rounds:
-            shift = rounds % len(names)
-            for name in names[shift:] + names[:shift]:
+            shuffle.shuffle(names)
+            for name in names:
                 run, repeat = runs[name], repeats[name]
-                run()
+                for _ in range(repeat):
+                    run()
                 faults = _minor_faults()
                 start = clock()
                 for _ in range(repeat):
