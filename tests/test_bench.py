@@ -277,6 +277,16 @@ def test_calls_per_sample_fill_the_shortest_sample(duration: int, repeats: int) 
     assert harness.calls_per_sample(run, min_sample_s=1e-3, clock=clock) == repeats
 
 
+def test_calls_per_sample_are_not_chosen_by_the_first_call() -> None:
+    clock, calls = FakeClock(), []
+
+    def run() -> None:
+        calls.append(1)
+        clock.taking(10**7 if len(calls) == 1 else 10**5)()
+
+    assert harness.calls_per_sample(run, min_sample_s=1e-3, clock=clock) == 10
+
+
 def test_wrong_provider_is_reported_and_not_timed() -> None:
     ran = []
     wrong = Provider("wrong", lambda inputs: exactly(inputs, off_by=0.5, run=lambda: ran.append(1)))
