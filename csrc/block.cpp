@@ -1,5 +1,6 @@
 // The bodies of the kernels on one block, compiled once per instruction set (BN_ISA names it).
-// Single-threaded, and free of decisions about accuracy or partition: those are driver.cpp's.
+// Single-threaded, and free of decisions about accuracy or partition: those are driver.cpp's. What
+// may be seen as other columns than it is, columns.hpp says.
 //
 // Two loops over two layouts. A reduction makes two float64 sums per channel; an application turns
 // elements of x into elements of y. Forward and backward differ only in the term they add or write.
@@ -20,6 +21,7 @@ namespace BN_ISA {
 namespace {
 
 #include "simd.hpp"
+#include "columns.hpp"
 
 // What follows (x - shift) * scale + offset: nothing, an activation, or a residual and then one.
 enum : int { plain = 0, activated = 1, full = 2 };
@@ -122,9 +124,9 @@ struct Coefficients {
   BN_INLINE void of_channel(const Job& j, index c) {
     take(j, [&](const double* a) { return splat<P, N>(a[c]); });
   }
-  template <bool Part, class Source>
-  BN_INLINE void of_channels(const Source& j, index c, index n) {
-    take(j, [&](const auto* a) { return read<P, N, Part>(a + c, n); });
+  template <bool Part>
+  BN_INLINE void of_channels(const Job& j, index c, index n) {
+    take(j, [&](const double* a) { return read<P, N, Part>(a + c, n); });
   }
 };
 
@@ -194,167 +196,6 @@ struct Reduction {
     if constexpr (E != plain && Mode != forward) affine.template of_channels<Part>(j, c, n);
   }
 };
-
-// ---- columns made of something else -------------------------------------------------------------
-
-// Rows of columns that follow one another without a gap are one long row in which the channels come
-// again and again, and it may be cut elsewhere: to full vectors where there are few channels, and
-// where cache lines begin. Short rows of channels, too, are columns: each value of a row is one,
-// and the rows that have the same outer index make one long row.
-constexpr index widest = 2048;    // columns
-constexpr index short_row = 128;  // values of one channel
-
-// Room for the coefficients of a job over columns, of which there are five kinds.
-struct Storage {
-  alignas(64) double values[5 * widest];
-};
-
-static inline index smaller(index a, index b) { return a < b ? a : b; }
-
-static inline index values_to_line(const char* p, index size) {
-  return index((64 - offset_in_line(p)) & 63) / size;
-}
-
-// A job over columns of which number v belongs to channel
-// channel_begin + (phase + v) / each % channels.
-struct Columns {
-  using Member = const double* Job::*;
-  using Members = std::initializer_list<Member>;
-
-  Job job;
-  Block block;
-  index channel_begin, channels, each, phase;
-
-  // Rows that hold all `channels` of a block side by side, cut `phase` values after its first.
-  static Columns cut(const Job& j, const Block& b, index phase, index width, index rows,
-                     Members used, double* storage) {
-    Columns k(j, b, 1, phase, width, rows);
-    k.each_operand([&](Operand& a) {
-      k.begin(a, b.outer_begin * a.outer + b.inner_begin * a.inner + b.channel_begin + phase, width);
-    });
-    k.spread(used, storage);
-    return k;
-  }
-
-  // Values [phase, phase + width) of the rows of a block's channels, these taken one after the other.
-  static Columns of_rows(const Job& j, const Block& b, index phase, index width, Members used,
-                         double* storage) {
-    Columns k(j, b, b.inner_end, phase, width, b.outer_end - b.outer_begin);
-    k.each_operand([&](Operand& a) {
-      k.begin(a, b.outer_begin * a.outer + b.channel_begin * a.channel + phase, a.outer);
-    });
-    k.spread(used, storage);
-    return k;
-  }
-
-  template <class Visit>
-  void each_column(Visit visit) const {  // visit(number, channel)
-    index c = phase / each % channels, e = phase % each;
-    for (index v = 0; v < block.channel_end; ++v) {
-      visit(v, channel_begin + c);
-      if (++e < each) continue;
-      e = 0;
-      if (++c == channels) c = 0;
-    }
-  }
-
- private:
-  Columns(const Job& j, const Block& b, index each_, index phase_, index width, index rows)
-      : job(j), block{0, 1, 0, rows, 0, width}, channel_begin(b.channel_begin),
-        channels(b.channel_end - b.channel_begin), each(each_), phase(phase_) {
-    job.rows = false;
-  }
-  void begin(Operand& a, index at, index row) const {
-    a.data += at * size_of(job.dtype);
-    a.outer = 0;
-    a.channel = 1;
-    a.inner = row;
-  }
-  template <class Visit>
-  void each_operand(Visit visit) {
-    for (Operand* a : {&job.x, &job.grad, &job.residual, &job.out, &job.out_residual})
-      if (a->data) visit(*a);
-  }
-  void spread(Members used, double* to) {
-    const index width = block.channel_end;
-    for (Member m : used) {
-      const double* from = job.*m + channel_begin;
-      index c = phase / each % channels;
-      for (index v = 0, e = phase % each; v < width; e = 0) {
-        index n;
-        if (each == 1) {  // up to the last channel, and then from the first
-          n = smaller(channels - c, width - v);
-          std::memcpy(to + v, from + c, std::size_t(n) * sizeof(double));
-          c = 0;
-        } else {
-          n = smaller(each - e, width - v);
-          for (index k = 0; k < n; ++k) to[v + k] = from[c];
-          c = c + 1 == channels ? 0 : c + 1;
-        }
-        v += n;
-      }
-      job.*m = to;
-      to += width;
-    }
-  }
-};
-
-// Visit a block of short rows as columns, cut where lines of `a` begin; false if it is none.
-template <class Visit>
-bool each_of_short_rows(const Job& job, const Block& b, const Operand& a, Columns::Members used,
-                        const Visit& visit) {
-  if (!job.dense || b.inner_end > short_row || b.outer_end - b.outer_begin < 8) return false;
-  const index size = size_of(job.dtype);
-  const index all = (b.channel_end - b.channel_begin) * b.inner_end;
-  index width = values_to_line(
-      a.data + (b.outer_begin * a.outer + b.channel_begin * a.channel) * size, size);
-  Storage storage;
-  for (index v = 0; v < all; v += width, width = widest / 2) {
-    if (width > all - v) width = all - v;
-    if (width > 0) visit(Columns::of_rows(job, b, v, width, used, storage.values));
-  }
-  return true;
-}
-
-// Visit what of a block of columns can be cut anew, into rows of full lines `narrowest` values long
-// at the least; and the blocks that are left over. `a`: where lines should begin, or null.
-template <class Visit, class Rest>
-void each_of_columns(const Job& job, const Block& b, const Operand* a, index narrowest,
-                     Columns::Members used, const Visit& visit, const Rest& rest) {
-  const index size = size_of(job.dtype), channels = b.channel_end - b.channel_begin;
-  index width = channels;
-  while (width * size % 64 || width < narrowest) width *= 2;
-  const bool cuts = job.dense && job.x.inner == channels && b.outer_end - b.outer_begin == 1 &&
-                    width <= widest;
-  const index all = cuts ? (b.inner_end - b.inner_begin) * channels : 0;
-  const index phase = !cuts || !a ? 0 : values_to_line(
-      a->data + (b.outer_begin * a->outer + b.inner_begin * a->inner + b.channel_begin) * size,
-      size);
-  const index rows = (all - phase) / width;
-  if (rows < 2 || (phase == 0 && width == channels)) return rest(b);
-  Storage storage;
-  visit(Columns::cut(job, b, phase, width, rows, used, storage.values));
-  auto leftover = [&](index from, index to) {
-    while (from < to) {
-      Block part = b;
-      part.inner_begin += from / channels;
-      part.channel_begin += from % channels;
-      index n = (to - from) / channels;  // whole rows
-      if (from % channels || n == 0) {
-        n = smaller(channels - from % channels, to - from);
-        part.inner_end = part.inner_begin + 1;
-        part.channel_end = part.channel_begin + n;
-        from += n;
-      } else {
-        part.inner_end = part.inner_begin + n;
-        from += n * channels;
-      }
-      rest(part);
-    }
-  };
-  leftover(0, phase);
-  leftover(phase + rows * width, all);
-}
 
 template <class R, class T, bool Weighted>
 void reduce_rows(const Job& job, const Block& b, double* out1, double* out2) {
@@ -603,9 +444,9 @@ struct CoefficientTable {
   static constexpr int kinds = 5;
   alignas(64) P values[kinds * (widest + N)];
 
-  CoefficientTable(const Job& j, index c0, index width, bool two) {
+  CoefficientTable(const Job& j, index c0, index width, bool backward) {
     const double* from[kinds] = {j.shift, j.scale, j.offset, j.tilt, j.level};
-    for (int k = 0; k < (two ? kinds : 3); ++k)
+    for (int k = 0; k < (backward ? kinds : 3); ++k)
       for (index c = 0; c < width; c += N) {
         P* to = values + c * kinds + k * N;
         if (width - c >= N)
@@ -662,8 +503,8 @@ void apply_rows(const Job& job, const Block& b) {
 
 // `Tile` vectors of channels from c on, over all rows.
 template <class A, class T, class P, bool Weighted, int Tile, bool Part>
-BN_INLINE void apply_tile(const Job& job, const Block& b, const CoefficientTable<P, A::N>& table, index o,
-                          index c, index n, bool stream) {
+BN_INLINE void apply_tile(const Job& job, const Block& b, const CoefficientTable<P, A::N>& table,
+                          index o, index c, index n, bool stream) {
   constexpr int N = A::N;
   using V = Vec<P, N>;
   const Slope<P> slope(job.epilogue);
@@ -721,10 +562,8 @@ void apply_columns(const Job& job, const Block& b) {
                         job.out_residual.inner * index(sizeof(T)) % 64 == 0;
     if (width <= tile * N) {  // registers hold the coefficients
       index c = 0;
-      if (width == tile * N) {
+      for (; c + tile * N <= width; c += tile * N)
         apply_tile<A, T, P, Weighted, tile, false>(job, b, table, o, c, N, stream);
-        continue;
-      }
       for (; c + N <= width; c += N)
         apply_tile<A, T, P, Weighted, 1, false>(job, b, table, o, c, N, stream);
       if (c < width) apply_tile<A, T, P, Weighted, 1, true>(job, b, table, o, c, width - c, stream);

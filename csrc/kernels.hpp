@@ -109,7 +109,7 @@ void use_instruction_set(const std::string& name);
 bool has_openmp();
 int threads();
 
-// ---- what an instruction set provides (block.hpp), and the driver (driver.cpp) calls ------------
+// ---- what an instruction set provides (block.cpp), and the driver (driver.cpp) calls ------------
 
 // One array of a call after layout.hpp: strides in elements.
 struct Operand {
@@ -122,9 +122,11 @@ struct Block {
   index outer_begin, outer_end, inner_begin, inner_end, channel_begin, channel_end;
 };
 
+constexpr index widest = 2048;  // channels side by side in a block, at the most
+
 struct Job {
-  bool rows = true;   // rows: inner is contiguous; otherwise channels are
-  bool dense = false;  // and rows follow one another without a gap, with no weights to skip
+  bool rows = true;    // rows: inner is contiguous; otherwise channels are
+  bool dense = false;  // and they follow one another without a gap, with no weights to skip
   DType dtype = DType::f32;
   bool wide = false;  // the last step in float64 although x is narrower
   bool batch_statistics = true;  // backward only: false in evaluation
