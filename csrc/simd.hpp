@@ -370,37 +370,6 @@ BN_INLINE void add_to(double* p, V v, index n) {
   }
 }
 
-static inline std::size_t offset_in_line(const void* p) {
-  return reinterpret_cast<std::uintptr_t>(p) & 63;
-}
-
-// Write `bytes` from a small buffer past the cache, in whole lines.
-static inline void stream_out(char* to, const char* from, std::size_t bytes) {
-#if defined(__SSE2__)
-  const std::size_t lead = (64 - offset_in_line(to)) & 63;
-  if (bytes >= lead + 64) {
-    if (lead) std::memcpy(to, from, lead);
-    to += lead;
-    from += lead;
-    bytes -= lead;
-    for (; bytes >= 64; bytes -= 64, to += 64, from += 64) {
-#if defined(BN_AVX512)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
-#elif defined(__AVX2__)
-      for (int k = 0; k < 64; k += 32)
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(to + k),
-                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + k)));
-#else
-      for (int k = 0; k < 64; k += 16)
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to + k),
-                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + k)));
-#endif
-    }
-  }
-#endif
-  if (bytes) std::memcpy(to, from, bytes);
-}
-
 // Write N lanes past the cache; `p` is aligned to a line, or to a vector within one.
 template <int N, class T, class V>
 BN_INLINE void store_past_cache(T* p, V v) {
@@ -433,6 +402,26 @@ BN_INLINE void store_past_cache(T* p, V v) {
 #else
   store<N>(p, v);
 #endif
+}
+
+static inline std::size_t offset_in_line(const void* p) {
+  return reinterpret_cast<std::uintptr_t>(p) & 63;
+}
+
+// Copy past the cache, in whole lines.
+static inline void stream_out(char* to, const char* from, std::size_t bytes) {
+  const std::size_t lead = (64 - offset_in_line(to)) & 63;
+  if (bytes >= lead + 64) {
+    if (lead) std::memcpy(to, from, lead);
+    to += lead;
+    from += lead;
+    bytes -= lead;
+    for (; bytes >= 64; bytes -= 64, to += 64, from += 64)
+      for (std::size_t k = 0; k < 64; k += sizeof(float) * F)
+        store_past_cache<F>(reinterpret_cast<float*>(to + k),
+                            load<float, F>(reinterpret_cast<const float*>(from + k)));
+  }
+  if (bytes) std::memcpy(to, from, bytes);
 }
 
 // Make streamed lines visible to other threads.
