@@ -61,15 +61,15 @@ double rounded_to(double v, DType t) {
 }
 
 // Beyond this range float32 coefficients lose digits or overflow; the last step is float64 then.
-bool fits_float32(double v) {
+bool fits_float32(double v) {  // no branches: loops of it are vectorized
   const double a = std::fabs(v);
-  return a == 0 || (a > 1e-30 && a < 1e30) || !(a - a == 0);  // or not finite in either
+  return (a == 0) | ((a > 1e-30) & (a < 1e30)) | !(a - a == 0);  // or not finite in either
 }
 
-// Each thread has a stretch of neighbouring tasks, because a core reads twice as fast what it read
-// before and what follows it than what the tasks of another leave it; one that is done early, its
-// neighbour being held up by another program, helps out. `backwards`: from the end of each stretch,
-// where an earlier pass over the same tasks ended, and what it read is still in the cache.
+// Each thread has a stretch of neighbouring tasks: dealt out one by one, the cores would take turns on
+// neighbouring memory. A thread that is done early, another being held up, helps out. `backwards`:
+// from the end of each stretch, where an earlier pass over the same tasks ended and the cache still
+// holds what it read.
 template <class Body>
 void parallel(index tasks, index values, bool backwards, const Body& body) {
   const int wanted = values < serial_below ? 1 : int(std::min<index>(tasks, usable_threads()));
@@ -257,21 +257,18 @@ class Call {
     };
     auto coefficients = [&](index c0, index c1) {
       double *tilt = tilt_, *level = level_;
-      const double *inv_std = inv_std_, *shift = shift_;
+      const double* inv_std = inv_std_;
       const bool fixed = count == 0;  // statistics that do not depend on x
       int all_fit = 1;
       for (index c = c0; c < c1; ++c) {
         tilt[c] = fixed ? 0 : inv_std[c] * sum_grad_x_hat[c] / count;
-        const double a = std::fabs(tilt[c]);
-        all_fit &= (a == 0) | ((a < 1e30) & (a > 1e-30));
+        all_fit &= fits_float32(tilt[c]);
       }
       for (index c = c0; c < c1; ++c)
         if (wide_[std::size_t(c)] || (!all_fit && !fits_float32(tilt[c])))
           normalizing_in_float64(c, affine);
-      for (index c = c0; c < c1; ++c) {
-        const double rest = (mean_[c] - shift[c]) + mean_low(c);
-        level[c] = fixed ? 0 : sum_grad[c] / count - rest * tilt[c];
-      }
+      for (index c = c0; c < c1; ++c)
+        level[c] = fixed ? 0 : sum_grad[c] / count - rest_of_mean(c) * tilt[c];
     };
     run(reduce ? isa_.reduce_backward : nullptr, apply ? isa_.apply_backward : nullptr, nothing,
         finish, coefficients);
@@ -371,7 +368,7 @@ class Call {
   index two_pass_step() const {
     return layout_.rows ? std::max<index>(1, std::min<index>(channels(), rows_chunk /
                                                              std::max<index>(1, layout_.inners)))
-                        : std::min<index>(channels(), 2048);
+                        : std::min(channels(), widest);
   }
   // Only where channels lie apart. Side by side, a block of them is a narrow strip down the rows,
   // whose pieces fall on few cache sets where a row is a power of two long; two passes over whole
