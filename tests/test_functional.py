@@ -13,22 +13,11 @@ from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeErr
 SHAPES = [(2, 1), (7, 3), (3, 5, 4), (2, 3, 4, 5), (1, 4, 6), (2, 3, 2, 3, 2), (130, 65)]
 # A few thousand terms of size below 10 in float64, in two orders.
 FLOAT64 = 1e-11
-# Central differences with h = 1e-5: h²·(third derivative, below 1e3)/6 + 10·u/h ≈ 2e-8.
-H, FD = 1e-5, 1e-6
+FD = 1e-6  # of central differences (conftest.py)
 
 
 def _parameters(rng, channels):
     return rng.normal(size=channels), rng.normal(size=channels)
-
-
-def _differences(f, x):
-    grad = np.empty_like(x)
-    for at in np.ndindex(x.shape):
-        up, down = x.copy(), x.copy()
-        up[at] += H
-        down[at] -= H
-        grad[at] = (f(up) - f(down)) / (2 * H)
-    return grad
 
 
 # ---- against the reference ----------------------------------------------------------------------
@@ -291,7 +280,7 @@ def test_functional_refuses_out_when_it_is_no_array(name, rng):
     ("shape", "axis"), [((5, 3), 1), ((2, 3, 4), 1), ((2, 3, 4), -1), ((3, 2, 4), 0)]
 )
 @pytest.mark.parametrize("weighted", [False, True])
-def test_backward_equals_finite_differences_in_x(rng, shape, axis, weighted):
+def test_backward_equals_finite_differences_in_x(rng, differences, shape, axis, weighted):
     x, g = rng.normal(size=(2, *shape))
     gamma, beta = _parameters(rng, shape[axis])
     w = rng.choice([0.0, 0.5, 1.0, 2.0], [n for a, n in enumerate(shape) if a != axis % len(shape)])
@@ -302,12 +291,12 @@ def test_backward_equals_finite_differences_in_x(rng, shape, axis, weighted):
 
     _, saved = batchnorm.batch_norm(x, gamma, beta, **keywords)
     grad_x, _, _ = batchnorm.batch_norm_backward(g, saved)
-    np.testing.assert_allclose(grad_x, _differences(loss, x), rtol=0, atol=FD)
+    np.testing.assert_allclose(grad_x, differences(loss, x), rtol=0, atol=FD)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("axis", [1, -1])
-def test_backward_equals_finite_differences_in_gamma_and_beta(rng, weighted, axis):
+def test_backward_equals_finite_differences_in_gamma_and_beta(rng, differences, weighted, axis):
     x, g = rng.normal(size=(2, 4, 3, 3))
     gamma, beta = _parameters(rng, 3)
     w = rng.choice([0.0, 0.5, 2.0], (4, 3)) if weighted else None
@@ -318,10 +307,10 @@ def test_backward_equals_finite_differences_in_gamma_and_beta(rng, weighted, axi
     _, saved = batchnorm.batch_norm(x, gamma, beta, weights=w, channel_axis=axis)
     _, grad_gamma, grad_beta = batchnorm.batch_norm_backward(g, saved)
     np.testing.assert_allclose(
-        grad_gamma, _differences(lambda a: loss(a, beta), gamma), rtol=0, atol=FD
+        grad_gamma, differences(lambda a: loss(a, beta), gamma), rtol=0, atol=FD
     )
     np.testing.assert_allclose(
-        grad_beta, _differences(lambda b: loss(gamma, b), beta), rtol=0, atol=FD
+        grad_beta, differences(lambda b: loss(gamma, b), beta), rtol=0, atol=FD
     )
 
 

@@ -5,19 +5,7 @@ import pytest
 
 from batchnorm import reference
 
-# Central differences with h = 1e-5 on functions of third derivative below about 1e3 and values
-# below about 10: h²·1e3/6 + 10·u/h ≈ 2e-8.
-H, FD_TOLERANCE = 1e-5, 1e-6
-
-
-def _differences(f, x):
-    grad = np.empty_like(x)
-    for at in np.ndindex(x.shape):
-        up, down = x.copy(), x.copy()
-        up[at] += H
-        down[at] -= H
-        grad[at] = (f(up) - f(down)) / (2 * H)
-    return grad
+FD_TOLERANCE = 1e-6  # of central differences (conftest.py)
 
 
 def test_reference_batch_norm_gives_the_numbers_worked_out_by_hand():
@@ -51,7 +39,7 @@ def test_reference_inference_gives_the_number_worked_out_by_hand():
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((5, 3), 1), ((2, 3, 2, 2), 1), ((2, 2, 3), -1)])
-def test_reference_backward_equals_finite_differences_in_x(rng, shape, axis):
+def test_reference_backward_equals_finite_differences_in_x(rng, differences, shape, axis):
     x, g = rng.normal(size=shape), rng.normal(size=shape)
     gamma, beta = rng.normal(size=(2, shape[axis]))
     _, cache = reference.batch_norm(x, gamma, beta, 1e-3, axis)
@@ -60,16 +48,16 @@ def test_reference_backward_equals_finite_differences_in_x(rng, shape, axis):
         return float((g * reference.batch_norm(v, gamma, beta, 1e-3, axis)[0]).sum())
 
     grad_x, _, _ = reference.batch_norm_backward(g, cache)
-    np.testing.assert_allclose(grad_x, _differences(loss, x), rtol=0, atol=FD_TOLERANCE)
+    np.testing.assert_allclose(grad_x, differences(loss, x), rtol=0, atol=FD_TOLERANCE)
 
 
-def test_reference_backward_equals_finite_differences_in_gamma_and_beta(rng):
+def test_reference_backward_equals_finite_differences_in_gamma_and_beta(rng, differences):
     x, g = rng.normal(size=(2, 5, 3))
     gamma, beta = rng.normal(size=(2, 3))
     _, cache = reference.batch_norm(x, gamma, beta)
     _, grad_gamma, grad_beta = reference.batch_norm_backward(g, cache)
-    by_gamma = _differences(lambda v: float((g * reference.batch_norm(x, v, beta)[0]).sum()), gamma)
-    by_beta = _differences(lambda v: float((g * reference.batch_norm(x, gamma, v)[0]).sum()), beta)
+    by_gamma = differences(lambda v: float((g * reference.batch_norm(x, v, beta)[0]).sum()), gamma)
+    by_beta = differences(lambda v: float((g * reference.batch_norm(x, gamma, v)[0]).sum()), beta)
     np.testing.assert_allclose(
         (grad_gamma, grad_beta), (by_gamma, by_beta), rtol=0, atol=FD_TOLERANCE
     )
