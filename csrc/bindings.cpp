@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "kernels.hpp"
+#include "layer.hpp"
 #include "machine.hpp"
 
 namespace nb = nanobind;
@@ -228,6 +229,117 @@ void copy(nb::handle to, nb::handle from) {
            std::size_t(expected * bn::size_of(a.array().dtype)));
 }
 
+// ---- layers -------------------------------------------------------------------------------------
+
+// A per-channel vector of any type, or nothing.
+class Parameter {
+ public:
+  Parameter(nb::handle object, index channels, const char* name, bool writable = false)
+      : view_(object, writable, name) {
+    const Array& a = view_.array();
+    if (a && (a.rank != 1 || a.shape[0] != channels))
+      throw nb::value_error((std::string(name) + ": not one value per channel").c_str());
+  }
+  const Array& array() const { return view_.array(); }
+
+ private:
+  View view_;
+};
+
+// Statistics of `groups` groups in one block (layer.hpp).
+class StatisticsBlock {
+ public:
+  StatisticsBlock(nb::handle object, index channels, bool writable)
+      : view_(object, writable, "statistics") {
+    const Array& a = view_.array();
+    if (a.rank != 3 || a.dtype != DType::f64 || a.shape[1] != bn::statistics_rows ||
+        a.shape[2] != channels)
+      throw nb::value_error("statistics: not float64 of shape (groups, 4, C)");
+    index expected = 1;
+    for (int d = 2; d >= 0; expected *= a.shape[d], --d)
+      if (a.shape[d] > 1 && a.stride[d] != expected)
+        throw nb::value_error("statistics: not contiguous");
+  }
+  double* data() const { return reinterpret_cast<double*>(view_.array().data); }
+  index groups() const { return view_.array().shape[0]; }
+
+ private:
+  View view_;
+};
+
+bn::Groups groups_of(const StatisticsBlock& s, index size, const View& x) {
+  const index n = s.groups();
+  if (n < 1 || (n > 1 && (size < 1 || (n - 1) * size >= x.array().shape[0])))
+    throw nb::value_error("group_size: does not cut the examples into that many groups");
+  return {n, size};
+}
+
+enum class Layer { forward, normalize };
+
+void layer(Layer pass, nb::handle x, nb::handle y, int axis, double eps, nb::handle statistics,
+           index group_size, nb::handle gamma, nb::handle beta, nb::handle weights,
+           nb::handle residual, int activation, double slope) {
+  const View vx(x, false, "x"), vy(y, true, "y"), vw(weights, false, "weights"),
+      vr(residual, false, "residual");
+  const index c = channels_of(vx, axis);
+  same_shape(vx, vy, "y");
+  same_shape(vx, vr, "residual");
+  check_weights(vx, vw);
+  const Parameter g(gamma, c, "gamma"), b(beta, c, "beta");
+  const StatisticsBlock s(statistics, c, pass == Layer::forward);
+  const bn::Groups groups = groups_of(s, group_size, vx);
+  const bn::Epilogue e = epilogue_of(activation, slope);
+  nb::gil_scoped_release released;
+  if (pass == Layer::forward)
+    bn::layer_forward(vx.array(), vr.array(), vw.array(), vy.array(), axis, eps,
+                      {g.array(), b.array()}, e, groups, s.data());
+  else
+    bn::layer_normalize(vx.array(), vr.array(), vw.array(), vy.array(), axis, eps,
+                        {g.array(), b.array()}, e, groups, s.data());
+}
+
+void layer_backward(nb::handle grad_y, nb::handle x, nb::handle grad_x, int axis, double eps,
+                    nb::handle statistics, index group_size, nb::handle gamma, nb::handle beta,
+                    nb::handle grad_gamma, nb::handle grad_beta, nb::handle weights,
+                    nb::handle residual, nb::handle grad_residual, int activation, double slope) {
+  const View vx(x, false, "x"), vg(grad_y, false, "grad_y"), vo(grad_x, true, "grad_x"),
+      vw(weights, false, "weights"), vr(residual, false, "residual"),
+      vgr(grad_residual, true, "grad_residual");
+  const index c = channels_of(vx, axis);
+  same_shape(vx, vg, "grad_y");
+  same_shape(vx, vo, "grad_x");
+  same_shape(vx, vr, "residual");
+  same_shape(vx, vgr, "grad_residual");
+  check_weights(vx, vw);
+  if (vgr.array() && !vo.array()) throw nb::value_error("grad_residual: not without grad_x");
+  const Parameter g(gamma, c, "gamma"), b(beta, c, "beta"),
+      gg(grad_gamma, c, "grad_gamma", true), gb(grad_beta, c, "grad_beta", true);
+  const StatisticsBlock s(statistics, c, false);
+  const bn::Groups groups = groups_of(s, group_size, vx);
+  const bn::Epilogue e = epilogue_of(activation, slope);
+  nb::gil_scoped_release released;
+  bn::layer_backward(vg.array(), vx.array(), vr.array(), vw.array(), vo.array(), vgr.array(), axis,
+                     eps, {g.array(), b.array()}, e, groups, s.data(), gg.array(), gb.array());
+}
+
+index given_statistics(nb::handle mean, nb::handle var, nb::handle statistics) {
+  const View vm(mean, false, "mean");
+  const index c = channels_of(vm, 0);
+  const Parameter m(mean, c, "mean"), v(var, c, "var");
+  return bn::given_statistics(m.array(), v.array(), StatisticsBlock(statistics, c, true).data());
+}
+
+index update_running(nb::handle statistics, nb::handle mean, nb::handle var,
+                     std::uintptr_t tracked, double momentum, bool even_if_not_finite,
+                     bool count_empty) {
+  const View vm(mean, true, "mean");
+  const index c = channels_of(vm, 0);
+  const Parameter m(mean, c, "mean", true), v(var, c, "var", true);
+  return bn::update_running(StatisticsBlock(statistics, c, false).data(), m.array(), v.array(),
+                            reinterpret_cast<std::int64_t*>(tracked), momentum,
+                            even_if_not_finite, count_empty);
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -281,6 +393,32 @@ NB_MODULE(_core, m) {
   };
   define("backward", Pass::apply);         // the sums are given
   define("backward_fused", Pass::both);    // the sums are made
+
+  const auto define_layer = [&](const char* name, Layer pass) {
+    m.def(
+        name,
+        [pass](nb::handle x, nb::handle y, int axis, double eps, nb::handle statistics,
+               bn::index group_size, nb::handle gamma, nb::handle beta, nb::handle weights,
+               nb::handle residual, int activation, double slope) {
+          layer(pass, x, y, axis, eps, statistics, group_size, gamma, beta, weights, residual,
+                activation, slope);
+        },
+        "x"_a, "y"_a, "channel_axis"_a, "eps"_a, "statistics"_a, "group_size"_a = 0,
+        "gamma"_a = nb::none(), "beta"_a = nb::none(), "weights"_a = nb::none(),
+        "residual"_a = nb::none(), "activation"_a = 0, "slope"_a = 0.01);
+  };
+  define_layer("layer_forward", Layer::forward);      // the statistics are made
+  define_layer("layer_normalize", Layer::normalize);  // the statistics are given
+  m.def("layer_backward", &layer_backward, "grad_y"_a, "x"_a, "grad_x"_a.none(), "channel_axis"_a,
+        "eps"_a, "statistics"_a, "group_size"_a = 0, "gamma"_a = nb::none(),
+        "beta"_a = nb::none(), "grad_gamma"_a = nb::none(), "grad_beta"_a = nb::none(),
+        "weights"_a = nb::none(), "residual"_a = nb::none(), "grad_residual"_a = nb::none(),
+        "activation"_a = 0, "slope"_a = 0.01);
+  m.def("given_statistics", &given_statistics, "mean"_a, "var"_a, "statistics"_a,
+        "The first channel of negative variance, or -1.");
+  m.def("update_running", &update_running, "statistics"_a, "mean"_a, "var"_a, "tracked"_a,
+        "momentum"_a, "even_if_not_finite"_a, "count_empty"_a,
+        "The first channel that is not finite, or -1. `tracked`: address of an int64, or 0.");
 
   m.def("take", &take, "bytes"_a, "like"_a,
         "Uninitialised memory for an output, as uint8, that lies in its page as `like` does: then "

@@ -75,6 +75,51 @@ def backward(
 
 backward_fused = backward
 
+def layer_forward(
+    x: _Array,
+    y: _Array,
+    channel_axis: int,
+    eps: float,
+    statistics: _Array,
+    group_size: int = ...,
+    gamma: _Array | None = ...,
+    beta: _Array | None = ...,
+    weights: _Array | None = ...,
+    residual: _Array | None = ...,
+    activation: int = ...,
+    slope: float = ...,
+) -> None: ...
+
+layer_normalize = layer_forward
+
+def layer_backward(
+    grad_y: _Array,
+    x: _Array,
+    grad_x: _Array | None,
+    channel_axis: int,
+    eps: float,
+    statistics: _Array,
+    group_size: int = ...,
+    gamma: _Array | None = ...,
+    beta: _Array | None = ...,
+    grad_gamma: _Array | None = ...,
+    grad_beta: _Array | None = ...,
+    weights: _Array | None = ...,
+    residual: _Array | None = ...,
+    grad_residual: _Array | None = ...,
+    activation: int = ...,
+    slope: float = ...,
+) -> None: ...
+def given_statistics(mean: _Array, var: _Array, statistics: _Array) -> int: ...
+def update_running(
+    statistics: _Array,
+    mean: _Array,
+    var: _Array,
+    tracked: int,
+    momentum: float,
+    even_if_not_finite: bool,
+    count_empty: bool,
+) -> int: ...
 def take(bytes: int, like: _Array) -> Any: ...
 def release_blocks() -> None: ...
 def kept_bytes() -> int: ...

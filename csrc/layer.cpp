@@ -1,0 +1,172 @@
+// Composition of kernels.hpp: no arithmetic on elements here.
+#include "layer.hpp"
+
+#include <cmath>
+#include <vector>
+
+#include "half.hpp"
+
+namespace bn {
+namespace {
+
+double value(const Array& a, index c) {
+  const char* p = a.data + a.stride[0] * c * size_of(a.dtype);
+  switch (a.dtype) {
+    case DType::f32: return *reinterpret_cast<const float*>(p);
+    case DType::f64: return *reinterpret_cast<const double*>(p);
+    case DType::f16: return widen(*reinterpret_cast<const float16*>(p));
+    case DType::bf16: return widen(*reinterpret_cast<const bfloat16*>(p));
+  }
+  return 0;
+}
+
+void set(const Array& a, index c, double v) {
+  char* p = a.data + a.stride[0] * c * size_of(a.dtype);
+  switch (a.dtype) {
+    case DType::f32: narrow(v, reinterpret_cast<float*>(p)); break;
+    case DType::f64: narrow(v, reinterpret_cast<double*>(p)); break;
+    case DType::f16: narrow(v, reinterpret_cast<float16*>(p)); break;
+    case DType::bf16: narrow(v, reinterpret_cast<bfloat16*>(p)); break;
+  }
+}
+
+// A parameter as the kernels read it.
+class Wide {
+ public:
+  explicit Wide(const Array& a) {
+    if (!a) return;
+    if (a.dtype == DType::f64 && (a.stride[0] == 1 || a.shape[0] == 1)) {
+      data_ = reinterpret_cast<const double*>(a.data);
+      return;
+    }
+    copy_.resize(std::size_t(a.shape[0]) + 1);  // not null for C = 0
+    for (index c = 0; c < a.shape[0]; ++c) copy_[std::size_t(c)] = value(a, c);
+    data_ = copy_.data();
+  }
+  const double* data() const { return data_; }
+
+ private:
+  const double* data_ = nullptr;
+  std::vector<double> copy_;
+};
+
+Array examples(const Array& a, Groups g, index k) {
+  if (!a || g.number == 1) return a;
+  Array part = a;
+  part.data += k * g.size * a.stride[0] * size_of(a.dtype);
+  part.shape[0] = k + 1 == g.number ? a.shape[0] - k * g.size : g.size;
+  return part;
+}
+
+double* row(double* statistics, index channels, index group, int r) {
+  return statistics + (group * statistics_rows + r) * channels;
+}
+const double* row(const double* statistics, index channels, index group, int r) {
+  return statistics + (group * statistics_rows + r) * channels;
+}
+
+Statistics of_group(const double* s, index channels, index k, double eps) {
+  return {row(s, channels, k, mean_row), row(s, channels, k, mean_low_row),
+          row(s, channels, k, var_row), eps};
+}
+
+}  // namespace
+
+void layer_forward(const Array& x, const Array& residual, const Array& weights, const Array& y,
+                   int axis, double eps, const Parameters& p, const Epilogue& epilogue, Groups g,
+                   double* statistics) {
+  const index channels = x.shape[axis];
+  const Wide gamma(p.gamma), beta(p.beta);
+  for (index k = 0; k < g.number; ++k) {
+    double* var = row(statistics, channels, k, var_row);
+    const double count = forward(examples(x, g, k), examples(residual, g, k),
+                                 examples(weights, g, k), examples(y, g, k), axis, eps,
+                                 {gamma.data(), beta.data()}, epilogue,
+                                 row(statistics, channels, k, mean_row),
+                                 row(statistics, channels, k, mean_low_row), var);
+    double* counts = row(statistics, channels, k, count_row);
+    for (index c = 0; c < channels; ++c) {
+      counts[c] = count;
+      var[c] = count > 0 ? var[c] / count : 1;  // nothing measured: any variance will do
+    }
+  }
+}
+
+void layer_normalize(const Array& x, const Array& residual, const Array& weights, const Array& y,
+                     int axis, double eps, const Parameters& p, const Epilogue& epilogue,
+                     Groups g, const double* statistics) {
+  const Wide gamma(p.gamma), beta(p.beta);
+  for (index k = 0; k < g.number; ++k)
+    normalize(examples(x, g, k), examples(residual, g, k), examples(weights, g, k),
+              examples(y, g, k), axis, of_group(statistics, x.shape[axis], k, eps),
+              {gamma.data(), beta.data()}, epilogue);
+}
+
+void layer_backward(const Array& grad_y, const Array& x, const Array& residual,
+                    const Array& weights, const Array& grad_x, const Array& grad_residual,
+                    int axis, double eps, const Parameters& p, const Epilogue& epilogue, Groups g,
+                    const double* statistics, const Array& grad_gamma, const Array& grad_beta) {
+  const index channels = x.shape[axis];
+  const Wide gamma(p.gamma), beta(p.beta);
+  const Affine affine{gamma.data(), beta.data()};
+  std::vector<double> sums(std::size_t(4 * channels) + 1);
+  double *sum_grad = sums.data(), *sum_grad_x_hat = sum_grad + channels;
+  double *part = g.number == 1 ? sum_grad : sum_grad_x_hat + channels;
+  for (index k = 0; k < g.number; ++k) {
+    const Statistics s = of_group(statistics, channels, k, eps);
+    if (grad_x)
+      backward_fused(examples(grad_y, g, k), examples(x, g, k), examples(residual, g, k),
+                     examples(weights, g, k), examples(grad_x, g, k),
+                     examples(grad_residual, g, k), axis,
+                     channels ? row(statistics, channels, k, count_row)[0] : 0, s, affine,
+                     epilogue, part, part + channels);
+    else
+      backward_sums(examples(grad_y, g, k), examples(x, g, k), examples(residual, g, k),
+                    examples(weights, g, k), axis, s, affine, epilogue, part, part + channels);
+    if (part != sum_grad)
+      for (index c = 0; c < 2 * channels; ++c) sum_grad[c] += part[c];
+  }
+  for (index c = 0; c < channels; ++c) {
+    if (grad_gamma) set(grad_gamma, c, sum_grad_x_hat[c]);
+    if (grad_beta) set(grad_beta, c, sum_grad[c]);
+  }
+}
+
+index given_statistics(const Array& mean, const Array& var, double* statistics) {
+  const index channels = mean.shape[0];
+  index negative = -1;
+  for (index c = 0; c < channels; ++c) {
+    const double v = value(var, c);
+    row(statistics, channels, 0, count_row)[c] = 0;
+    row(statistics, channels, 0, mean_row)[c] = value(mean, c);
+    row(statistics, channels, 0, mean_low_row)[c] = 0;
+    row(statistics, channels, 0, var_row)[c] = v;
+    if (v < 0 && negative < 0) negative = c;
+  }
+  return negative;
+}
+
+index update_running(const double* statistics, const Array& mean, const Array& var,
+                     std::int64_t* tracked, double momentum, bool even_if_not_finite,
+                     bool count_empty) {
+  const index channels = mean.shape[0];
+  const double* mean_of_batch = row(statistics, channels, 0, mean_row);
+  const double* var_of_batch = row(statistics, channels, 0, var_row);
+  index not_finite = -1;
+  for (index c = channels; c-- > 0;)
+    if (!std::isfinite(mean_of_batch[c]) || !std::isfinite(var_of_batch[c])) not_finite = c;
+  if (not_finite >= 0 && !even_if_not_finite) return not_finite;
+  if (!count_empty && channels > 0 && row(statistics, channels, 0, count_row)[0] == 0) return -1;
+  if (tracked) ++*tracked;
+  const double weight = momentum < 0 ? 1 / double(tracked ? *tracked : 1) : momentum;
+  for (index c = 0; c < channels; ++c) {
+    const double count = row(statistics, channels, 0, count_row)[c];
+    if (!(count > 1)) continue;
+    const double v = var_of_batch[c] * (count / (count - 1));
+    set(mean, c, value(mean, c) * (1 - weight) + weight * mean_of_batch[c]);
+    set(var, c, value(var, c) * (1 - weight) + weight * v);
+  }
+  return not_finite;
+}
+
+}  // namespace bn

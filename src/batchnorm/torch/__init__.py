@@ -1,0 +1,27 @@
+"""The PyTorch face: torch's layers, exact and faster, and what keeps their statistics right.
+
+>>> import torch
+>>> from batchnorm.torch import BatchNorm2d
+>>> layer = BatchNorm2d(8, activation="relu")
+>>> layer(torch.randn(4, 8, 5, 5)).shape
+torch.Size([4, 8, 5, 5])
+"""
+
+try:
+    import torch as _torch
+except ImportError as missing:
+    raise ImportError("batchnorm.torch needs PyTorch: pip install 'batchnorm[torch]'") from missing
+
+from . import functional as functional
+from .kernels import NonFiniteError as NonFiniteError
+from .modules import BatchNorm1d as BatchNorm1d
+from .modules import BatchNorm2d as BatchNorm2d
+from .modules import BatchNorm3d as BatchNorm3d
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "NonFiniteError",
+    "functional",
+]

@@ -1,0 +1,606 @@
+"""Batch normalization of torch tensors: one function with torch's signature, differentiable."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from ..errors import ArgumentError, ShapeError
+from . import derivatives, kernels
+from .kernels import IDENTITY, LEAKY_RELU, RELU, Form
+
+__all__ = ["batch_norm"]
+
+_CODES = {None: IDENTITY, "relu": RELU, "leaky_relu": LEAKY_RELU}
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    group_size: int | None = None,
+) -> Tensor:
+    """Normalize each channel, as `torch.nn.functional.batch_norm`, and more in the same pass.
+
+    Parameters
+    ----------
+    input : (N, C, *S)
+        Contiguous, channels-last or any other strides; the output keeps the memory format.
+    running_mean, running_var : (C,)
+        In training they take up the batch's statistics, in place; None where there are none. In
+        evaluation they normalize.
+    weight, bias : (C,)
+        Scale and shift, None for 1 and 0; of any floating type.
+    training : bool
+        Whether the batch's own statistics normalize.
+    momentum : float
+        Weight of the new value in the running statistics.
+    eps : float
+        Added to the variance, inside the root.
+    residual : broadcasts with (N, C, *S)
+        Added before the activation.
+    mask : broadcasts to (N, *S)
+        Weight of each value in the statistics: booleans, or numbers that are finite and not
+        negative; not differentiated. Where it is zero, neither the input nor gradients matter (NaN
+        and infinity included), and the output is zero.
+    activation : None, "relu" or "leaky_relu"
+        Applied to the result.
+    negative_slope : float
+        Of "leaky_relu".
+    group_size : int
+        Examples that share their statistics in training (ghost batches); None for all. What is
+        left over forms a smaller group, or joins the last where it had one value per channel. The
+        running statistics are those of the whole batch.
+
+    Returns
+    -------
+    (N, C, *S)
+        In the type of `input`.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        Where torch's function raises them, with its messages; and `ArgumentError` or `ShapeError`,
+        which are ValueErrors, for the arguments that it does not have, and for a negative
+        `running_var`. A call that raises changes nothing.
+
+    References
+    ----------
+    Ioffe & Szegedy (2015), Algorithm 1; ghost batches: Hoffer et al. (2017), Algorithm 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import functional
+    >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
+    >>> functional.batch_norm(x, None, None, training=True, activation="relu", eps=1e-12)
+    tensor([[0., 0.],
+            [1., 1.]])
+    """
+    tensors = (input, running_mean, running_var, weight, bias, residual, mask)
+    if has_torch_function_variadic(*tensors):
+        result: Tensor = handle_torch_function(
+            batch_norm,
+            tensors,
+            input,
+            running_mean,
+            running_var,
+            weight=weight,
+            bias=bias,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            residual=residual,
+            mask=mask,
+            activation=activation,
+            negative_slope=negative_slope,
+            group_size=group_size,
+        )
+        return result
+    form = form_of(eps, group_size, activation, negative_slope)
+    y, statistics = layer(
+        input, running_mean, running_var, weight, bias, training, form, residual, mask
+    )
+    if training and running_mean is not None and running_var is not None:
+        update_running(
+            running_mean, running_var, None, None, statistics, momentum, "propagate", mask, ""
+        )
+    return y
+
+
+def form_of(
+    eps: float, group_size: int | None, activation: str | None, negative_slope: float
+) -> Form:
+    """The arguments that torch does not have, checked."""
+    if activation not in _CODES:
+        raise ArgumentError(f"activation must be None, 'relu' or 'leaky_relu', got {activation!r}.")
+    if group_size is not None and (group_size != int(group_size) or group_size < 1):
+        raise ArgumentError(f"group_size must be a positive integer or None, got {group_size!r}.")
+    return Form(eps, group_size or 0, _CODES[activation], negative_slope)
+
+
+def layer(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    form: Form,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Check, normalize, and leave the running statistics alone.
+
+    Returns the batch's statistics as well (in evaluation, None).
+    """
+    _check(x, running_mean, running_var, weight, bias, training, form)
+    weights = None if mask is None else as_weights(mask, x)
+    if residual is not None and not (
+        residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+    ):
+        y, statistics = layer(
+            x, running_mean, running_var, weight, bias, training, form._replace(activation=0)
+        )
+        return _finish(y, residual, weights, form), statistics
+    if not kernels.fits(x, weight, bias, running_mean, running_var):
+        return _torchs(
+            x, running_mean, running_var, weight, bias, training, form, residual, weights
+        )
+    if training:
+        return normalized(x, weight, bias, residual, weights, None, form)
+    assert running_mean is not None
+    assert running_var is not None
+    given = _given_statistics(running_mean, running_var)
+    return normalized(x, weight, bias, residual, weights, given, form)[0], None
+
+
+def normalized(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    statistics: Tensor | None,
+    form: Form,
+) -> tuple[Tensor, Tensor]:
+    """Normalize by `statistics`, or where they are None by those of x; differentiable."""
+    tensors = (x, weight, bias, residual, mask, statistics)
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            y, s = _Transformed.apply(*tensors, form)
+            return y, s
+        if kernels.plain(*tensors) and (
+            forward_ad._current_level >= 0
+            or (
+                torch.is_grad_enabled()
+                and any(t is not None and t.requires_grad for t in tensors[:4])
+            )
+        ):
+            call = _Call(mask, statistics, form)
+            y = _Eager.apply(x, weight, bias, residual, call)
+            assert call.statistics is not None
+            return y, call.statistics
+    if statistics is None:
+        return kernels.forward(x, weight, bias, residual, mask, form)
+    return kernels.normalize(x, statistics, weight, bias, residual, mask, form), statistics
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor | None,
+    skipped: Tensor | None,
+    statistics: Tensor | None,
+    momentum: float | None,
+    on_nonfinite: str,
+    mask: Tensor | None,
+    name: str,
+) -> None:
+    """Bring a batch's statistics into the running ones (`kernels.update_running`)."""
+    assert statistics is not None
+    arguments = (
+        running_mean, running_var, tracked, skipped, statistics, momentum, on_nonfinite,
+        mask is None, name,
+    )  # fmt: skip
+    if not kernels.fits(running_mean, running_var):
+        _update_by_torch(*arguments)
+    elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        _Update.apply(*arguments)
+    else:
+        kernels.update_running(*arguments)
+
+
+# ---- checks -------------------------------------------------------------------------------------
+
+
+def _check(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    form: Form,
+) -> None:
+    good = x.dim() >= 2 and (form.eps > 0 or (form.eps == 0 and not training))
+    if good:
+        channels = x.shape[1]
+        for t in (running_mean, running_var, weight, bias):
+            if t is not None and (t.dim() != 1 or t.shape[0] != channels or t.device != x.device):
+                good = False
+        if training:
+            per_example = kernels.values_per_example(x)
+            good = good and x.shape[0] * per_example != 1
+            if good and form.group_size * per_example == 1:
+                raise ShapeError(
+                    "Expected more than 1 value per channel when training, got input size "
+                    f"{x.shape} in groups of {form.group_size}"
+                )
+        else:
+            good = good and running_mean is not None and running_var is not None
+    if good:
+        return
+    # Torch says best what it would have said.
+    buffers = [None if t is None else t.detach().clone() for t in (running_mean, running_var)]
+    F.batch_norm(x, *buffers, weight, bias, training, 0.1, form.eps)
+    raise ShapeError(
+        "weight, bias and the running statistics must have shape (C,) and lie on one device with "
+        f"input, got input {tuple(x.shape)} on {x.device}."
+    )
+
+
+def as_weights(mask: Tensor, x: Tensor) -> Tensor:
+    """`mask` as (N, *S) float64."""
+    shape = x.shape[:1] + x.shape[2:]
+    if mask.requires_grad:
+        raise ArgumentError("mask is not differentiated; pass mask.detach().")
+    if mask.is_complex():
+        raise ArgumentError(f"mask must be real numbers or booleans, got {mask.dtype}.")
+    if mask.dim() == x.dim() and mask.shape[1] == 1:
+        mask = mask.squeeze(1)
+    try:
+        weights = torch.broadcast_to(mask.to(x.device, torch.float64), shape)
+    except RuntimeError:
+        raise ShapeError(
+            f"mask must broadcast to the shape of input without its channel axis, {tuple(shape)}, "
+            f"got {tuple(mask.shape)}."
+        ) from None
+    return weights.contiguous()
+
+
+# ---- autograd -----------------------------------------------------------------------------------
+
+
+class _Call:
+    """What a call in eager mode is besides its differentiable tensors."""
+
+    __slots__ = ("fixed", "form", "mask", "statistics")
+
+    def __init__(self, mask: Tensor | None, statistics: Tensor | None, form: Form) -> None:
+        self.mask = mask
+        self.statistics = statistics  # set by the forward pass where None
+        self.fixed = statistics is not None
+        self.form = form
+
+
+class _Eager(torch.autograd.Function):
+    """The quick way: torch's newer protocol with `setup_context` costs several times as much."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
+        if call.statistics is None:
+            y, call.statistics = kernels.forward(x, weight, bias, residual, call.mask, call.form)
+        else:
+            y = kernels.normalize(x, call.statistics, weight, bias, residual, call.mask, call.form)
+        ctx.save_for_backward(x, weight, bias, residual)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(x, weight, bias, residual)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        call = ctx.call
+        grads = _backward(
+            grad_y, ctx.saved_tensors, call.mask, call.statistics, call.fixed, call.form,
+            ctx.needs_input_grad[:4],
+        )  # fmt: skip
+        return (*grads, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        call = ctx.call
+        given = call.statistics if call.fixed else None
+        return derivatives.tangent(*ctx.saved_tensors, call.mask, given, call.form, *tangents[:4])
+
+
+class _Transformed(torch.autograd.Function):
+    """The same for torch.func's transforms: x, weight, bias, residual, mask, statistics, form."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        x, weight, bias, residual, mask, statistics, form = inputs
+        if statistics is None:
+            return kernels.forward(x, weight, bias, residual, mask, form)
+        y = kernels.normalize(x, statistics, weight, bias, residual, mask, form)
+        return y, statistics.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.form = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> Any:
+        *tensors, mask, statistics = ctx.saved_tensors
+        grads = derivatives.gradient(grad_y, *tensors, mask, statistics, ctx.form)
+        return (*grads, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return derivatives.tangent(*ctx.saved_tensors, ctx.form, *tangents[:4]), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        """A batch of calls is one call with so many times the channels."""
+        size, form = info.batch_size, inputs[6]
+        if in_dims[4] is not None:  # a mask is of examples, not of channels
+            calls = [
+                _Transformed.apply(
+                    *(_select(t, d, k) for t, d in zip(inputs, in_dims, strict=True))
+                )
+                for k in range(size)
+            ]
+            ys, statistics = zip(*calls, strict=True)
+            return (torch.stack(ys), torch.stack(statistics)), (0, 0)
+        x, residual = (_fold(inputs[i], in_dims[i], size, 2) for i in (0, 3))
+        weight, bias = (_fold(inputs[i], in_dims[i], size, 1) for i in (1, 2))
+        given = _fold(inputs[5], in_dims[5], size, 3)
+        y, statistics = _Transformed.apply(x, weight, bias, residual, inputs[4], given, form)
+        return (y.unflatten(1, (size, -1)), statistics.unflatten(2, (size, -1))), (1, 2)
+
+
+def _select(t: Any, dim: int | None, k: int) -> Any:
+    return t if dim is None else t.select(dim, k)
+
+
+def _fold(t: Tensor | None, dim: int | None, size: int, channel_axis: int) -> Tensor | None:
+    """Put the batch of a vmap before the channels, and make one axis of both.
+
+    `channel_axis`: of the channels, once the batch stands before them.
+    """
+    if t is None:
+        return None
+    before = channel_axis - 1
+    if dim is None:
+        t = t.unsqueeze(before).expand(*t.shape[:before], size, *t.shape[before:])
+    else:
+        t = t.movedim(dim, before)
+    return t.flatten(before, channel_axis)
+
+
+def _backward(
+    grad_y: Tensor,
+    saved: Any,
+    mask: Tensor | None,
+    statistics: Tensor,
+    fixed: bool,
+    form: Form,
+    needs: Any,
+) -> Any:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # The gradient will itself be differentiated.
+        return derivatives.gradient(grad_y, *saved, mask, statistics if fixed else None, form)
+    x, weight, bias, residual = saved
+    return kernels.backward(grad_y, x, statistics, weight, bias, residual, mask, form, needs)
+
+
+class _Update(torch.autograd.Function):
+    """The update of running statistics under torch.func: where it sees tensors as they are."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        kernels.update_running(*arguments)
+        return torch.zeros(())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        if in_dims[0] is None or in_dims[1] is None:
+            raise RuntimeError(
+                "batch_norm got a batched input under vmap, while running_mean and running_var, "
+                "which it updates in place, are not batched. Batch them too, or leave them out "
+                "(track_running_stats=False)."
+            )
+        for k in range(info.batch_size):
+            _Update.apply(*(_select(a, d, k) for a, d in zip(arguments, in_dims, strict=True)))
+        return torch.zeros(()), None
+
+
+class _Given(torch.autograd.Function):
+    """`kernels.given_statistics` under torch.func."""
+
+    @staticmethod
+    def forward(mean: Tensor, var: Tensor) -> Tensor:
+        return kernels.given_statistics(mean, var)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], mean: Tensor, var: Tensor) -> Any:
+        size = info.batch_size
+        folded = (_fold(t, d, size, 1) for t, d in zip((mean, var), in_dims, strict=True))
+        return _Given.apply(*folded).unflatten(2, (size, -1)), 2
+
+
+def _given_statistics(mean: Tensor, var: Tensor) -> Tensor:
+    mean, var = mean.detach(), var.detach()
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        given: Tensor = _Given.apply(mean, var)
+        return given
+    return kernels.given_statistics(mean, var)
+
+
+# ---- what the core does not read: torch's own operators behind the same semantics ---------------
+
+
+def _torchs(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    form: Form,
+    residual: Tensor | None,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    if not training:
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, form.eps)
+        return _finish(y, residual, weights, form), None
+    parts = [
+        _torchs_group(
+            x[examples], weight, bias, None if weights is None else weights[examples], form
+        )
+        for examples in derivatives.slices(x, form.group_size)
+    ]
+    ys, statistics = zip(*parts, strict=True)
+    y = ys[0] if len(ys) == 1 else torch.cat(ys)
+    return _finish(y, residual, weights, form), torch.stack(statistics)
+
+
+def _torchs_group(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, weights: Tensor | None, form: Form
+) -> tuple[Tensor, Tensor]:
+    axes = [a for a in range(x.dim()) if a != 1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if weights is not None:
+        return derivatives.masked_group(x, weight, bias, weights, form)
+    count = x.numel() // max(x.shape[1], 1)
+    if torch._C._are_functorch_transforms_active():
+        y = F.batch_norm(x, None, None, weight, bias, True, 0.0, form.eps)
+        var, mean = torch.var_mean(x.detach().to(wide), axes, correction=0)
+    else:
+        # What a momentum of one leaves in the running statistics are the batch's.
+        mean, var = torch.zeros((2, x.shape[1]), dtype=wide, device=x.device)
+        var += 1
+        y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, form.eps)
+        var = var * ((count - 1) / count) if count else var
+    return y, torch.stack([torch.full_like(mean, count), mean, torch.zeros_like(mean), var])
+
+
+def _finish(y: Tensor, residual: Tensor | None, weights: Tensor | None, form: Form) -> Tensor:
+    if residual is not None:
+        y = y + residual
+    if form.activation == RELU:
+        y = F.relu(y)
+    elif form.activation == LEAKY_RELU:
+        y = F.leaky_relu(y, form.slope)
+    if weights is not None:
+        y = torch.where(weights.unsqueeze(1) > 0, y, 0.0)
+    return y
+
+
+def _update_by_torch(
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor | None,
+    skipped: Tensor | None,
+    statistics: Tensor,
+    momentum: float | None,
+    on_nonfinite: str,
+    count_empty: bool,
+    name: str,
+) -> None:
+    """`kernels.update_running` on another device, without waiting for it unless it is to raise."""
+    with torch.no_grad():
+        if statistics.shape[0] > 1:
+            statistics = kernels.merged(statistics).to(running_mean.device)
+        count, mean, _, var = statistics[0].to(running_mean.dtype)
+        finite = torch.isfinite(statistics[0]).all()
+        if on_nonfinite == "raise" and not bool(finite):
+            bad = int(torch.nonzero(~torch.isfinite(statistics[0]).all(0))[0])
+            kernels.not_finite(statistics, bad, on_nonfinite, skipped, name)
+        used = torch.ones_like(finite) if on_nonfinite == "propagate" else finite
+        if skipped is not None:
+            skipped.add_(~used)
+        if not count_empty:
+            used = used & (count > 0).any()
+        if tracked is not None:
+            tracked.add_(used)
+        if momentum is None:
+            share: Tensor | float = 1.0 if tracked is None else 1.0 / tracked.to(mean.dtype)
+        else:
+            share = momentum
+        takes = used & (count > 1)
+        unbiased = var * count / torch.where(count > 1, count - 1, 1.0)
+        for running, new in ((running_mean, mean), (running_var, unbiased)):
+            running.copy_(torch.where(takes, running + share * (new - running), running))
+
+
+# ---- autograd of the operators ------------------------------------------------------------------
+
+
+def _operator_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    names = ("x", "weight", "bias", "residual", "mask")
+    if isinstance(output, Tensor):  # normalize: the statistics stand second
+        x, statistics, *others = inputs
+        inputs, ctx.fixed = (x, *others), True
+    else:
+        statistics, ctx.fixed = output[1], False
+    ctx.save_for_backward(*inputs[: len(names)], statistics)
+    ctx.form = Form(*inputs[len(names) :])
+
+
+def _operator_backward(ctx: Any, grad_y: Tensor, *_: Any) -> Any:
+    *saved, mask, statistics = ctx.saved_tensors
+    needs = [n for i, n in enumerate(ctx.needs_input_grad) if not (ctx.fixed and i == 1)][:4]
+    grads = _backward(grad_y, saved, mask, statistics, ctx.fixed, ctx.form, needs)
+    form = (None,) * len(ctx.form)
+    if ctx.fixed:
+        return (grads[0], None, *grads[1:], None, *form)
+    return (*grads, None, *form)
+
+
+for _name in ("forward", "normalize"):
+    torch.library.register_autograd(
+        f"batchnorm::{_name}", _operator_backward, setup_context=_operator_context
+    )

@@ -1,0 +1,289 @@
+"""BatchNorm1d, 2d and 3d: torch's own layers, with what they lack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from ..errors import ArgumentError
+from . import functional, kernels
+from .kernels import Form
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+_ON_NONFINITE = ("skip", "raise", "propagate")
+_ON_SINGLE = ("raise", "population")
+
+
+class Layer(nn.Module):
+    """What the three layers add to torch's; stands before torch's class among their bases.
+
+    The attributes have defaults on the class, so that an instance of torch's class becomes one of
+    ours by nothing but a change of class.
+    """
+
+    activation: str | None = None
+    negative_slope: float = 0.01
+    on_nonfinite: str = "skip"
+    on_single: str = "raise"
+    group_size: int | None = None
+    stats_frozen: bool = False
+    affine_frozen: bool = False
+
+    # torch's
+    num_features: int
+    eps: float
+    momentum: float | None
+    track_running_stats: bool
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    _check_input_dim: Callable[[Tensor], None]
+
+    _name: str = ""
+    _skipped: Tensor | None = None
+    _accumulated: Tensor | None = None  # the merged statistics of `accumulate`
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        on_nonfinite: str = "skip",
+        on_single: str = "raise",
+        group_size: int | None = None,
+        **torchs: Any,  # bias=, where the installed torch has it
+    ) -> None:
+        functional.form_of(eps, group_size, activation, negative_slope)
+        for name, value, known in (
+            ("on_nonfinite", on_nonfinite, _ON_NONFINITE),
+            ("on_single", on_single, _ON_SINGLE),
+        ):
+            if value not in known:
+                raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+        super().__init__(  # type: ignore[call-arg]
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            device=device,
+            dtype=dtype,
+            **torchs,
+        )
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.on_nonfinite = on_nonfinite
+        self.on_single = on_single
+        self.group_size = group_size
+        self.adopt()
+
+    def adopt(self, name: str = "") -> None:
+        """Make ready an instance that torch's constructor left behind."""
+        if name:
+            self._name = name
+        self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._widen({})
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Normalize, add `residual`, apply the activation.
+
+        Parameters
+        ----------
+        input : (N, C, *S)
+        residual : broadcasts with (N, C, *S)
+            Added before the activation.
+        mask : broadcasts to (N, *S)
+            Weight of each value in the statistics, as in `functional.batch_norm`; where it is zero
+            the output is zero, in evaluation too.
+
+        Returns
+        -------
+        (N, C, *S)
+            In the type and memory format of `input`.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            As torch's layer, and as `functional.batch_norm`.
+        NonFiniteError
+            With ``on_nonfinite="raise"``. A call that raises changes nothing.
+        """
+        if isinstance(input, Proxy):  # torch.fx takes torch's own layers as they are, and so ours
+            tracer: Any = input.tracer
+            extra = {k: v for k, v in (("residual", residual), ("mask", mask)) if v is not None}
+            proxy: Tensor = tracer.create_proxy(
+                "call_module", tracer.path_of_module(self), (input,), extra
+            )
+            return proxy
+        self._check_input_dim(input)
+        mean, var = self.running_mean, self.running_var
+        known = mean is not None or var is not None
+        batch = (self.training and not (self.stats_frozen and known)) or not known
+        if batch and known and self.on_single == "population" and self._is_single(input, mask):
+            batch = False
+        tracks = batch and self.training and self.track_running_stats
+        weight, bias = self.weight, self.bias
+        if self.affine_frozen:
+            weight = None if weight is None else weight.detach()
+            bias = None if bias is None else bias.detach()
+        form = self._form()
+        # As in torch: running statistics that are not tracked take no part in training.
+        takes = known and (tracks or not self.training or not batch)
+        y, statistics = functional.layer(
+            input,
+            mean if takes else None,
+            var if takes else None,
+            weight,
+            bias,
+            batch,
+            form,
+            residual,
+            mask,
+        )
+        if tracks and mean is not None and var is not None and not _recomputing():
+            self._track(mean, var, statistics, mask)
+        return y
+
+    def _form(self) -> Form:
+        return functional.form_of(self.eps, self.group_size, self.activation, self.negative_slope)
+
+    def _is_single(self, x: Tensor, mask: Tensor | None) -> bool:
+        if mask is None:
+            return x.dim() >= 2 and x.shape[0] * kernels.values_per_example(x) == 1
+        weights = functional.as_weights(mask, x)
+        return int(torch.count_nonzero(weights)) == 1
+
+    def _track(self, mean: Tensor, var: Tensor, statistics: Any, mask: Tensor | None) -> None:
+        skipped = self._skipped
+        if skipped is not None and skipped.device != mean.device:
+            self._skipped = skipped = skipped.to(mean.device)
+        name = self._name or f"{type(self).__name__}({self.num_features})"
+        if self._accumulated is not None:
+            kernels.merge(self._accumulated, statistics, skipped, self.on_nonfinite, name)
+            return
+        momentum = self.momentum
+        if momentum is None and self.num_batches_tracked is None:
+            momentum = 0.0  # as in torch
+        functional.update_running(
+            mean,
+            var,
+            self.num_batches_tracked,
+            skipped,
+            statistics,
+            momentum,
+            self.on_nonfinite,
+            mask,
+            name,
+        )
+
+    @property
+    def nonfinite_batches(self) -> int:
+        """Batches that ``on_nonfinite="skip"`` has left out of the running statistics."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    # ---- what torch's layer does, with statistics that stay wide --------------------------------
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = {name: self._buffers.get(name) for name in ("running_mean", "running_var")}
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._widen(before)
+        return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._widen({})
+
+    def _widen(self, before: dict[str, Tensor | None]) -> None:
+        """Keep running statistics in float32 or wider, by their values in `before` if there."""
+        for name in ("running_mean", "running_var"):
+            now = self._buffers.get(name)
+            if now is None or not now.is_floating_point() or now.itemsize >= 4:
+                continue
+            old = before.get(name)
+            if old is None or old.itemsize < 4 or old.device.type == "meta":
+                self._buffers[name] = now.float()
+            else:
+                self._buffers[name] = old.to(now.device)
+
+    def extra_repr(self) -> str:
+        """torch's, and what differs from it."""
+        parts = [super().extra_repr()]
+        for name in ("activation", "negative_slope", "on_nonfinite", "on_single", "group_size"):
+            value = getattr(self, name)
+            if value != getattr(Layer, name) and (
+                name != "negative_slope" or self.activation == "leaky_relu"
+            ):
+                parts.append(f"{name}={value}")
+        frozen = [n for n in ("stats", "affine") if getattr(self, f"{n}_frozen")]
+        if frozen:
+            parts.append(f"frozen={'+'.join(frozen)}")
+        return ", ".join(parts)
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass is running: a forward inside it is checkpointing's second one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+_DOC = """torch's {name}, exact and faster, with what it lacks.
+
+    The constructor, the state dict and the meaning of every argument up to `bias` are those of
+    `torch.nn.{name}`; the others are keywords. A call that raises changes nothing, and a forward
+    that activation checkpointing repeats updates the running statistics once. These stay float32 or
+    wider through ``.half()`` and ``.bfloat16()``.
+
+    Parameters
+    ----------
+    num_features : int
+        C, of input {shape}.
+    eps, momentum, affine, track_running_stats, device, dtype, bias
+        As in `torch.nn.{name}`.
+    activation : None, "relu" or "leaky_relu"
+        Applied in the same pass, after a residual if one is given.
+    negative_slope : float
+        Of "leaky_relu".
+    on_nonfinite : "skip", "raise" or "propagate"
+        What to do in training with a batch whose statistics are not finite: leave it out of the
+        running statistics, count it in `nonfinite_batches` and warn once; raise `NonFiniteError`,
+        which names layer and channel; or let it in, as torch does.
+    on_single : "raise" or "population"
+        What to do in training with one value per channel: raise torch's ValueError, or normalize by
+        the running statistics and leave them alone.
+    group_size : int
+        Examples that share their statistics (ghost batches); None for all.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import {name}
+    >>> layer = {name}(3, activation="relu")
+    >>> y = layer(torch.randn({example}))
+    """
+
+
+class BatchNorm1d(Layer, nn.BatchNorm1d):
+    __doc__ = _DOC.format(name="BatchNorm1d", shape="(N, C) or (N, C, L)", example="8, 3")
+
+
+class BatchNorm2d(Layer, nn.BatchNorm2d):
+    __doc__ = _DOC.format(name="BatchNorm2d", shape="(N, C, H, W)", example="8, 3, 4, 4")
+
+
+class BatchNorm3d(Layer, nn.BatchNorm3d):
+    __doc__ = _DOC.format(name="BatchNorm3d", shape="(N, C, D, H, W)", example="8, 3, 2, 4, 4")
