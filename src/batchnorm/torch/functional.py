@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -11,10 +12,13 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..errors import ArgumentError, ShapeError
-from . import derivatives, kernels
-from .kernels import IDENTITY, LEAKY_RELU, RELU, Form
+from . import derivatives, kernels, operators
+from .kernels import IDENTITY, LEAKY_RELU, RELU, Form, Statistics
 
 __all__ = ["batch_norm"]
+
+# What torch need not know is a NumPy array.
+AnyStatistics = Statistics | Tensor
 
 _CODES = {None: IDENTITY, "relu": RELU, "leaky_relu": LEAKY_RELU}
 
@@ -144,33 +148,100 @@ def layer(
     form: Form,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, AnyStatistics | None]:
     """Check, normalize, and leave the running statistics alone.
 
     Returns the batch's statistics as well (in evaluation, None).
     """
+    if residual is None and mask is None and _is_quick(x, running_mean, running_var, weight, bias):
+        # The core and torch check what is left to check, before anything has been changed; if they
+        # refuse, the longer way says why, or does what they cannot.
+        try:
+            return _quick(x, running_mean, running_var, weight, bias, training, form)
+        except (KeyError, RuntimeError, ValueError):
+            pass
     _check(x, running_mean, running_var, weight, bias, training, form)
     weights = None if mask is None else as_weights(mask, x)
     if residual is not None and not (
         residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
     ):
         y, statistics = layer(
-            x, running_mean, running_var, weight, bias, training, form._replace(activation=0)
-        )
+            x, running_mean, running_var, weight, bias, training,
+            form._replace(activation=IDENTITY), None, mask,
+        )  # fmt: skip
         return _finish(y, residual, weights, form), statistics
-    if not kernels.fits(x, weight, bias, running_mean, running_var):
+    tensors = (x, weight, bias, residual, weights)
+    if not kernels.fits(*tensors, running_mean, running_var):
         return _torchs(
             x, running_mean, running_var, weight, bias, training, form, residual, weights
         )
     if training:
-        return normalized(x, weight, bias, residual, weights, None, form)
+        return _normalized(*tensors, None, form)
     assert running_mean is not None
     assert running_var is not None
     given = _given_statistics(running_mean, running_var)
-    return normalized(x, weight, bias, residual, weights, given, form)[0], None
+    return _normalized(*tensors, given, form)[0], None
 
 
-def normalized(
+def _is_quick(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> bool:
+    if not kernels.plain(x, running_mean, running_var, weight, bias):
+        return False
+    if torch._C._are_functorch_transforms_active() or not x.is_cpu:
+        return False
+    return all(
+        t is None or (t.is_cpu and t.dim() == 1) for t in (running_mean, running_var, weight, bias)
+    )
+
+
+def _quick(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    form: Form,
+) -> tuple[Tensor, Statistics | None]:
+    channels = x.shape[1] if x.dim() > 1 else -1
+    if (
+        x.numel() == channels
+        or form.eps <= 0
+        or (running_mean is not None and running_mean.shape[0] != channels)
+        or (running_var is not None and running_var.shape[0] != channels)
+    ):
+        raise ValueError
+    if training:
+        statistics = None
+    else:
+        if running_mean is None or running_var is None:
+            raise ValueError
+        statistics = kernels.given_statistics(running_mean, running_var)
+    if _is_differentiated(x, weight, bias, None):
+        call = _Call(None, statistics, form)
+        y = _Eager.apply(x, weight, bias, None, call)
+        return y, call.statistics if training else None
+    if statistics is None:
+        return kernels.forward(x, weight, bias, None, None, form)
+    return kernels.normalize(x, statistics, weight, bias, None, None, form), None
+
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def _normalized(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -178,27 +249,21 @@ def normalized(
     mask: Tensor | None,
     statistics: Tensor | None,
     form: Form,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, AnyStatistics]:
     """Normalize by `statistics`, or where they are None by those of x; differentiable."""
-    tensors = (x, weight, bias, residual, mask, statistics)
+    tensors = (x, weight, bias, residual, mask)
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
-            y, s = _Transformed.apply(*tensors, form)
+            y, s = _Transformed.apply(*tensors, statistics, form)
             return y, s
-        if kernels.plain(*tensors) and (
-            forward_ad._current_level >= 0
-            or (
-                torch.is_grad_enabled()
-                and any(t is not None and t.requires_grad for t in tensors[:4])
-            )
-        ):
-            call = _Call(mask, statistics, form)
+        if kernels.plain(*tensors, statistics) and _is_differentiated(*tensors):
+            call = _Call(mask, None if statistics is None else statistics.numpy(), form)
             y = _Eager.apply(x, weight, bias, residual, call)
             assert call.statistics is not None
             return y, call.statistics
     if statistics is None:
-        return kernels.forward(x, weight, bias, residual, mask, form)
-    return kernels.normalize(x, statistics, weight, bias, residual, mask, form), statistics
+        return operators.forward(*tensors, form)
+    return operators.normalize(x, statistics, weight, bias, residual, mask, form), statistics
 
 
 def update_running(
@@ -206,24 +271,37 @@ def update_running(
     running_var: Tensor,
     tracked: Tensor | None,
     skipped: Tensor | None,
-    statistics: Tensor | None,
+    statistics: AnyStatistics | None,
     momentum: float | None,
     on_nonfinite: str,
     mask: Tensor | None,
     name: str,
 ) -> None:
     """Bring a batch's statistics into the running ones (`kernels.update_running`)."""
+    policy = (momentum, on_nonfinite, mask is None, name)
+    buffers = (running_mean, running_var, tracked, skipped)
+    if isinstance(statistics, np.ndarray):
+        if kernels.fits(running_mean, running_var) and kernels.plain(*buffers):
+            return kernels.update_running(*buffers, statistics, *policy)
+        statistics = torch.from_numpy(statistics)
     assert statistics is not None
-    arguments = (
-        running_mean, running_var, tracked, skipped, statistics, momentum, on_nonfinite,
-        mask is None, name,
-    )  # fmt: skip
     if not kernels.fits(running_mean, running_var):
-        _update_by_torch(*arguments)
+        _update_by_torch(*buffers, statistics, *policy)
     elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        _Update.apply(*arguments)
+        _Update.apply(*buffers, statistics, *policy)
     else:
-        kernels.update_running(*arguments)
+        operators.update_running(*buffers, statistics, *policy)
+    return None
+
+
+def merge(
+    total: Tensor, statistics: AnyStatistics | None, skipped: Tensor | None, *policy: str
+) -> None:
+    """Merge a batch's statistics into `total` (`kernels.merge`)."""
+    if isinstance(statistics, np.ndarray):
+        statistics = torch.from_numpy(statistics)
+    assert statistics is not None
+    operators.merge(total, statistics, skipped, *policy)
 
 
 # ---- checks -------------------------------------------------------------------------------------
@@ -292,11 +370,17 @@ class _Call:
 
     __slots__ = ("fixed", "form", "mask", "statistics")
 
-    def __init__(self, mask: Tensor | None, statistics: Tensor | None, form: Form) -> None:
+    def __init__(self, mask: Tensor | None, statistics: Statistics | None, form: Form) -> None:
         self.mask = mask
         self.statistics = statistics  # set by the forward pass where None
         self.fixed = statistics is not None
         self.form = form
+
+    def given(self) -> Tensor | None:
+        """The statistics, where they do not depend on x."""
+        if not self.fixed or self.statistics is None:
+            return None
+        return torch.from_numpy(self.statistics)
 
 
 class _Eager(torch.autograd.Function):
@@ -324,17 +408,28 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         call = ctx.call
-        grads = _backward(
-            grad_y, ctx.saved_tensors, call.mask, call.statistics, call.fixed, call.form,
-            ctx.needs_input_grad[:4],
-        )  # fmt: skip
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grads = derivatives.gradient(grad_y, *saved, call.mask, call.given(), call.form)
+        elif kernels.plain(grad_y, *saved):
+            grads = _gradients(
+                kernels.backward, grad_y, saved, call.mask, call.statistics, call.form,
+                ctx.needs_input_grad,
+            )  # fmt: skip
+        else:
+            statistics = torch.from_numpy(call.statistics)
+            grads = _gradients(
+                operators.backward, grad_y, saved, call.mask, statistics, call.form,
+                ctx.needs_input_grad,
+            )  # fmt: skip
         return (*grads, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         call = ctx.call
-        given = call.statistics if call.fixed else None
-        return derivatives.tangent(*ctx.saved_tensors, call.mask, given, call.form, *tangents[:4])
+        return derivatives.tangent(
+            *ctx.saved_tensors, call.mask, call.given(), call.form, *tangents[:4]
+        )
 
 
 class _Transformed(torch.autograd.Function):
@@ -344,8 +439,8 @@ class _Transformed(torch.autograd.Function):
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         x, weight, bias, residual, mask, statistics, form = inputs
         if statistics is None:
-            return kernels.forward(x, weight, bias, residual, mask, form)
-        y = kernels.normalize(x, statistics, weight, bias, residual, mask, form)
+            return operators.forward(x, weight, bias, residual, mask, form)
+        y = operators.normalize(x, statistics, weight, bias, residual, mask, form)
         return y, statistics.clone()
 
     @staticmethod
@@ -404,20 +499,30 @@ def _fold(t: Tensor | None, dim: int | None, size: int, channel_axis: int) -> Te
     return t.flatten(before, channel_axis)
 
 
-def _backward(
+def _gradients(
+    run: Any,
     grad_y: Tensor,
     saved: Any,
     mask: Tensor | None,
-    statistics: Tensor,
-    fixed: bool,
+    statistics: Any,
     form: Form,
     needs: Any,
 ) -> Any:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # The gradient will itself be differentiated.
-        return derivatives.gradient(grad_y, *saved, mask, statistics if fixed else None, form)
+    """Gradients by `kernels.backward` or its operator."""
     x, weight, bias, residual = saved
-    return kernels.backward(grad_y, x, statistics, weight, bias, residual, mask, form, needs)
+    if grad_y.dtype != x.dtype:
+        grad_y = grad_y.to(x.dtype)
+    need_x, need_weight, need_bias, need_residual = needs[:4]
+    # Without an activation the residual's gradient is grad_y itself.
+    passed = need_residual and form.activation == IDENTITY and mask is None
+    needed = (
+        need_x,
+        need_weight and weight is not None,
+        need_bias and bias is not None,
+        need_residual and not passed,
+    )
+    a, b, c, d = run(grad_y, x, statistics, weight, bias, residual, mask, form, needed)
+    return a, b, c, grad_y if passed else d
 
 
 class _Update(torch.autograd.Function):
@@ -425,7 +530,7 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
-        kernels.update_running(*arguments)
+        operators.update_running(*arguments)
         return torch.zeros(())
 
     @staticmethod
@@ -454,7 +559,7 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     def forward(mean: Tensor, var: Tensor) -> Tensor:
-        return kernels.given_statistics(mean, var)
+        return operators.given_statistics(mean, var)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -476,7 +581,7 @@ def _given_statistics(mean: Tensor, var: Tensor) -> Tensor:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         given: Tensor = _Given.apply(mean, var)
         return given
-    return kernels.given_statistics(mean, var)
+    return operators.given_statistics(mean, var)
 
 
 # ---- what the core does not read: torch's own operators behind the same semantics ---------------
@@ -553,12 +658,13 @@ def _update_by_torch(
     """`kernels.update_running` on another device, without waiting for it unless it is to raise."""
     with torch.no_grad():
         if statistics.shape[0] > 1:
-            statistics = kernels.merged(statistics).to(running_mean.device)
+            groups = kernels.merged(statistics.cpu().numpy())
+            statistics = torch.from_numpy(groups).to(running_mean.device)
         count, mean, _, var = statistics[0].to(running_mean.dtype)
         finite = torch.isfinite(statistics[0]).all()
         if on_nonfinite == "raise" and not bool(finite):
             bad = int(torch.nonzero(~torch.isfinite(statistics[0]).all(0))[0])
-            kernels.not_finite(statistics, bad, on_nonfinite, skipped, name)
+            kernels.not_finite(statistics.cpu().numpy(), bad, on_nonfinite, skipped, name)
         used = torch.ones_like(finite) if on_nonfinite == "propagate" else finite
         if skipped is not None:
             skipped.add_(~used)
@@ -592,8 +698,12 @@ def _operator_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _operator_backward(ctx: Any, grad_y: Tensor, *_: Any) -> Any:
     *saved, mask, statistics = ctx.saved_tensors
-    needs = [n for i, n in enumerate(ctx.needs_input_grad) if not (ctx.fixed and i == 1)][:4]
-    grads = _backward(grad_y, saved, mask, statistics, ctx.fixed, ctx.form, needs)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        given = statistics if ctx.fixed else None
+        grads = derivatives.gradient(grad_y, *saved, mask, given, ctx.form)
+    else:
+        needs = [n for i, n in enumerate(ctx.needs_input_grad) if not (ctx.fixed and i == 1)]
+        grads = _gradients(operators.backward, grad_y, saved, mask, statistics, ctx.form, needs)
     form = (None,) * len(ctx.form)
     if ctx.fixed:
         return (grads[0], None, *grads[1:], None, *form)

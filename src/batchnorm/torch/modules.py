@@ -11,7 +11,6 @@ from torch.fx import Proxy
 
 from ..errors import ArgumentError
 from . import functional, kernels
-from .kernels import Form
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -132,36 +131,33 @@ class Layer(nn.Module):
             )
             return proxy
         self._check_input_dim(input)
-        mean, var = self.running_mean, self.running_var
-        known = mean is not None or var is not None
-        batch = (self.training and not (self.stats_frozen and known)) or not known
-        if batch and known and self.on_single == "population" and self._is_single(input, mask):
-            batch = False
-        tracks = batch and self.training and self.track_running_stats
-        weight, bias = self.weight, self.bias
+        mean, var = self._tensor("running_mean"), self._tensor("running_var")
+        weight, bias = self._tensor("weight"), self._tensor("bias")
         if self.affine_frozen:
             weight = None if weight is None else weight.detach()
             bias = None if bias is None else bias.detach()
-        form = self._form()
-        # As in torch: running statistics that are not tracked take no part in training.
-        takes = known and (tracks or not self.training or not batch)
+        known = mean is not None or var is not None
+        if not known:
+            batch = True
+        elif not self.training or self.stats_frozen:
+            batch = False
+        else:
+            batch = self.on_single == "raise" or not self._is_single(input, mask)
+        if batch and not self.track_running_stats:  # as in torch: they take no part in training
+            mean = var = None
+        form = functional.form_of(self.eps, self.group_size, self.activation, self.negative_slope)
         y, statistics = functional.layer(
-            input,
-            mean if takes else None,
-            var if takes else None,
-            weight,
-            bias,
-            batch,
-            form,
-            residual,
-            mask,
+            input, mean, var, weight, bias, batch, form, residual, mask
         )
-        if tracks and mean is not None and var is not None and not _recomputing():
+        if batch and self.training and mean is not None and var is not None and not _recomputing():
             self._track(mean, var, statistics, mask)
         return y
 
-    def _form(self) -> Form:
-        return functional.form_of(self.eps, self.group_size, self.activation, self.negative_slope)
+    def _tensor(self, name: str) -> Tensor | None:
+        """The parameter or buffer; quicker than `nn.Module.__getattr__`."""
+        tensors = self._parameters if name in self._parameters else self._buffers
+        value: Tensor | None = tensors[name] if name in tensors else getattr(self, name)
+        return value
 
     def _is_single(self, x: Tensor, mask: Tensor | None) -> bool:
         if mask is None:
@@ -175,15 +171,16 @@ class Layer(nn.Module):
             self._skipped = skipped = skipped.to(mean.device)
         name = self._name or f"{type(self).__name__}({self.num_features})"
         if self._accumulated is not None:
-            kernels.merge(self._accumulated, statistics, skipped, self.on_nonfinite, name)
+            functional.merge(self._accumulated, statistics, skipped, self.on_nonfinite, name)
             return
         momentum = self.momentum
-        if momentum is None and self.num_batches_tracked is None:
+        tracked = self._tensor("num_batches_tracked")
+        if momentum is None and tracked is None:
             momentum = 0.0  # as in torch
         functional.update_running(
             mean,
             var,
-            self.num_batches_tracked,
+            tracked,
             skipped,
             statistics,
             momentum,
