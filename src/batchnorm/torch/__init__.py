@@ -8,20 +8,34 @@ torch.Size([4, 8, 5, 5])
 """
 
 try:
-    import torch as _torch
+    import torch as _torch  # noqa: F401
 except ImportError as missing:
     raise ImportError("batchnorm.torch needs PyTorch: pip install 'batchnorm[torch]'") from missing
 
 from . import functional as functional
+from .accumulate import accumulate as accumulate
+from .convert import convert as convert
+from .convert import explain as explain
+from .convert import revert as revert
+from .freeze import freeze as freeze
+from .freeze import unfreeze as unfreeze
 from .kernels import NonFiniteError as NonFiniteError
 from .modules import BatchNorm1d as BatchNorm1d
 from .modules import BatchNorm2d as BatchNorm2d
 from .modules import BatchNorm3d as BatchNorm3d
+from .parameters import parameter_groups as parameter_groups
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "NonFiniteError",
+    "accumulate",
+    "convert",
+    "explain",
+    "freeze",
     "functional",
+    "parameter_groups",
+    "revert",
+    "unfreeze",
 ]

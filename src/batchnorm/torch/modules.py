@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,16 @@ class Layer(nn.Module):
     num_batches_tracked: Tensor | None
     _check_input_dim: Callable[[Tensor], None]
 
+    _thawed: tuple[Tensor, ...] = ()  # parameters that `unfreeze` gives their gradient back
     _name: str = ""
+    _joined: str = ""  # what `convert` has let join this layer
     _skipped: Tensor | None = None
     _accumulated: Tensor | None = None  # the merged statistics of `accumulate`
+
+    EXTRAS: ClassVar[tuple[str, ...]] = (
+        "activation", "negative_slope", "on_nonfinite", "on_single", "group_size", "stats_frozen",
+        "affine_frozen", "_thawed", "_name", "_joined", "_skipped", "_accumulated",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -66,13 +73,7 @@ class Layer(nn.Module):
         group_size: int | None = None,
         **torchs: Any,  # bias=, where the installed torch has it
     ) -> None:
-        functional.form_of(eps, group_size, activation, negative_slope)
-        for name, value, known in (
-            ("on_nonfinite", on_nonfinite, _ON_NONFINITE),
-            ("on_single", on_single, _ON_SINGLE),
-        ):
-            if value not in known:
-                raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+        check_options(eps, group_size, activation, negative_slope, on_nonfinite, on_single)
         super().__init__(  # type: ignore[call-arg]
             num_features,
             eps,
@@ -173,8 +174,7 @@ class Layer(nn.Module):
         if self._accumulated is not None:
             functional.merge(self._accumulated, statistics, skipped, self.on_nonfinite, name)
             return
-        momentum = self.momentum
-        tracked = self._tensor("num_batches_tracked")
+        tracked, momentum = self._tensor("num_batches_tracked"), self.momentum
         if momentum is None and tracked is None:
             momentum = 0.0  # as in torch
         functional.update_running(
@@ -188,6 +188,14 @@ class Layer(nn.Module):
             mask,
             name,
         )
+
+    def take_accumulated(self) -> None:
+        """Bring what `accumulate` has merged into the running statistics, as one batch."""
+        total, self._accumulated = self._accumulated, None
+        mean, var = self._tensor("running_mean"), self._tensor("running_var")
+        if total is None or mean is None or var is None or not bool((total[0, 0] > 0).any()):
+            return
+        self._track(mean, var, total.to(mean.device), None)
 
     @property
     def nonfinite_batches(self) -> int:
@@ -231,6 +239,24 @@ class Layer(nn.Module):
         if frozen:
             parts.append(f"frozen={'+'.join(frozen)}")
         return ", ".join(parts)
+
+
+def check_options(
+    eps: float,
+    group_size: int | None,
+    activation: str | None,
+    negative_slope: float,
+    on_nonfinite: str,
+    on_single: str,
+) -> None:
+    """Refuse what no layer takes."""
+    functional.form_of(eps, group_size, activation, negative_slope)
+    for name, value, known in (
+        ("on_nonfinite", on_nonfinite, _ON_NONFINITE),
+        ("on_single", on_single, _ON_SINGLE),
+    ):
+        if value not in known:
+            raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
 
 
 def _recomputing() -> bool:

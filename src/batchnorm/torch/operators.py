@@ -219,7 +219,8 @@ def _define() -> None:
         name, rest = schema.split("(", 1)
         operator = f"batchnorm::{name}"
         torch.library.define(operator, f"({rest}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(operator, "cpu")(kernel)
+        # Merging waits for statistics wherever they are.
+        torch.library.impl(operator, "default" if name == "merge" else "cpu")(kernel)
         torch.library.register_fake(operator)(fake)
 
 

@@ -1,0 +1,342 @@
+"""The processes that `resnet_step.py` measures: one provider on one case each.
+
+A worker builds the model, warms it up, and then does what it is told on its standard input, one
+JSON object a line: a step, a profile, an account of its memory. It answers in the same way. Time,
+page faults and memory are thus of a process that holds nothing but one model, as its user's does,
+while the steps of all providers still take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EAGER, COMPILED, CONVERTED = "torch eager", "torch.compile", "batchnorm convert"
+PROVIDERS = (EAGER, COMPILED, CONVERTED)
+
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained on; `channels_last` is the memory format of inputs and weights."""
+
+    batch: int
+    image: int
+    channels_last: bool = False
+    bfloat16: bool = False
+
+    @property
+    def format(self) -> str:
+        return "channels_last" if self.channels_last else "contiguous"
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.bfloat16 else "float32"
+
+    @property
+    def label(self) -> str:
+        return f"{self.batch}x3x{self.image}x{self.image} {self.format} {self.dtype}"
+
+
+# --- a training step ------------------------------------------------------------------------------
+
+
+def make_model(provider: str, *, channels_last: bool, seed: int) -> Any:
+    """ResNet-18 as the provider has it, in training mode, with weights that depend on the seed."""
+    import torch
+    from resnet18 import ResNet18
+
+    torch.manual_seed(seed)
+    model = ResNet18()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if provider == CONVERTED:
+        from batchnorm.torch import convert
+
+        return convert(model)
+    if provider == COMPILED:
+        return torch.compile(model, fullgraph=True)
+    return model
+
+
+def make_data(case: Case, *, seed: int, batches: int = 1) -> list[tuple[Any, Any]]:
+    """Images from N(0, 1) with random labels; the numbers are the same in both memory formats."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    layout = torch.channels_last if case.channels_last else torch.contiguous_format
+    data = []
+    for _ in range(batches):
+        images = torch.randn(case.batch, 3, case.image, case.image, generator=generator)
+        labels = torch.randint(0, 1000, (case.batch,), generator=generator)
+        data.append((images.contiguous(memory_format=layout), labels))
+    return data
+
+
+def make_step(model: Any, *, bfloat16: bool, learning_rate: float) -> Callable[[Any, Any], Any]:
+    """One step of SGD with momentum; returns the loss."""
+    import torch
+
+    optimizer = torch.optim.SGD(model.parameters(), learning_rate, momentum=MOMENTUM)
+
+    def step(images: Any, labels: Any) -> Any:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def loss_curve(
+    provider: str,
+    case: Case,
+    *,
+    seed: int,
+    steps: int,
+    batches: int,
+    learning_rate: float,
+    reverse: bool = False,
+) -> list[float]:
+    """The losses of the first `steps` steps on `batches` batches in turn.
+
+    With `reverse` the examples of each batch come in the opposite order, which changes nothing but
+    the order of summation.
+    """
+    model = make_model(provider, channels_last=case.channels_last, seed=seed)
+    step = make_step(model, bfloat16=case.bfloat16, learning_rate=learning_rate)
+    data = make_data(case, seed=seed, batches=batches)
+    if reverse:
+        data = [(images.flip(0), labels.flip(0)) for images, labels in data]
+    return [float(step(*data[k % batches])) for k in range(steps)]
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def minor_faults() -> int:
+    """Pages that the operating system has had to give this process, without reading them."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def resident_bytes() -> float:
+    """Memory of this process that is resident now; NaN where the system does not tell."""
+    return _status("VmRSS")
+
+
+def peak_bytes() -> float:
+    """The most that was resident since `reset_peak`, or since the start where that does nothing.
+
+    On Linux VmHWM: ``ru_maxrss`` is the same number, except that a process inherits it from the one
+    that started it, and nothing brings it down.
+    """
+    peak = _status("VmHWM")
+    if not math.isnan(peak):
+        return peak
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak() -> None:
+    """Let `peak_bytes` start anew from what is resident now."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(key: str) -> float:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return float(line.split()[1]) * 1024
+    return math.nan
+
+
+# --- where the time of a step goes ----------------------------------------------------------------
+
+GROUPS = (
+    "convolution forward",
+    "convolution backward",
+    "batch norm forward",
+    "batch norm backward",
+    "relu",
+    "add",
+    "optimizer",
+    "other",
+)
+
+#: Outermost event of a group; whatever happens within it is the group's.
+_GROUP_OF = {
+    "aten::conv2d": "convolution forward",
+    "ConvolutionBackward0": "convolution backward",
+    "batch norm forward": "batch norm forward",  # `_labelled`
+    "NativeBatchNormBackward0": "batch norm backward",
+    "_EagerBackward": "batch norm backward",  # autograd.Function of batchnorm.torch
+    "aten::relu": "relu",
+    "aten::relu_": "relu",
+    "ReluBackward0": "relu",
+    "aten::add": "add",  # autograd's sum of the gradients of both branches is one as well
+    "aten::add_": "add",
+    "AddBackward0": "add",
+    "Optimizer.step#SGD.step": "optimizer",
+    "Optimizer.zero_grad#SGD.zero_grad": "optimizer",
+}
+
+
+@contextlib.contextmanager
+def _labelled(model: Any) -> Iterator[None]:
+    """Let the profiler see the forward of every batch norm under one name, whosever it is.
+
+    Of ours it would only see the autograd function, and not the running statistics' update.
+    """
+    import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    def label(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def labelled(*arguments: Any, **named: Any) -> Any:
+            with torch.profiler.record_function("batch norm forward"):
+                return forward(*arguments, **named)
+
+        return labelled
+
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    for layer in layers:
+        layer.forward = label(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def profile(model: Any, step: Callable[[], Any], steps: int) -> dict[str, float]:
+    """Milliseconds of a step that each of `GROUPS` takes, by torch.profiler."""
+    import torch
+
+    with (
+        _labelled(model),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler,
+    ):
+        for _ in range(steps):
+            with torch.profiler.record_function("step"):
+                step()
+    ms = dict.fromkeys(GROUPS, 0.0)
+
+    def visit(event: Any) -> None:
+        group = _GROUP_OF.get(event.name)
+        if group is not None:
+            ms[group] += event.time_range.elapsed_us() / 1e3 / steps
+            return
+        for child in event.cpu_children:
+            visit(child)
+
+    whole = 0.0
+    for event in profiler.events():
+        if event.name == "step" and event.cpu_parent is None:
+            whole += event.time_range.elapsed_us() / 1e3 / steps
+            visit(event)
+    ms["other"] = whole - sum(ms.values())
+    return ms
+
+
+# --- the worker -----------------------------------------------------------------------------------
+
+
+class Worker:
+    """A provider on a case, warmed up.
+
+    Attributes
+    ----------
+    losses
+        Of the steps of the warm-up, and `gradient_norms` of every parameter after the first.
+    """
+
+    def __init__(
+        self, provider: str, case: Case, *, threads: int, seed: int, warmup: int, rate: float
+    ) -> None:
+        import torch
+
+        import batchnorm.torch  # noqa: F401  # so that all baselines hold the same
+
+        torch.set_num_threads(threads)
+        if provider == COMPILED:
+            import torch._inductor.compile_fx
+        gc.collect()
+        self.baseline = resident_bytes()
+        reset_peak()
+        ((self.images, self.labels),) = make_data(case, seed=seed)
+        self.model = make_model(provider, channels_last=case.channels_last, seed=seed)
+        self.run = make_step(self.model, bfloat16=case.bfloat16, learning_rate=rate)
+        self.losses = [float(self.step())]
+        self.gradient_norms = [float(p.grad.norm()) for p in self.model.parameters()]
+        self.losses += [float(self.step()) for _ in range(warmup - 1)]
+        gc.collect()
+        gc.freeze()  # what is there stays, and need not be looked through before every step
+        self.warmup_peak = peak_bytes()
+        reset_peak()
+
+    def step(self) -> Any:
+        return self.run(self.images, self.labels)
+
+    def timed_step(self) -> dict[str, Any]:
+        gc.collect()
+        gc.disable()
+        try:
+            faults, start = minor_faults(), time.perf_counter()
+            loss = self.step()
+            seconds, faults = time.perf_counter() - start, minor_faults() - faults
+        finally:
+            gc.enable()
+        return {"seconds": seconds, "faults": faults, "loss": float(loss)}
+
+    def memory(self) -> dict[str, float]:
+        return {
+            "peak": peak_bytes() - self.baseline,
+            "warmup_peak": self.warmup_peak - self.baseline,
+        }
+
+
+def main(request: str) -> int:
+    """Serve one provider on one case, or answer with the loss curves asked for."""
+    # Whatever else is printed must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(content: dict[str, Any]) -> None:
+        print(json.dumps(content), file=answers, flush=True)
+
+    try:
+        asked = json.loads(request)
+        case = Case(**asked.pop("case"))
+        worker = Worker(asked.pop("provider"), case, **asked)
+        answer({"losses": worker.losses, "gradient_norms": worker.gradient_norms})
+        for line in sys.stdin:
+            asked = json.loads(line)
+            if asked["do"] == "step":
+                answer(worker.timed_step())
+            elif asked["do"] == "profile":
+                answer(profile(worker.model, worker.step, asked["steps"]))
+            else:
+                answer(worker.memory())
+    except Exception as error:
+        text = " ".join(str(error).split())
+        answer({"error": f"{type(error).__name__}: {text}" if text else type(error).__name__})
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,74 @@
+"""Parameters for an optimizer: which of them weight decay is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import ArgumentError
+
+__all__ = ["parameter_groups"]
+
+_NORMALIZATIONS: tuple[type[nn.Module], ...] = (
+    nn.modules.batchnorm._NormBase,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    *((nn.RMSNorm,) if hasattr(nn, "RMSNorm") else ()),
+)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters in two groups: weights that decay; scales, shifts and biases that do not.
+
+    A scale decays towards zero, which stands for nothing: what the next layer sees of a batch norm
+    hardly depends on the size of the weights before it, but directly on the size of its scale.
+
+    Parameters
+    ----------
+    model : Module
+    weight_decay : float
+        Of the first group.
+
+    Returns
+    -------
+    list of dict
+        For any optimizer of torch's. The second group holds the parameters of all normalization
+        layers, and those whose name says bias; each parameter stands in one group, once.
+
+    Raises
+    ------
+    ArgumentError
+        `model` is no Module, or `weight_decay` is negative.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from batchnorm.torch import parameter_groups
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    >>> groups = parameter_groups(net, weight_decay=5e-4)
+    >>> [len(g["params"]) for g in groups], [g["weight_decay"] for g in groups]
+    ([1, 3], [0.0005, 0.0])
+    >>> optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"parameter_groups takes a torch.nn.Module, got {type(model).__name__}."
+        )
+    if not weight_decay >= 0:
+        raise ArgumentError(f"weight_decay must not be negative, got {weight_decay!r}.")
+    normalizing = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, _NORMALIZATIONS)
+        for parameter in module.parameters(recurse=False)
+    }
+    decay, others = [], []
+    for name, parameter in model.named_parameters():
+        spared = id(parameter) in normalizing or "bias" in name.rpartition(".")[2]
+        (others if spared else decay).append(parameter)
+    return [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
