@@ -108,9 +108,9 @@ def convert(
         Changed in place; may itself be a batch norm. Convert before `torch.compile` and before
         wrapping in `DistributedDataParallel`.
     fuse : bool
-        Whether a ReLU or leaky ReLU (and a residual addition before it) joins the batch norm that
-        it follows, where the graph shows that nobody else sees what is between them. Revert before
-        taking a fused model apart: a layer then does what its ReLU did.
+        Whether a ReLU or leaky ReLU (and a residual addition before it) joins the batch norm it
+        follows, where the graph shows that nobody else sees what is between them. Revert before
+        taking a fused model apart: a layer does there what its ReLU did.
     on_nonfinite, on_single, group_size
         Of the converted layers, as in `BatchNorm2d`.
 
@@ -170,8 +170,8 @@ def revert(model: M) -> M:
     for name, module in model.named_modules():
         if type(module) in _TORCHS and module.activation is not None and not module._joined:
             raise ArgumentError(
-                f"'{name}' was made with activation={module.activation!r}, which torch's layer does "
-                "not have. Put a module for it into the model and set the layer's activation to "
+                f"'{name}' was made with activation={module.activation!r}, which torch's layer "
+                "does not have. Put a module for it into the model and set the layer's activation to "
                 "None first."
             )
     for module in list(model.modules()):
@@ -273,7 +273,7 @@ def _release(module: nn.Module) -> None:
     assert isinstance(module, Layer)
     if module.stats_frozen:
         module.training = False
-    module.__class__ = _TORCHS[type(module)]
+    module.__class__ = _TORCHS[type(module)]  # type: ignore[assignment]
     for name in list(module.__dict__):
         if name in Layer.EXTRAS:
             del module.__dict__[name]

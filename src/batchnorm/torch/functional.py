@@ -190,13 +190,13 @@ def _is_quick(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> bool:
-    if not kernels.plain(x, running_mean, running_var, weight, bias):
+    if torch._C._are_functorch_transforms_active():
         return False
-    if torch._C._are_functorch_transforms_active() or not x.is_cpu:
-        return False
-    return all(
-        t is None or (t.is_cpu and t.dim() == 1) for t in (running_mean, running_var, weight, bias)
-    )
+    vectors = (running_mean, running_var, weight, bias)
+    for t in vectors:
+        if t is not None and not (t.is_cpu and t.dim() == 1):
+            return False
+    return x.is_cpu and kernels.plain(x, *vectors)
 
 
 def _quick(
@@ -224,7 +224,7 @@ def _quick(
         statistics = kernels.given_statistics(running_mean, running_var)
     if _is_differentiated(x, weight, bias, None):
         call = _Call(None, statistics, form)
-        y = _Eager.apply(x, weight, bias, None, call)
+        y = _apply_eager(x, weight, bias, None, call)
         return y, call.statistics if training else None
     if statistics is None:
         return kernels.forward(x, weight, bias, None, None, form)
@@ -254,11 +254,11 @@ def _normalized(
     tensors = (x, weight, bias, residual, mask)
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
-            y, s = _Transformed.apply(*tensors, statistics, form)
+            y, s = _apply_transformed(*tensors, statistics, form)
             return y, s
         if kernels.plain(*tensors, statistics) and _is_differentiated(*tensors):
             call = _Call(mask, None if statistics is None else statistics.numpy(), form)
-            y = _Eager.apply(x, weight, bias, residual, call)
+            y = _apply_eager(x, weight, bias, residual, call)
             assert call.statistics is not None
             return y, call.statistics
     if statistics is None:
@@ -288,7 +288,7 @@ def update_running(
     if not kernels.fits(running_mean, running_var):
         _update_by_torch(*buffers, statistics, *policy)
     elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        _Update.apply(*buffers, statistics, *policy)
+        _apply_update(*buffers, statistics, *policy)
     else:
         operators.update_running(*buffers, statistics, *policy)
     return None
@@ -335,8 +335,9 @@ def _check(
     if good:
         return
     # Torch says best what it would have said.
-    buffers = [None if t is None else t.detach().clone() for t in (running_mean, running_var)]
-    F.batch_norm(x, *buffers, weight, bias, training, 0.1, form.eps)
+    mean = None if running_mean is None else running_mean.detach().clone()
+    var = None if running_var is None else running_var.detach().clone()
+    F.batch_norm(x, mean, var, weight, bias, training, 0.1, form.eps)
     raise ShapeError(
         "weight, bias and the running statistics must have shape (C,) and lie on one device with "
         f"input, got input {tuple(x.shape)} on {x.device}."
@@ -410,7 +411,8 @@ class _Eager(torch.autograd.Function):
         call = ctx.call
         saved = ctx.saved_tensors
         if torch.is_grad_enabled():
-            grads = derivatives.gradient(grad_y, *saved, call.mask, call.given(), call.form)
+            given = call.given()
+            grads = _differentiable(grad_y, saved, call.mask, given, call.form)
         elif kernels.plain(grad_y, *saved):
             grads = _gradients(
                 kernels.backward, grad_y, saved, call.mask, call.statistics, call.form,
@@ -427,8 +429,9 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         call = ctx.call
+        x, weight, bias, residual = ctx.saved_tensors
         return derivatives.tangent(
-            *ctx.saved_tensors, call.mask, call.given(), call.form, *tangents[:4]
+            x, weight, bias, residual, call.mask, call.given(), call.form, *tangents[:4]
         )
 
 
@@ -452,13 +455,17 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> Any:
-        *tensors, mask, statistics = ctx.saved_tensors
-        grads = derivatives.gradient(grad_y, *tensors, mask, statistics, ctx.form)
+        *saved, mask, statistics = ctx.saved_tensors
+        grads = _differentiable(grad_y, saved, mask, statistics, ctx.form)
         return (*grads, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return derivatives.tangent(*ctx.saved_tensors, ctx.form, *tangents[:4]), None
+        x, weight, bias, residual, mask, statistics = ctx.saved_tensors
+        moved = derivatives.tangent(
+            x, weight, bias, residual, mask, statistics, ctx.form, *tangents[:4]
+        )
+        return moved, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
@@ -466,7 +473,7 @@ class _Transformed(torch.autograd.Function):
         size, form = info.batch_size, inputs[6]
         if in_dims[4] is not None:  # a mask is of examples, not of channels
             calls = [
-                _Transformed.apply(
+                _apply_transformed(
                     *(_select(t, d, k) for t, d in zip(inputs, in_dims, strict=True))
                 )
                 for k in range(size)
@@ -476,7 +483,7 @@ class _Transformed(torch.autograd.Function):
         x, residual = (_fold(inputs[i], in_dims[i], size, 2) for i in (0, 3))
         weight, bias = (_fold(inputs[i], in_dims[i], size, 1) for i in (1, 2))
         given = _fold(inputs[5], in_dims[5], size, 3)
-        y, statistics = _Transformed.apply(x, weight, bias, residual, inputs[4], given, form)
+        y, statistics = _apply_transformed(x, weight, bias, residual, inputs[4], given, form)
         return (y.unflatten(1, (size, -1)), statistics.unflatten(2, (size, -1))), (1, 2)
 
 
@@ -525,6 +532,14 @@ def _gradients(
     return a, b, c, grad_y if passed else d
 
 
+def _differentiable(
+    grad_y: Tensor, saved: Any, mask: Tensor | None, given: Tensor | None, form: Form
+) -> Any:
+    """The same gradients, to be differentiated themselves."""
+    x, weight, bias, residual = saved
+    return derivatives.gradient(grad_y, x, weight, bias, residual, mask, given, form)
+
+
 class _Update(torch.autograd.Function):
     """The update of running statistics under torch.func: where it sees tensors as they are."""
 
@@ -550,7 +565,7 @@ class _Update(torch.autograd.Function):
                 "(track_running_stats=False)."
             )
         for k in range(info.batch_size):
-            _Update.apply(*(_select(a, d, k) for a, d in zip(arguments, in_dims, strict=True)))
+            _apply_update(*(_select(a, d, k) for a, d in zip(arguments, in_dims, strict=True)))
         return torch.zeros(()), None
 
 
@@ -573,15 +588,22 @@ class _Given(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], mean: Tensor, var: Tensor) -> Any:
         size = info.batch_size
         folded = (_fold(t, d, size, 1) for t, d in zip((mean, var), in_dims, strict=True))
-        return _Given.apply(*folded).unflatten(2, (size, -1)), 2
+        return _apply_given(*folded).unflatten(2, (size, -1)), 2
 
 
 def _given_statistics(mean: Tensor, var: Tensor) -> Tensor:
     mean, var = mean.detach(), var.detach()
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        given: Tensor = _Given.apply(mean, var)
+        given: Tensor = _apply_given(mean, var)
         return given
     return operators.given_statistics(mean, var)
+
+
+# Untyped in torch's stubs, and looked up once.
+_apply_eager: Any = _Eager.apply
+_apply_transformed: Any = _Transformed.apply
+_apply_update: Any = _Update.apply
+_apply_given: Any = _Given.apply
 
 
 # ---- what the core does not read: torch's own operators behind the same semantics ---------------
@@ -700,7 +722,7 @@ def _operator_backward(ctx: Any, grad_y: Tensor, *_: Any) -> Any:
     *saved, mask, statistics = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         given = statistics if ctx.fixed else None
-        grads = derivatives.gradient(grad_y, *saved, mask, given, ctx.form)
+        grads = _differentiable(grad_y, saved, mask, given, ctx.form)
     else:
         needs = [n for i, n in enumerate(ctx.needs_input_grad) if not (ctx.fixed and i == 1)]
         grads = _gradients(operators.backward, grad_y, saved, mask, statistics, ctx.form, needs)

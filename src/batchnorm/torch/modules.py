@@ -74,7 +74,7 @@ class Layer(nn.Module):
         **torchs: Any,  # bias=, where the installed torch has it
     ) -> None:
         check_options(eps, group_size, activation, negative_slope, on_nonfinite, on_single)
-        super().__init__(  # type: ignore[call-arg]
+        super().__init__(
             num_features,
             eps,
             momentum,
@@ -300,13 +300,13 @@ _DOC = """torch's {name}, exact and faster, with what it lacks.
     """
 
 
-class BatchNorm1d(Layer, nn.BatchNorm1d):
+class BatchNorm1d(Layer, nn.BatchNorm1d):  # type: ignore[misc]  # noqa: D101
     __doc__ = _DOC.format(name="BatchNorm1d", shape="(N, C) or (N, C, L)", example="8, 3")
 
 
-class BatchNorm2d(Layer, nn.BatchNorm2d):
+class BatchNorm2d(Layer, nn.BatchNorm2d):  # type: ignore[misc]  # noqa: D101
     __doc__ = _DOC.format(name="BatchNorm2d", shape="(N, C, H, W)", example="8, 3, 4, 4")
 
 
-class BatchNorm3d(Layer, nn.BatchNorm3d):
+class BatchNorm3d(Layer, nn.BatchNorm3d):  # type: ignore[misc]  # noqa: D101
     __doc__ = _DOC.format(name="BatchNorm3d", shape="(N, C, D, H, W)", example="8, 3, 2, 4, 4")

@@ -64,7 +64,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         if isinstance(module, _NORMALIZATIONS)
         for parameter in module.parameters(recurse=False)
     }
-    decay, others = [], []
+    decay: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         spared = id(parameter) in normalizing or "bias" in name.rpartition(".")[2]
         (others if spared else decay).append(parameter)
