@@ -171,7 +171,7 @@ def revert(model: M) -> M:
         if type(module) in _TORCHS and module.activation is not None and not module._joined:
             raise ArgumentError(
                 f"'{name}' was made with activation={module.activation!r}, which torch's layer "
-                "does not have. Put a module for it into the model and set the layer's activation to "
+                "does not have. Put a module for it into the model and set its activation to "
                 "None first."
             )
     for module in list(model.modules()):
