@@ -15,7 +15,7 @@ TORCH ?= torch
 SOURCES := $(shell find csrc src -type f ! -name '*.pyc') pyproject.toml CMakeLists.txt
 
 SANITIZE_VENV := .venv-sanitize
-SANITIZE_TESTS := $(wildcard $(foreach name,kernels layout numerics moments,tests/test_$(name).py))
+SANITIZE_TESTS := $(wildcard $(foreach name,kernels layer_core layout numerics moments,tests/test_$(name).py))
 
 .PHONY: help demo test check bench sanitize clean
 .DELETE_ON_ERROR:
@@ -35,7 +35,7 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev $(if $(TORCH),$(VENV)/.torch)
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.dev
+check: $(VENV)/.dev $(if $(TORCH),$(VENV)/.torch)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
