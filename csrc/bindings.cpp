@@ -1,8 +1,8 @@
 // The only file that knows Python: converts, forwards, computes nothing.
 //
-// An array argument is either an object with the buffer protocol (NumPy; bfloat16 travels as its
-// uint16 bits) or a tuple (address, dtype code, shape, strides in elements), which is how a
-// framework hands over its own memory: one build serves every version of every framework.
+// An array argument is an object with the buffer protocol (NumPy; bfloat16 travels as its uint16
+// bits), a framework's own tensor where the framework has DLPack's C exchange, or a tuple (address,
+// dtype code, shape, strides in elements): one build serves every version of every framework.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -21,11 +21,35 @@ using bn::Array;
 using bn::DType;
 using bn::index;
 
+// DLPack's C exchange (dlpack.h, version 1): as much of it as is used here.
+struct ForeignTensor {  // DLTensor
+  void* data;
+  std::int32_t device_type, device_id, rank;
+  std::uint8_t type_code, type_bits;
+  std::uint16_t lanes;
+  std::int64_t *shape, *strides;
+  std::uint64_t byte_offset;
+};
+
+struct Exchange {  // DLPackExchangeAPI
+  std::uint32_t major, minor;
+  Exchange* older;
+  void *allocate, *from_object, *to_object;
+  int (*tensor_from_object)(void* object, ForeignTensor* out);
+};
+
+struct {
+  PyTypeObject* type = nullptr;
+  const Exchange* exchange = nullptr;
+} foreign;
+
 class View {
  public:
   View(nb::handle object, bool writable, const char* name) {
     if (object.is_none()) return;
-    if (nb::isinstance<nb::tuple>(object))
+    if (foreign.type && PyObject_TypeCheck(object.ptr(), foreign.type))
+      from_foreign(object, name);
+    else if (nb::isinstance<nb::tuple>(object))
       from_address(nb::borrow<nb::tuple>(object), name);
     else
       from_buffer(object, writable, name);
@@ -38,6 +62,28 @@ class View {
   const Array& array() const { return array_; }
 
  private:
+  void from_foreign(nb::handle object, const char* name) {
+    constexpr int cpu = 1, floating = 2, brain_floating = 4;
+    ForeignTensor t;
+    if (foreign.exchange->tensor_from_object(object.ptr(), &t)) throw nb::python_error();
+    if (t.device_type != cpu) throw nb::value_error((std::string(name) + ": not on the CPU").c_str());
+    const int bits = t.lanes == 1 ? t.type_bits : 0;
+    if (t.type_code == brain_floating && bits == 16)
+      array_.dtype = DType::bf16;
+    else if (t.type_code == floating && (bits == 16 || bits == 32 || bits == 64))
+      array_.dtype = bits == 16 ? DType::f16 : bits == 32 ? DType::f32 : DType::f64;
+    else
+      throw nb::value_error((std::string(name) + ": unsupported type").c_str());
+    array_.data = static_cast<char*>(t.data) + t.byte_offset;
+    set_rank(t.rank, name);
+    for (int d = 0; d < array_.rank; ++d) {
+      array_.shape[d] = t.shape[d];
+      array_.stride[d] = t.strides[d];
+    }
+    if (!t.data) array_.data = nullptr;
+    mark_empty();
+  }
+
   void from_address(nb::tuple t, const char* name) {
     if (t.size() != 4) throw nb::value_error((std::string(name) + ": not a 4-tuple").c_str());
     array_.data = reinterpret_cast<char*>(nb::cast<std::uintptr_t>(t[0]));
@@ -202,6 +248,18 @@ void backward(Pass pass, nb::handle grad_y, nb::handle x, nb::handle grad_x, int
   else
     bn::backward_fused(vg.array(), vx.array(), vr.array(), vw.array(), vo.array(), vgr.array(),
                        axis, count, st, af, e, s1.data(), s2.data());
+}
+
+void use_exchange(nb::handle type, nb::handle capsule) {
+  constexpr std::uint32_t known = 1;
+  const auto* found =
+      static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!found) throw nb::python_error();
+  while (found && found->major != known) found = found->older;
+  if (!found || !PyType_Check(type.ptr())) throw nb::value_error("exchange: unknown version");
+  Py_INCREF(type.ptr());
+  foreign.type = reinterpret_cast<PyTypeObject*>(type.ptr());
+  foreign.exchange = found;
 }
 
 nb::object take(std::size_t bytes, nb::handle like) {
@@ -420,6 +478,8 @@ NB_MODULE(_core, m) {
         "momentum"_a, "even_if_not_finite"_a, "count_empty"_a,
         "The first channel that is not finite, or -1. `tracked`: address of an int64, or 0.");
 
+  m.def("use_exchange", &use_exchange, "type"_a, "exchange"_a,
+        "Take tensors of this type as they are, by the type's __dlpack_c_exchange_api__.");
   m.def("take", &take, "bytes"_a, "like"_a,
         "Uninitialised memory for an output, as uint8, that lies in its page as `like` does: then "
         "vectors of both begin where cache lines do, and no load seems to wait for a store.");

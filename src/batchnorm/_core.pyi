@@ -2,7 +2,8 @@
 
 from typing import Any
 
-# An array with the buffer protocol, or (address, dtype code, shape, strides in elements).
+# An array with the buffer protocol, a tensor (use_exchange), or (address, dtype code, shape,
+# strides in elements).
 _Array = Any
 
 def forward(
@@ -120,6 +121,7 @@ def update_running(
     even_if_not_finite: bool,
     count_empty: bool,
 ) -> int: ...
+def use_exchange(type: type, exchange: Any) -> None: ...
 def take(bytes: int, like: _Array) -> Any: ...
 def release_blocks() -> None: ...
 def kept_bytes() -> int: ...

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -341,9 +342,27 @@ def empty_like(x: Tensor) -> Tensor:
     return y.set_(memory.untyped_storage(), 0, x.shape, like.stride())
 
 
-def _seen(t: Tensor) -> Any:
-    """A tensor as the core takes it."""
+def _address(t: Tensor) -> Any:
     return (t.data_ptr(), _TYPES[t.dtype], t.shape, t.stride())
+
+
+def _itself(t: Tensor) -> Any:
+    return t
+
+
+def _way_of_seeing() -> Callable[[Tensor], Any]:
+    """How the core takes a tensor: itself where torch has DLPack's C exchange, or its address."""
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange is None:
+        return _address
+    try:
+        _core.use_exchange(Tensor, exchange)
+    except ValueError:  # of another version than the core knows
+        return _address
+    return _itself
+
+
+_seen = _way_of_seeing()
 
 
 def _weights(mask: Tensor, x: Tensor) -> Any:

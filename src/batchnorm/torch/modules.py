@@ -132,8 +132,7 @@ class Layer(nn.Module):
             )
             return proxy
         self._check_input_dim(input)
-        mean, var = self._tensor("running_mean"), self._tensor("running_var")
-        weight, bias = self._tensor("weight"), self._tensor("bias")
+        weight, bias, mean, var = self._tensors()
         if self.affine_frozen:
             weight = None if weight is None else weight.detach()
             bias = None if bias is None else bias.detach()
@@ -154,11 +153,13 @@ class Layer(nn.Module):
             self._track(mean, var, statistics, mask)
         return y
 
-    def _tensor(self, name: str) -> Tensor | None:
-        """The parameter or buffer; quicker than `nn.Module.__getattr__`."""
-        tensors = self._parameters if name in self._parameters else self._buffers
-        value: Tensor | None = tensors[name] if name in tensors else getattr(self, name)
-        return value
+    def _tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """Weight, bias, running mean and variance; `nn.Module.__getattr__` takes its time."""
+        p, b = self._parameters, self._buffers
+        try:
+            return p["weight"], p["bias"], b["running_mean"], b["running_var"]
+        except KeyError:  # something stands in for a parameter, as weight norm does
+            return self.weight, self.bias, self.running_mean, self.running_var
 
     def _is_single(self, x: Tensor, mask: Tensor | None) -> bool:
         if mask is None:
@@ -174,7 +175,7 @@ class Layer(nn.Module):
         if self._accumulated is not None:
             functional.merge(self._accumulated, statistics, skipped, self.on_nonfinite, name)
             return
-        tracked, momentum = self._tensor("num_batches_tracked"), self.momentum
+        tracked, momentum = self._buffers["num_batches_tracked"], self.momentum
         if momentum is None and tracked is None:
             momentum = 0.0  # as in torch
         functional.update_running(
@@ -192,7 +193,7 @@ class Layer(nn.Module):
     def take_accumulated(self) -> None:
         """Bring what `accumulate` has merged into the running statistics, as one batch."""
         total, self._accumulated = self._accumulated, None
-        mean, var = self._tensor("running_mean"), self._tensor("running_var")
+        _, _, mean, var = self._tensors()
         if total is None or mean is None or var is None or not bool((total[0, 0] > 0).any()):
             return
         self._track(mean, var, total.to(mean.device), None)
