@@ -158,7 +158,7 @@ index update_running(const double* statistics, const Array& mean, const Array& v
   if (not_finite >= 0 && !even_if_not_finite) return not_finite;
   if (!count_empty && channels > 0 && row(statistics, channels, 0, count_row)[0] == 0) return -1;
   if (tracked) ++*tracked;
-  const double weight = momentum < 0 ? 1 / double(tracked ? *tracked : 1) : momentum;
+  const double weight = std::isnan(momentum) ? 1 / double(tracked ? *tracked : 1) : momentum;
   for (index c = 0; c < channels; ++c) {
     const double count = row(statistics, channels, 0, count_row)[c];
     if (!(count > 1)) continue;

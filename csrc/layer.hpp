@@ -39,7 +39,7 @@ void layer_backward(const Array& grad_y, const Array& x, const Array& residual,
 index given_statistics(const Array& mean, const Array& var, double* statistics);
 
 // Running averages after one more batch, of which `statistics` are one group's: `momentum` is the
-// weight of the batch, negative for 1 / (batches so far); the variance kept is the unbiased one.
+// weight of the batch, NaN for 1 / (batches so far); the variance kept is the unbiased one.
 // `tracked`, which may be null, counts the batches. One whose statistics are not finite changes
 // nothing, unless `even_if_not_finite`; one without values nothing but `tracked`, and that only if
 // `count_empty`. Returns the first channel that is not finite, or -1.

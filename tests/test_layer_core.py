@@ -121,9 +121,9 @@ def test_update_running_blends_mean_and_unbiased_variance(dtype):
     assert tracked == 6
 
 
-def test_update_running_weighs_all_batches_equally_when_momentum_is_negative():
+def test_update_running_weighs_all_batches_equally_when_momentum_is_nan():
     mean, var, tracked = _running(np.float64)
-    _update(_statistics(), mean, var, tracked, -1.0)
+    _update(_statistics(), mean, var, tracked, np.nan)
     np.testing.assert_allclose(mean, [1 + 4 / 6, 2 + 4 / 6], rtol=1e-15)
 
 

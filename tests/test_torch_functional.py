@@ -326,10 +326,12 @@ formats = pytest.mark.parametrize(
 
 
 @formats
-@pytest.mark.parametrize("offset", [1e2, 1e4, 1e6])
-def test_batch_norm_y_is_within_its_promise_when_the_mean_is_large(randn, offset, memory_format):
+@pytest.mark.parametrize(("offset", "channels"), [(1e2, 8), (1e4, 64), (1e6, 8)])
+def test_batch_norm_y_is_within_its_promise_when_the_mean_is_large(
+    randn, offset, channels, memory_format
+):
     # torch 2.13 is wrong by 6e-4, and by 1.8e-2 in channels_last, at 1e4.
-    x = (randn(16, 64, 28, 28) + offset).contiguous(memory_format=memory_format)
+    x = (randn(16, channels, 28, 28) + offset).contiguous(memory_format=memory_format)
     _assert_output(batch_norm(x, None, None, training=True), _exact(x))
 
 
@@ -607,10 +609,10 @@ def test_residual_of_another_type_is_added(randn, dtype):
 
 
 @pytest.mark.parametrize("residual", [torch.float32, torch.float64], ids=str)
-def test_residual_of_a_wider_type_leaves_y_in_the_type_of_input(randn, residual):
+def test_residual_of_a_wider_type_widens_y_as_an_addition_does(randn, residual):
     x = randn(5, 3, 4, dtype=torch.float16)
     y = batch_norm(x, None, None, training=True, residual=randn(5, 3, 4, dtype=residual))
-    assert y.dtype == torch.float16
+    assert y.dtype == residual
 
 
 def test_residual_that_does_not_broadcast_is_refused(randn):
@@ -618,9 +620,10 @@ def test_residual_that_does_not_broadcast_is_refused(randn):
         batch_norm(randn(5, 3, 4), None, None, training=True, residual=randn(5, 2, 4))
 
 
-def test_residual_that_would_widen_y_is_refused(randn):
-    with pytest.raises(ValueError, match="residual"):
-        batch_norm(randn(1, 3, 4), None, None, training=True, residual=randn(5, 3, 4))
+def test_residual_of_a_larger_shape_enlarges_y_as_an_addition_does(randn):
+    x, residual = randn(1, 3, 4), randn(5, 3, 4)
+    y = batch_norm(x, None, None, training=True, residual=residual)
+    torch.testing.assert_close(y, batch_norm(x, None, None, training=True) + residual)
 
 
 def test_residual_may_be_input_itself(randn):
@@ -1052,7 +1055,6 @@ def test_batch_norm_changes_nothing_when_it_raises(case):
         {"mask": torch.ones(9, 9)},
         {"mask": -torch.ones(4, 2)},
         {"residual": torch.ones(5, 7, 7)},
-        {"residual": torch.ones(2, 4, 3, 2)},
         {"momentum": "a tenth"},
     ],
     ids=lambda extra: next(iter(extra)),
@@ -1158,10 +1160,3 @@ def test_batch_norm_y_can_be_seen_as_an_array(randn):
     y = batch_norm(randn(*LARGE), None, None, training=True)
     y.numpy()[0] = 5.0
     assert bool((y[0] == 5.0).all())
-
-
-def test_batch_norm_y_can_be_resized(randn):
-    y = batch_norm(randn(*LARGE), None, None, training=True)
-    values = y.flatten().clone()
-    y.resize_(2, *LARGE)
-    assert torch.equal(y.flatten()[: values.numel()], values)

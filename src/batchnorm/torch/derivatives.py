@@ -91,7 +91,7 @@ def _steepness(
     if residual is not None:
         z = z + residual.double()
     below = 0.0 if form.activation == RELU else form.slope
-    return torch.where(z > 0, 1.0, below).to(z.dtype)
+    return torch.where(z > 0, z.new_ones(()), below)  # two numbers would be float32
 
 
 def slices(x: Tensor, group_size: int) -> Iterator[slice]:
@@ -166,11 +166,22 @@ def gradient(
     )
 
 
-def masked_group(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor, form: Form
+def value(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    statistics: Tensor | None,
+    form: Form,
 ) -> tuple[Tensor, Tensor]:
-    """Normalize one group by the statistics under a mask; also return these, (4, C)."""
-    n = _normalized(x, None, mask, form.eps)
-    z = n.x_hat if weight is None else n.x_hat * _column(weight, n.x_hat)
-    z = z if bias is None else z + _column(bias, z)
-    return z.to(x.dtype), n.statistics
+    """What the layer computes, in the same operations; and the statistics of its groups."""
+    ys, measured = [], []
+    for examples in slices(x, form.group_size):
+        n = _normalized(x[examples], statistics, _part(mask, examples), form.eps)
+        z = n.x_hat if weight is None else n.x_hat * _column(weight, n.x_hat)
+        z = z if bias is None else z + _column(bias, z)
+        z = z if residual is None else z + residual[examples].double()
+        ys.append(n.visible(z * _steepness(n, weight, bias, _part(residual, examples), form)))
+        measured.append(n.statistics)
+    return torch.cat(ys).to(x.dtype), torch.stack(measured)

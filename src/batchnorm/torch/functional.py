@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
@@ -74,7 +76,7 @@ def batch_norm(
     Returns
     -------
     (N, C, *S)
-        In the type of `input`.
+        In the type of `input`; with a residual of another type or shape, in those of the sum.
 
     Raises
     ------
@@ -208,27 +210,36 @@ def _quick(
     training: bool,
     form: Form,
 ) -> tuple[Tensor, Statistics | None]:
-    channels = x.shape[1] if x.dim() > 1 else -1
-    if (
-        x.numel() == channels
-        or form.eps <= 0
-        or (running_mean is not None and running_mean.shape[0] != channels)
-        or (running_var is not None and running_var.shape[0] != channels)
-    ):
+    if x.dim() < 2 or form.eps <= 0 or form.group_size == 1:
         raise ValueError
-    if training:
-        statistics = None
-    else:
-        if running_mean is None or running_var is None:
+    channels = x.shape[1]
+    if x.numel() == channels:
+        raise ValueError
+    if running_mean is None or running_var is None:
+        if running_mean is not running_var or not training:
             raise ValueError
+    elif not (_takes_up(running_mean, channels) and _takes_up(running_var, channels)):
+        raise ValueError
+    statistics = None
+    if not training:
+        assert running_mean is not None
+        assert running_var is not None
         statistics = kernels.given_statistics(running_mean, running_var)
     if _is_differentiated(x, weight, bias, None):
         call = _Call(None, statistics, form)
         y = _apply_eager(x, weight, bias, None, call)
-        return y, call.statistics if training else None
+        measured = call.statistics if training else None
+        assert not isinstance(measured, Tensor)
+        return y, measured
     if statistics is None:
         return kernels.forward(x, weight, bias, None, None, form)
     return kernels.normalize(x, statistics, weight, bias, None, None, form), None
+
+
+def _takes_up(running: Tensor, channels: int) -> bool:
+    """Whether this can be a running statistic."""
+    fits = running.shape[0] == channels and running.is_floating_point()
+    return fits and not running.requires_grad
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:
@@ -252,18 +263,29 @@ def _normalized(
 ) -> tuple[Tensor, AnyStatistics]:
     """Normalize by `statistics`, or where they are None by those of x; differentiable."""
     tensors = (x, weight, bias, residual, mask)
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None):
         if torch._C._are_functorch_transforms_active():
+            if _is_forward_twice():
+                return derivatives.value(*tensors, statistics, form)
             y, s = _apply_transformed(*tensors, statistics, form)
             return y, s
-        if kernels.plain(*tensors, statistics) and _is_differentiated(*tensors):
-            call = _Call(mask, None if statistics is None else statistics.numpy(), form)
+        if _is_differentiated(*tensors):
+            call = _Call(mask, statistics, form)
             y = _apply_eager(x, weight, bias, residual, call)
             assert call.statistics is not None
             return y, call.statistics
     if statistics is None:
         return operators.forward(*tensors, form)
     return operators.normalize(x, statistics, weight, bias, residual, mask, form), statistics
+
+
+def _is_forward_twice() -> bool:
+    """Whether forward mode is nested, where torch takes no Function's own `jvp`.
+
+    https://github.com/pytorch/pytorch/issues/197867
+    """
+    levels = retrieve_all_functorch_interpreters()
+    return sum(level.key() == TransformType.Jvp for level in levels) > 1
 
 
 def update_running(
@@ -316,12 +338,18 @@ def _check(
     training: bool,
     form: Form,
 ) -> None:
+    if torch._C._get_tracing_state() is not None:
+        return  # to compare a traced size is to fix it; the core will check
     good = x.dim() >= 2 and (form.eps > 0 or (form.eps == 0 and not training))
     if good:
         channels = x.shape[1]
         for t in (running_mean, running_var, weight, bias):
             if t is not None and (t.dim() != 1 or t.shape[0] != channels or t.device != x.device):
                 good = False
+        for t in (running_mean, running_var):
+            if good and t is not None and not _takes_up(t, channels):
+                good = False
+        good = good and (running_mean is None) == (running_var is None)
         if training:
             per_example = kernels.values_per_example(x)
             good = good and x.shape[0] * per_example != 1
@@ -335,8 +363,10 @@ def _check(
     if good:
         return
     # Torch says best what it would have said.
-    mean = None if running_mean is None else running_mean.detach().clone()
-    var = None if running_var is None else running_var.detach().clone()
+    mean, var = (
+        None if t is None else t.detach().clone().requires_grad_(t.requires_grad)
+        for t in (running_mean, running_var)
+    )
     F.batch_norm(x, mean, var, weight, bias, training, 0.1, form.eps)
     raise ShapeError(
         "weight, bias and the running statistics must have shape (C,) and lie on one device with "
@@ -354,7 +384,8 @@ def as_weights(mask: Tensor, x: Tensor) -> Tensor:
     if mask.dim() == x.dim() and mask.shape[1] == 1:
         mask = mask.squeeze(1)
     try:
-        weights = torch.broadcast_to(mask.to(x.device, torch.float64), shape)
+        # A copy, since the backward pass needs it as it is now.
+        weights = torch.broadcast_to(mask.to(x.device, torch.float64, copy=True), shape)
     except RuntimeError:
         raise ShapeError(
             f"mask must broadcast to the shape of input without its channel axis, {tuple(shape)}, "
@@ -371,7 +402,7 @@ class _Call:
 
     __slots__ = ("fixed", "form", "mask", "statistics")
 
-    def __init__(self, mask: Tensor | None, statistics: Statistics | None, form: Form) -> None:
+    def __init__(self, mask: Tensor | None, statistics: AnyStatistics | None, form: Form) -> None:
         self.mask = mask
         self.statistics = statistics  # set by the forward pass where None
         self.fixed = statistics is not None
@@ -379,9 +410,13 @@ class _Call:
 
     def given(self) -> Tensor | None:
         """The statistics, where they do not depend on x."""
-        if not self.fixed or self.statistics is None:
-            return None
-        return torch.from_numpy(self.statistics)
+        return self.tensor() if self.fixed else None
+
+    def tensor(self) -> Tensor:
+        """The statistics as torch knows them."""
+        s = self.statistics
+        assert s is not None
+        return torch.from_numpy(s) if isinstance(s, np.ndarray) else s
 
 
 class _Eager(torch.autograd.Function):
@@ -396,10 +431,15 @@ class _Eager(torch.autograd.Function):
         residual: Tensor | None,
         call: _Call,
     ) -> Tensor:
-        if call.statistics is None:
-            y, call.statistics = kernels.forward(x, weight, bias, residual, call.mask, call.form)
+        tensors = (weight, bias, residual, call.mask)
+        if isinstance(call.statistics, np.ndarray):
+            y = kernels.normalize(x, call.statistics, *tensors, call.form)
+        elif call.fixed:
+            y = operators.normalize(x, call.tensor(), *tensors, call.form)
+        elif kernels.plain(x, *tensors):
+            y, call.statistics = kernels.forward(x, *tensors, call.form)
         else:
-            y = kernels.normalize(x, call.statistics, weight, bias, residual, call.mask, call.form)
+            y, call.statistics = operators.forward(x, *tensors, call.form)
         ctx.save_for_backward(x, weight, bias, residual)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(x, weight, bias, residual)
@@ -410,20 +450,18 @@ class _Eager(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         call = ctx.call
         saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            given = call.given()
-            grads = _differentiable(grad_y, saved, call.mask, given, call.form)
-        elif kernels.plain(grad_y, *saved):
-            grads = _gradients(
-                kernels.backward, grad_y, saved, call.mask, call.statistics, call.form,
-                ctx.needs_input_grad,
-            )  # fmt: skip
+        if (
+            torch.is_grad_enabled()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._functorch.is_legacy_batchedtensor(grad_y)  # is_grads_batched=True
+        ):
+            grads = _differentiable(grad_y, saved, call.mask, call.given(), call.form)
         else:
-            statistics = torch.from_numpy(call.statistics)
-            grads = _gradients(
-                operators.backward, grad_y, saved, call.mask, statistics, call.form,
-                ctx.needs_input_grad,
-            )  # fmt: skip
+            quick = isinstance(call.statistics, np.ndarray) and kernels.plain(grad_y, *saved)
+            run = kernels.backward if quick else operators.backward
+            statistics = call.statistics if quick else call.tensor()
+            needs = ctx.needs_input_grad
+            grads = _gradients(run, grad_y, saved, call.mask, statistics, call.form, needs)
         return (*grads, None)
 
     @staticmethod
@@ -474,7 +512,7 @@ class _Transformed(torch.autograd.Function):
         if in_dims[4] is not None:  # a mask is of examples, not of channels
             calls = [
                 _apply_transformed(
-                    *(_select(t, d, k) for t, d in zip(inputs, in_dims, strict=True))
+                    *(_select(t, d, k) for t, d in zip(inputs[:6], in_dims[:6], strict=True)), form
                 )
                 for k in range(size)
             ]
@@ -640,7 +678,8 @@ def _torchs_group(
     axes = [a for a in range(x.dim()) if a != 1]
     wide = torch.promote_types(x.dtype, torch.float32)
     if weights is not None:
-        return derivatives.masked_group(x, weight, bias, weights, form)
+        y, statistics = derivatives.value(x, weight, bias, None, weights, None, Form(form.eps))
+        return y, statistics[0]
     count = x.numel() // max(x.shape[1], 1)
     if torch._C._are_functorch_transforms_active():
         y = F.batch_norm(x, None, None, weight, bias, True, 0.0, form.eps)
@@ -656,6 +695,13 @@ def _torchs_group(
 
 def _finish(y: Tensor, residual: Tensor | None, weights: Tensor | None, form: Form) -> Tensor:
     if residual is not None:
+        try:
+            torch.broadcast_shapes(y.shape, residual.shape)  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            raise ShapeError(
+                f"residual must broadcast with input, {tuple(y.shape)}, got "
+                f"{tuple(residual.shape)}."
+            ) from None
         y = y + residual
     if form.activation == RELU:
         y = F.relu(y)
@@ -678,6 +724,8 @@ def _update_by_torch(
     name: str,
 ) -> None:
     """`kernels.update_running` on another device, without waiting for it unless it is to raise."""
+    if running_mean.is_meta:
+        return
     with torch.no_grad():
         if statistics.shape[0] > 1:
             groups = kernels.merged(statistics.cpu().numpy())
@@ -720,7 +768,9 @@ def _operator_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _operator_backward(ctx: Any, grad_y: Tensor, *_: Any) -> Any:
     *saved, mask, statistics = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and (
+        torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    ):
         given = statistics if ctx.fixed else None
         grads = _differentiable(grad_y, saved, mask, given, ctx.form)
     else:

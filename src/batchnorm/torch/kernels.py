@@ -88,8 +88,8 @@ def groups_of(x: Tensor, group_size: int) -> int:
     n = x.shape[0]
     if group_size <= 0 or group_size >= n:
         return 1
-    whole, rest = divmod(n, group_size)
-    return whole + (1 if rest * values_per_example(x) > 1 else 0)
+    rest = n % group_size  # symbols have no divmod
+    return n // group_size + (1 if rest * values_per_example(x) > 1 else 0)
 
 
 def values_per_example(x: Tensor) -> int:
@@ -123,7 +123,12 @@ def forward(
     """
     eps, group_size, activation, slope = form
     if mask is not None:
-        _check_mask(mask, x)
+        _check_mask(mask)
+        if int(torch.count_nonzero(mask)) == 1:
+            raise ShapeError(
+                "Expected more than 1 value per channel when training, got one under the mask, "
+                f"input size {x.shape}"
+            )
     y = empty_like(x)
     statistics = np.empty((groups_of(x, group_size) if group_size else 1, 4, x.shape[1]))
     _core.layer_forward(
@@ -154,6 +159,8 @@ def normalize(
 ) -> Tensor:
     """Normalize by given statistics."""
     eps, group_size, activation, slope = form
+    if mask is not None:
+        _check_mask(mask)
     y = empty_like(x)
     _core.layer_normalize(
         _seen(x),
@@ -248,18 +255,26 @@ def update_running(
     """
     if len(statistics) > 1:
         statistics = merged(statistics)
+    counter = 0
+    if tracked is not None:
+        if tracked.dtype is torch.int64:
+            counter = tracked.data_ptr()
+        elif momentum is None:
+            momentum = 1.0 / (float(tracked) + 1.0)
     bad = _core.update_running(
         statistics,
         _seen(running_mean),
         _seen(running_var),
-        0 if tracked is None else tracked.data_ptr(),
-        -1.0 if momentum is None else momentum,
+        counter,
+        math.nan if momentum is None else momentum,
         on_nonfinite == "propagate",
         count_empty,
     )
     if bad >= 0 and on_nonfinite != "propagate":
         not_finite(statistics, bad, on_nonfinite, skipped, name)
         return
+    if tracked is not None and not counter and (count_empty or statistics[0, 0].any()):
+        tracked.add_(1)
     changed = (
         (running_mean, running_var) if tracked is None else (running_mean, running_var, tracked)
     )
@@ -369,14 +384,9 @@ def _weights(mask: Tensor, x: Tensor) -> Any:
     return _seen(mask.unsqueeze(1).expand(x.shape))
 
 
-def _check_mask(mask: Tensor, x: Tensor) -> None:
+def _check_mask(mask: Tensor) -> None:
     if mask.numel() and not (bool(torch.isfinite(mask).all()) and float(mask.min()) >= 0):
         raise ArgumentError(
             "mask must be finite and not negative; use 0 to leave a value out, got values from "
             f"{float(mask.min())} to {float(mask.max())}."
-        )
-    if int(torch.count_nonzero(mask)) == 1:
-        raise ShapeError(
-            "Expected more than 1 value per channel when training, got one under the mask, "
-            f"input size {x.shape}"
         )

@@ -115,7 +115,8 @@ class Layer(nn.Module):
         Returns
         -------
         (N, C, *S)
-            In the type and memory format of `input`.
+            In the type and memory format of `input`; with a residual of another type or shape, in
+            those of the sum.
 
         Raises
         ------
