@@ -2,8 +2,9 @@
 
 A layer is converted by a change of class: it stays the same object, so that whoever refers to it
 (parents, optimizers, hooks, lists) goes on doing so. An activation joins the layer before it only
-where the graph of the module that calls both shows that nobody else sees what is between them.
-Where a residual is added as well, that module's forward is written anew from its graph.
+where the source of the module that calls both (`read`) shows that nobody else sees what is between
+them. Where a residual is added as well, that module gets a forward written anew, by a subclass of
+its own class.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import inspect
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx, nn
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from ..errors import ArgumentError
 from . import modules
 from .modules import Layer
+from .read import Reading, UnreadableError, read
 
 __all__ = ["Report", "convert", "explain", "revert"]
 
@@ -179,8 +181,8 @@ def revert(model: M) -> M:
             if isinstance(child, Joined):
                 child.original.training = child.training
                 module._modules[child_name] = child.original
-        if isinstance(module.__dict__.get("forward"), _Rewritten):
-            del module.__dict__["forward"]
+        if "_rewritten" in type(module).__dict__:
+            module.__class__ = type(module).__base__  # type: ignore[assignment]
         if type(module) in _TORCHS:
             _release(module)
     return model
@@ -237,7 +239,9 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], Report]:
     """Layers that are or can be ours by name, and a report with the others."""
     layers, report = {}, Report()
     for name, module in model.named_modules():
-        if type(module) in _OURS or type(module) in _TORCHS:
+        if "forward" in module.__dict__ and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            report.skipped[name] = "its forward has been replaced"
+        elif type(module) in _OURS or type(module) in _TORCHS:
             layers[name] = module
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             report.skipped[name] = _reason(module)
@@ -292,10 +296,10 @@ class _Fusion:
     slope: float
     relu: str | None  # name of the activation's module in the owner, None for a function
     what: str  # in words
-    graph: fx.Graph | None  # of the owner, where its forward must be written anew
-    call: fx.Node | None  # nodes of that graph
+    call: fx.Node
     add: fx.Node | None
     act: fx.Node | None
+    reading: Reading | None = None  # of the owner, where its forward must be written anew
 
 
 def _activation_of(node: fx.Node, owner: nn.Module) -> tuple[str, float] | None:
@@ -330,6 +334,8 @@ def _residual_of(node: fx.Node, call: fx.Node) -> fx.Node | None:
     if not adds or node.kwargs or len(node.args) != 2:
         return None
     first, second = node.args
+    if first is second:
+        return None
     if first is call and isinstance(second, fx.Node) and second is not call:
         return second
     if second is call and isinstance(first, fx.Node) and not _in_place(node):
@@ -342,69 +348,85 @@ def _in_place(node: fx.Node) -> bool:
 
 
 def _fusions(model: nn.Module) -> tuple[list[_Fusion], dict[str, str]]:
-    """What can join, and for layers that an activation follows all the same the reason why not."""
+    """What can join, and for layers that something follows all the same why it cannot."""
     found: list[_Fusion] = []
     refused: dict[str, str] = {}
     names = {id(m): n for n, m in model.named_modules()}
     parents = Counter(id(c) for m in model.modules() for c in m._modules.values() if c is not None)
-    graphs = _Graphs(model)
+    hidden = {id(m) for m in _hidden_references(model)}
+    readings = _Readings(model)
     for owner_name, owner in model.named_modules():
-        layers = {n: c for n, c in owner.named_children() if type(c) in _OURS or type(c) in _TORCHS}
-        if not layers:
+        layers = {
+            n: c
+            for n, c in owner.named_children()
+            if (type(c) in _OURS or type(c) in _TORCHS)
+            and getattr(c, "activation", None) is None
+            and "forward" not in c.__dict__
+        }
+        if not layers or "_rewritten" in type(owner).__dict__:
             continue
-        if isinstance(owner.__dict__.get("forward"), _Rewritten):
-            continue  # has been done
-        graph = graphs.of(owner_name)
-        calls = _calls(graph)
-        per_owner: list[_Fusion] = []
+        reading = readings.of(owner_name)
+        if isinstance(reading, str):
+            refused.update((names[id(layer)], reading) for layer in layers.values())
+            continue
+        fusions: list[_Fusion] = []
         for child_name, layer in layers.items():
             name = names[id(layer)]
-            if getattr(layer, "activation", None) is not None:
-                continue
-            if isinstance(graph, str):
-                refused[name] = graph
-                continue
             try:
-                fusion = _match(graph, calls, owner, child_name, layer)
+                fusion = _match(reading.graph, owner, child_name, layer)
                 if fusion is None:
                     continue
                 if parents[id(layer)] > 1:
                     raise _RefusedError("the layer is shared between modules")
-                graphs.check_above(owner_name)
+                if id(layer) in hidden or id(owner) in hidden:
+                    raise _RefusedError("something else in the model refers to it directly")
+                if any(f.add is not None and f.add is fusion.add for f in fusions):
+                    raise _RefusedError("the other summand has joined the addition")
+                readings.check_above(owner)
             except _RefusedError as why:
                 refused[name] = str(why)
                 continue
             fusion.layer, fusion.owner = name, owner_name
-            per_owner.append(fusion)
-        if isinstance(graph, fx.Graph):
-            _settle(graph, calls, owner, per_owner, parents)
-            if any(f.graph is not None for f in per_owner):
-                try:
-                    _names_used(graph)
-                except _RefusedError as why:
-                    refused.update((f.layer, str(why)) for f in per_owner)
-                    continue
-        found += per_owner
+            fusions.append(fusion)
+        try:
+            _settle(reading, owner, fusions, parents, hidden)
+        except _RefusedError as why:
+            refused.update((f.layer, str(why)) for f in fusions)
+            continue
+        found += fusions
     return found, refused
+
+
+def _hidden_references(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that others hold without being their parents, and might call."""
+
+    def inside(value: Any, depth: int = 0) -> Iterator[nn.Module]:
+        if isinstance(value, nn.Module):
+            yield from value.modules()
+        elif isinstance(value, (list, tuple, set, frozenset)) and depth < 4:
+            for v in value:
+                yield from inside(v, depth + 1)
+        elif isinstance(value, dict) and depth < 4:
+            for v in value.values():
+                yield from inside(v, depth + 1)
+
+    for module in model.modules():
+        for name, value in module.__dict__.items():
+            if name != "_modules":
+                yield from inside(value)
 
 
 class _RefusedError(Exception):
     """Why something cannot join."""
 
 
-def _calls(graph: fx.Graph | str) -> dict[str, list[fx.Node]]:
-    calls: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes if isinstance(graph, fx.Graph) else ():
-        if node.op == "call_module":
-            calls.setdefault(str(node.target), []).append(node)
-    return calls
+def _calls(graph: fx.Graph, name: str) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "call_module" and n.target == name]
 
 
-def _match(
-    graph: fx.Graph, calls: dict[str, list[fx.Node]], owner: nn.Module, name: str, layer: nn.Module
-) -> _Fusion | None:
+def _match(graph: fx.Graph, owner: nn.Module, name: str, layer: nn.Module) -> _Fusion | None:
     """What follows one layer in its owner's graph; None if that is nothing that could join."""
-    nodes = calls.get(name, [])
+    nodes = _calls(graph, name)
     if not nodes:
         return None
     if len(nodes) > 1:
@@ -426,7 +448,7 @@ def _match(
         act = next(iter(add.users)) if len(add.users) == 1 else None
         if act is not None and _activation_of(act, owner) is None:
             act = None
-        _check_movable(call, owner)
+        _check_movable(call, add, owner)
     elif _activation_of(user, owner) is not None:
         act = user
     else:
@@ -443,163 +465,122 @@ def _match(
             _check_hooks(owner.get_submodule(relu), f"'{relu}'")
             label += f" '{relu}'"
         what = f"{what} and {label}" if add is not None else label
-    return _Fusion("", "", activation, slope, relu, what, None, call, add, act)
+    return _Fusion("", "", activation, slope, relu, what, call, add, act)
 
 
 def _follower(node: fx.Node, owner: nn.Module) -> bool:
     return any(_activation_of(u, owner) for u in node.users)
 
 
-def _check_movable(call: fx.Node, owner: nn.Module) -> None:
+def _check_movable(call: fx.Node, add: fx.Node, owner: nn.Module) -> None:
     """Refuse where calling the layer later, at the addition, might give it another input."""
     source = call.args[0]
-    if not isinstance(source, fx.Node) or len(source.users) != 1:
-        raise _RefusedError("the input is used by others, who might change it before the addition")
-    fresh = source.op == "call_module" and type(owner.get_submodule(str(source.target))) in _FRESH
+    fresh = isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1
+    if fresh:
+        assert isinstance(source, fx.Node)
+        module = owner.get_submodule(str(source.target))
+        fresh = type(module) in _FRESH and not _is_touched(module)
     if not fresh:
         raise _RefusedError(
-            "the input is not the output of a convolution or linear layer, and might change "
-            "before the addition"
+            "its input is not the output of a convolution or linear layer made for it alone, and "
+            "might change before the addition"
         )
+    between = call.next
+    while between is not add:
+        if between.op == "call_module":
+            for module in owner.get_submodule(str(between.target)).modules():
+                known = type(module).__module__.startswith("torch.nn.") or isinstance(module, Layer)
+                if not known or _is_touched(module):
+                    raise _RefusedError(
+                        f"'{between.target}', called before the addition, is not torch's alone"
+                    )
+        between = between.next
+
+
+def _is_touched(module: nn.Module) -> bool:
+    """Whether an instance does something else than its class."""
+    return "forward" in module.__dict__ or any(getattr(module, hooks, None) for hooks in _HOOKS)
 
 
 def _check_hooks(module: nn.Module, label: str) -> None:
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
-        raise _RefusedError(f"{label} has hooks, which would see something else")
+    if _is_touched(module):
+        raise _RefusedError(f"{label} has hooks or another forward, which would see something else")
 
 
 def _settle(
-    graph: fx.Graph,
-    calls: dict[str, list[fx.Node]],
+    reading: Reading,
     owner: nn.Module,
     fusions: list[_Fusion],
     parents: Counter[int],
+    hidden: set[int],
 ) -> None:
     """Decide whether an activation's module may step aside, or the forward is written anew."""
+    graph = reading.graph
     taken = Counter(f.relu for f in fusions if f.relu is not None)
     aside = {
         relu
         for relu, times in taken.items()
-        if times == len(calls[relu])
+        if times == len(_calls(graph, relu))
         and parents[id(owner.get_submodule(relu))] == 1
+        and id(owner.get_submodule(relu)) not in hidden
         and relu in owner._modules
     }
     rewrite = any(f.add is not None or (f.act is not None and f.relu not in aside) for f in fusions)
+    # What was decided by a child's being there holds as long as the forward checks it.
+    rewrite = rewrite or bool(fusions and reading.decided)
+    if rewrite:
+        for method in ("__reduce__", "__reduce_ex__", "__getstate__"):
+            if inspect.getattr_static(type(owner), method, None) is not inspect.getattr_static(
+                nn.Module, method, None
+            ):
+                raise _RefusedError(f"{type(owner).__name__} has a way of its own to be copied")
+        _names_used(graph)
     for fusion in fusions:
         if rewrite:
-            fusion.graph = graph
+            fusion.reading = reading
         if fusion.relu not in aside:
             fusion.relu = None
 
 
-# ---- graphs -------------------------------------------------------------------------------------
-
-
-class _Tracer(fx.Tracer):
-    """Sees one module's forward; what it calls stays closed."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-class _Graphs:
-    """The graph of every module's own forward, or in words why there is none."""
+class _Readings:
+    """What every module's own forward does, or in words why that cannot be said."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = dict(model.named_modules())
-        self._found: dict[tuple[str, bool], fx.Graph | str] = {}
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._found: dict[str, Reading | str] = {}
 
-    def of(self, name: str) -> fx.Graph | str:
-        """The graph that holds in training and in evaluation."""
-        training, evaluation = self._in_mode(name, True), self._in_mode(name, False)
-        for graph in (training, evaluation):
-            if isinstance(graph, str):
-                return graph
-        assert isinstance(training, fx.Graph)
-        if str(training) != str(evaluation):
-            return f"{self._label(name)} does something else in training than in evaluation"
-        return training
+    def of(self, name: str) -> Reading | str:
+        """The reading of the module of this name."""
+        if name not in self._found:
+            try:
+                self._found[name] = read(self._modules[name])
+            except UnreadableError as why:
+                self._found[name] = f"{self._label(name)} {why}"
+        return self._found[name]
 
-    def check_above(self, name: str) -> None:
-        """Refuse unless no module further up reaches past the module of this name."""
-        while name:
-            inside = name
-            name = name.rpartition(".")[0]
-            for training in (True, False):
-                graph = self._in_mode(name, training)
-                if isinstance(graph, str):
-                    raise _RefusedError(f"{graph}, and might use the layer by itself")
-                below = inside[len(name) + 1 if name else 0 :] + "."
-                if any(
-                    n.op in ("call_module", "get_attr") and str(n.target).startswith(below)
-                    for n in graph.nodes
-                ):
-                    raise _RefusedError(f"{self._label(name)} uses parts of '{inside}' by itself")
+    def check_above(self, owner: nn.Module) -> None:
+        """Refuse unless no module further up, on any way, reaches past this one."""
+        for name in [n for n, m in self._modules.items() if m is owner]:
+            above = name
+            while above:
+                above = above.rpartition(".")[0]
+                reading = self.of(above)
+                if isinstance(reading, str):
+                    raise _RefusedError(f"{reading}, and might use the layer by itself")
+                inside = name[len(above) + 1 if above else 0 :] + "."
+                if any(str(n.target).startswith(inside) for n in reading.graph.nodes):
+                    raise _RefusedError(f"{self._label(above)} uses parts of '{name}' by itself")
 
     def _label(self, name: str) -> str:
         kind = type(self._modules[name]).__name__
         return f"forward of {kind} '{name}'" if name else f"forward of {kind}"
-
-    def _in_mode(self, name: str, training: bool) -> fx.Graph | str:
-        key = (name, training)
-        if key not in self._found:
-            self._found[key] = self._trace(name, training)
-        return self._found[key]
-
-    def _trace(self, name: str, training: bool) -> fx.Graph | str:
-        module = self._modules[name]
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            return fx.Graph()  # without a forward; whoever uses it is further up
-        if isinstance(module, torch.jit.ScriptModule):
-            return f"{self._label(name)} is compiled to TorchScript"
-        forward = inspect.getattr_static(type(module), "forward", None)
-        if "forward" in module.__dict__ and not isinstance(module.forward, _Rewritten):
-            return f"{self._label(name)} has been replaced"
-        if not inspect.isfunction(forward):
-            return f"{self._label(name)} is not a plain function"
-        if not isinstance(module, nn.Sequential):
-            parameters = list(inspect.signature(forward).parameters.values())[1:]
-            if any(
-                p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-                for p in parameters
-            ):
-                return f"{self._label(name)} has optional arguments"
-        with _untouched(module):
-            module.training = training
-            module.__dict__.pop("forward", None)
-            try:
-                graph: fx.Graph = _Tracer().trace(module)
-            except Exception as error:
-                first = str(error).strip().splitlines()
-                return (
-                    f"{self._label(name)} cannot be traced ({type(error).__name__}: "
-                    f"{first[0][:80] if first else ''})"
-                )
-        return graph
-
-
-class _untouched:
-    """Whatever a traced forward assigns to its module is taken back."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._before = {
-            k: v.copy() if isinstance(v, dict) else v for k, v in module.__dict__.items()
-        }
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self._module.__dict__.clear()
-        self._module.__dict__.update(self._before)
 
 
 # ---- carrying it out ----------------------------------------------------------------------------
 
 
 def _fuse(model: nn.Module, fusions: list[_Fusion]) -> None:
-    rewritten: dict[str, fx.Graph] = {}
+    rewritten: dict[str, Reading] = {}
     for fusion in fusions:
         layer, owner = model.get_submodule(fusion.layer), model.get_submodule(fusion.owner)
         assert isinstance(layer, Layer)
@@ -609,19 +590,16 @@ def _fuse(model: nn.Module, fusions: list[_Fusion]) -> None:
             stood = owner._modules[fusion.relu]
             assert stood is not None
             owner._modules[fusion.relu] = Joined(stood)
-        if fusion.graph is not None:
-            _rewrite(fusion)
-            rewritten[fusion.owner] = fusion.graph
-    for name, graph in rewritten.items():
+        if fusion.reading is not None:
+            _rewrite(fusion, fusion.reading.graph)
+            rewritten[fusion.owner] = fusion.reading
+    for name, reading in rewritten.items():
         owner = model.get_submodule(name)
-        graph.lint()
-        object.__setattr__(owner, "forward", _Rewritten(owner, name, graph))
+        owner.__class__ = _subclass(type(owner), _Rewritten.of(reading))
 
 
-def _rewrite(fusion: _Fusion) -> None:
-    graph, call, add, act = fusion.graph, fusion.call, fusion.add, fusion.act
-    assert graph is not None
-    assert call is not None
+def _rewrite(fusion: _Fusion, graph: fx.Graph) -> None:
+    call, add, act = fusion.call, fusion.add, fusion.act
     result = call
     if add is not None:
         residual = _residual_of(add, call)
@@ -637,36 +615,81 @@ def _rewrite(fusion: _Fusion) -> None:
         graph.erase_node(act)
 
 
-class _Rewritten:
-    """A module's forward, written anew from its graph; holds while the module is as it was."""
+class _Rewritten(NamedTuple):
+    """A forward written anew, as it is pickled with its module."""
 
-    def __init__(self, owner: nn.Module, name: str, graph: fx.Graph) -> None:
-        self.owner, self.name = owner, name
-        self.seen = _plain_attributes(owner)
-        self.source = graph.python_code("self").src
-        self.constants, self.addresses = _names_used(graph)
-        self._function: Callable[..., Any] | None = None
+    source: str
+    constants: tuple[tuple[str, Any], ...]
+    addresses: tuple[tuple[str, str, str], ...]
+    decided: tuple[tuple[str, bool], ...]  # children, and whether they were None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling() and _plain_attributes(self.owner) != self.seen:
+    @classmethod
+    def of(cls, reading: Reading) -> _Rewritten:
+        constants, addresses = _names_used(reading.graph)
+        source = reading.graph.python_code("self").src
+        checked = re.sub(r"(?m)^(def forward\(.*:)$", r"\1\n    _check_unchanged(self)", source)
+        return cls(
+            checked,
+            tuple(constants.items()),
+            tuple((name, *address) for name, address in addresses.items()),
+            tuple(reading.decided.items()),
+        )
+
+
+_SUBCLASSES: dict[tuple[type[nn.Module], _Rewritten], type[nn.Module]] = {}
+
+
+def _subclass(base: type[nn.Module], rewritten: _Rewritten) -> type[nn.Module]:
+    """One class for all modules of a class that are rewritten alike."""
+    key = (base, rewritten)
+    if key not in _SUBCLASSES:
+        _SUBCLASSES[key] = _made_subclass(base, rewritten)
+    return _SUBCLASSES[key]
+
+
+def _made_subclass(base: type[nn.Module], rewritten: _Rewritten) -> type[nn.Module]:
+    space: dict[str, Any] = {name: _at(*address) for name, *address in rewritten.addresses}
+    space.update(rewritten.constants)
+    space["_check_unchanged"] = _check_unchanged
+    exec(compile(rewritten.source, f"<forward of {base.__name__}>", "exec"), space)
+    return type(
+        base.__name__,
+        (base,),
+        {
+            "forward": space["forward"],
+            "_rewritten": rewritten,
+            "__reduce_ex__": _reduce,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        },
+    )
+
+
+def _reduce(module: nn.Module, protocol: Any) -> Any:
+    """Copy and pickle by the class that can be imported."""
+    made: Any = type(module)
+    return _restore, (made.__base__, made._rewritten), _state(module)
+
+
+def _state(module: Any) -> Any:
+    return module.__getstate__() if hasattr(module, "__getstate__") else module.__dict__.copy()
+
+
+def _restore(base: type[nn.Module], rewritten: _Rewritten) -> nn.Module:
+    made = _subclass(base, _Rewritten(*rewritten))
+    return made.__new__(made)
+
+
+def _check_unchanged(module: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for name, none in module._rewritten.decided:
+        if (getattr(module, name, None) is None) is not none:
             raise ArgumentError(
-                f"{type(self.owner).__name__} '{self.name}' has changed since convert wrote its "
-                "forward anew. Call revert(model), then convert(model) again."
+                f"'{name}' of {type(module).__name__} has changed since convert wrote its forward "
+                "anew. Call revert(model), then convert(model) again."
             )
-        function = self._function
-        if function is None:
-            function = self._function = self._compiled()
-        return function(self.owner, *args, **kwargs)
-
-    def _compiled(self) -> Callable[..., Any]:
-        space = {name: _at(*address) for name, address in self.addresses.items()}
-        space.update(self.constants)
-        exec(compile(self.source, f"<forward of {self.name}>", "exec"), space)
-        function: Callable[..., Any] = space["forward"]
-        return function
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_function": None}
 
 
 def _names_used(graph: fx.Graph) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
@@ -694,15 +717,3 @@ def _address(value: Any) -> tuple[str, str]:
 def _at(module: str, name: str) -> Any:
     found = importlib.import_module(module)
     return operator.attrgetter(name)(found) if name else found
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """What a forward may have been decided by when it was traced."""
-    plain: dict[str, Any] = {
-        k: v
-        for k, v in module.__dict__.items()
-        if isinstance(v, (int, float, str, tuple, type(None))) and k != "training"
-    }
-    for name, child in module._modules.items():
-        plain[name] = child is None
-    return plain

@@ -165,7 +165,10 @@ def layer(
     _check(x, running_mean, running_var, weight, bias, training, form)
     weights = None if mask is None else as_weights(mask, x)
     if residual is not None and not (
-        residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+        isinstance(residual, Tensor)  # a converted model may add a number
+        and residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
     ):
         y, statistics = layer(
             x, running_mean, running_var, weight, bias, training,
@@ -695,12 +698,12 @@ def _torchs_group(
 
 def _finish(y: Tensor, residual: Tensor | None, weights: Tensor | None, form: Form) -> Tensor:
     if residual is not None:
+        shape = getattr(residual, "shape", ())
         try:
-            torch.broadcast_shapes(y.shape, residual.shape)  # type: ignore[no-untyped-call]
+            torch.broadcast_shapes(y.shape, shape)  # type: ignore[no-untyped-call]
         except RuntimeError:
             raise ShapeError(
-                f"residual must broadcast with input, {tuple(y.shape)}, got "
-                f"{tuple(residual.shape)}."
+                f"residual must broadcast with input, {tuple(y.shape)}, got {tuple(shape)}."
             ) from None
         y = y + residual
     if form.activation == RELU:
