@@ -220,15 +220,15 @@ enum class Pass { sums, apply, both };
 void backward(Pass pass, nb::handle grad_y, nb::handle x, nb::handle grad_x, int axis,
               double count, nb::handle mean, nb::handle mean_low, nb::handle var, double eps,
               nb::handle sum_grad, nb::handle sum_grad_x_hat, nb::handle gamma, nb::handle beta,
-              nb::handle weights, nb::handle residual, nb::handle grad_residual, int activation,
+              nb::handle weights, nb::handle y, nb::handle grad_residual, int activation,
               double slope) {
   const View vx(x, false, "x"), vg(grad_y, false, "grad_y"), vo(grad_x, true, "grad_x"),
-      vw(weights, false, "weights"), vr(residual, false, "residual"),
+      vw(weights, false, "weights"), vy(y, false, "y"),
       vgr(grad_residual, true, "grad_residual");
   const index c = channels_of(vx, axis);
   same_shape(vx, vg, "grad_y");
   same_shape(vx, vo, "grad_x");
-  same_shape(vx, vr, "residual");
+  same_shape(vx, vy, "y");
   same_shape(vx, vgr, "grad_residual");
   check_weights(vx, vw);
   const Channels m(mean, c, "mean"), low(mean_low, c, "mean_low"), v(var, c, "var"),
@@ -240,13 +240,13 @@ void backward(Pass pass, nb::handle grad_y, nb::handle x, nb::handle grad_x, int
   const bn::Affine af{g.data(), b.data()};
   nb::gil_scoped_release released;
   if (pass == Pass::sums)
-    bn::backward_sums(vg.array(), vx.array(), vr.array(), vw.array(), axis, st, af, e, s1.data(),
+    bn::backward_sums(vg.array(), vx.array(), vy.array(), vw.array(), axis, st, af, e, s1.data(),
                       s2.data());
   else if (pass == Pass::apply)
-    bn::backward(vg.array(), vx.array(), vr.array(), vw.array(), vo.array(), vgr.array(), axis,
+    bn::backward(vg.array(), vx.array(), vy.array(), vw.array(), vo.array(), vgr.array(), axis,
                  count, st, af, e, s1.data(), s2.data());
   else
-    bn::backward_fused(vg.array(), vx.array(), vr.array(), vw.array(), vo.array(), vgr.array(),
+    bn::backward_fused(vg.array(), vx.array(), vy.array(), vw.array(), vo.array(), vgr.array(),
                        axis, count, st, af, e, s1.data(), s2.data());
 }
 
@@ -359,14 +359,14 @@ void layer(Layer pass, nb::handle x, nb::handle y, int axis, double eps, nb::han
 void layer_backward(nb::handle grad_y, nb::handle x, nb::handle grad_x, int axis, double eps,
                     nb::handle statistics, index group_size, nb::handle gamma, nb::handle beta,
                     nb::handle grad_gamma, nb::handle grad_beta, nb::handle weights,
-                    nb::handle residual, nb::handle grad_residual, int activation, double slope) {
+                    nb::handle y, nb::handle grad_residual, int activation, double slope) {
   const View vx(x, false, "x"), vg(grad_y, false, "grad_y"), vo(grad_x, true, "grad_x"),
-      vw(weights, false, "weights"), vr(residual, false, "residual"),
+      vw(weights, false, "weights"), vy(y, false, "y"),
       vgr(grad_residual, true, "grad_residual");
   const index c = channels_of(vx, axis);
   same_shape(vx, vg, "grad_y");
   same_shape(vx, vo, "grad_x");
-  same_shape(vx, vr, "residual");
+  same_shape(vx, vy, "y");
   same_shape(vx, vgr, "grad_residual");
   check_weights(vx, vw);
   if (vgr.array() && !vo.array()) throw nb::value_error("grad_residual: not without grad_x");
@@ -376,7 +376,7 @@ void layer_backward(nb::handle grad_y, nb::handle x, nb::handle grad_x, int axis
   const bn::Groups groups = groups_of(s, group_size, vx);
   const bn::Epilogue e = epilogue_of(activation, slope);
   nb::gil_scoped_release released;
-  bn::layer_backward(vg.array(), vx.array(), vr.array(), vw.array(), vo.array(), vgr.array(), axis,
+  bn::layer_backward(vg.array(), vx.array(), vy.array(), vw.array(), vo.array(), vgr.array(), axis,
                      eps, {g.array(), b.array()}, e, groups, s.data(), gg.array(), gb.array());
 }
 
@@ -424,29 +424,29 @@ NB_MODULE(_core, m) {
       "backward_sums",
       [](nb::handle grad_y, nb::handle x, int axis, nb::handle mean, nb::handle mean_low,
          nb::handle var, double eps, nb::handle sum_grad, nb::handle sum_grad_x_hat,
-         nb::handle gamma, nb::handle beta, nb::handle weights, nb::handle residual,
+         nb::handle gamma, nb::handle beta, nb::handle weights, nb::handle y,
          int activation, double slope) {
         backward(Pass::sums, grad_y, x, nb::none(), axis, 0, mean, mean_low, var, eps, sum_grad,
-                 sum_grad_x_hat, gamma, beta, weights, residual, nb::none(), activation, slope);
+                 sum_grad_x_hat, gamma, beta, weights, y, nb::none(), activation, slope);
       },
       "grad_y"_a, "x"_a, "channel_axis"_a, "mean"_a, "mean_low"_a.none(), "var"_a, "eps"_a,
       "sum_grad"_a, "sum_grad_x_hat"_a, "gamma"_a = nb::none(), "beta"_a = nb::none(),
-      "weights"_a = nb::none(), "residual"_a = nb::none(), "activation"_a = 0, "slope"_a = 0.01);
+      "weights"_a = nb::none(), "y"_a = nb::none(), "activation"_a = 0, "slope"_a = 0.01);
   const auto applied = [](Pass pass) {
     return [pass](nb::handle grad_y, nb::handle x, nb::handle grad_x, int axis, double count,
                   nb::handle mean, nb::handle mean_low, nb::handle var, double eps,
                   nb::handle sum_grad, nb::handle sum_grad_x_hat, nb::handle gamma,
-                  nb::handle beta, nb::handle weights, nb::handle residual,
+                  nb::handle beta, nb::handle weights, nb::handle y,
                   nb::handle grad_residual, int activation, double slope) {
       backward(pass, grad_y, x, grad_x, axis, count, mean, mean_low, var, eps, sum_grad,
-               sum_grad_x_hat, gamma, beta, weights, residual, grad_residual, activation, slope);
+               sum_grad_x_hat, gamma, beta, weights, y, grad_residual, activation, slope);
     };
   };
   const auto define = [&](const char* name, Pass pass) {
     m.def(name, applied(pass), "grad_y"_a, "x"_a, "grad_x"_a, "channel_axis"_a, "count"_a,
           "mean"_a, "mean_low"_a.none(), "var"_a, "eps"_a, "sum_grad"_a, "sum_grad_x_hat"_a,
           "gamma"_a = nb::none(), "beta"_a = nb::none(), "weights"_a = nb::none(),
-          "residual"_a = nb::none(), "grad_residual"_a = nb::none(), "activation"_a = 0,
+          "y"_a = nb::none(), "grad_residual"_a = nb::none(), "activation"_a = 0,
           "slope"_a = 0.01);
   };
   define("backward", Pass::apply);         // the sums are given
@@ -470,7 +470,7 @@ NB_MODULE(_core, m) {
   m.def("layer_backward", &layer_backward, "grad_y"_a, "x"_a, "grad_x"_a.none(), "channel_axis"_a,
         "eps"_a, "statistics"_a, "group_size"_a = 0, "gamma"_a = nb::none(),
         "beta"_a = nb::none(), "grad_gamma"_a = nb::none(), "grad_beta"_a = nb::none(),
-        "weights"_a = nb::none(), "residual"_a = nb::none(), "grad_residual"_a = nb::none(),
+        "weights"_a = nb::none(), "y"_a = nb::none(), "grad_residual"_a = nb::none(),
         "activation"_a = 0, "slope"_a = 0.01);
   m.def("given_statistics", &given_statistics, "mean"_a, "var"_a, "statistics"_a,
         "The first channel of negative variance, or -1.");

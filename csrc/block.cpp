@@ -177,7 +177,7 @@ struct Reduction {
       if constexpr (E != plain) {
         V z = (x - affine.shift) * affine.scale + affine.offset;
         if constexpr (E == full)
-          if (!Weighted || p.residual) z = z + read<S, N, Part>(p.residual + i, n);
+          if (!Weighted || p.residual) z = read<S, N, Part>(p.residual + i, n);  // y: of one sign
         g = activate_gradient<S, N>(z, g, slope);
       }
       if constexpr (Weighted) g = where_weighted<S, N>(w, g);
@@ -396,8 +396,12 @@ struct Application {
     V d{}, z{};
     if constexpr (needs_z || Mode == backward_batch) d = read<P, N, Part>(p.x + i, n) - k.shift;
     if constexpr (needs_z) z = d * k.scale + k.offset;
-    if constexpr (E == full)
-      if (!Weighted || p.residual) z = z + read<P, N, Part>(p.residual + i, n);
+    if constexpr (E == full) {
+      if (!Weighted || p.residual) {
+        const V r = read<P, N, Part>(p.residual + i, n);
+        z = Mode == forward ? z + r : r;
+      }
+    }
     if constexpr (Mode == forward) {
       V y = z;
       if constexpr (E != plain) y = activate<P, N>(z, slope);

@@ -593,7 +593,7 @@ void normalize(const Array& x, const Array& residual, const Array& weights, cons
   call.write_back();
 }
 
-void backward_sums(const Array& grad_y, const Array& x, const Array& residual,
+void backward_sums(const Array& grad_y, const Array& x, const Array& y,
                    const Array& weights, int axis, const Statistics& s, const Affine& affine,
                    const Epilogue& epilogue, double* sum_grad, double* sum_grad_x_hat) {
   if (empty(x)) {
@@ -601,22 +601,22 @@ void backward_sums(const Array& grad_y, const Array& x, const Array& residual,
     std::fill_n(sum_grad_x_hat, x.shape[axis], 0.0);
     return;
   }
-  Call call(x, grad_y, residual, weights, none, none, axis, epilogue);
+  Call call(x, grad_y, y, weights, none, none, axis, epilogue);
   call.backward(s, affine, 0, true, false, sum_grad, sum_grad_x_hat);
 }
 
-void backward(const Array& grad_y, const Array& x, const Array& residual, const Array& weights,
+void backward(const Array& grad_y, const Array& x, const Array& y, const Array& weights,
               const Array& grad_x, const Array& grad_residual, int axis, double count,
               const Statistics& s, const Affine& affine, const Epilogue& epilogue,
               const double* sum_grad, const double* sum_grad_x_hat) {
   if (empty(x)) return;
-  Call call(x, grad_y, residual, weights, grad_x, grad_residual, axis, epilogue);
+  Call call(x, grad_y, y, weights, grad_x, grad_residual, axis, epilogue);
   call.backward(s, affine, count, false, true, const_cast<double*>(sum_grad),
                 const_cast<double*>(sum_grad_x_hat));
   call.write_back();
 }
 
-void backward_fused(const Array& grad_y, const Array& x, const Array& residual,
+void backward_fused(const Array& grad_y, const Array& x, const Array& y,
                     const Array& weights, const Array& grad_x, const Array& grad_residual,
                     int axis, double count, const Statistics& s, const Affine& affine,
                     const Epilogue& epilogue, double* sum_grad, double* sum_grad_x_hat) {
@@ -625,7 +625,7 @@ void backward_fused(const Array& grad_y, const Array& x, const Array& residual,
     std::fill_n(sum_grad_x_hat, x.shape[axis], 0.0);
     return;
   }
-  Call call(x, grad_y, residual, weights, grad_x, grad_residual, axis, epilogue);
+  Call call(x, grad_y, y, weights, grad_x, grad_residual, axis, epilogue);
   call.backward(s, affine, count, true, true, sum_grad, sum_grad_x_hat);
   call.write_back();
 }

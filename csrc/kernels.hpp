@@ -13,6 +13,8 @@
 //   backward_fused = backward_sums, then backward} in cache; the arithmetic is that of the pair
 //
 // where z = gamma * x_hat + beta + residual, y = activation(z), grad_z = grad_y * activation'(z).
+// Backward, where a residual was added, y itself takes its place: z has the sign of y (a slope must
+// not be negative then), and what was added may have been changed since.
 //
 // Results are bitwise the same for any number of threads: the work is cut by the array's size
 // alone, each piece has a slot of its own for its partial sums, and slots are added in order.
@@ -83,17 +85,17 @@ double forward(const Array& x, const Array& residual, const Array& weights, cons
                int channel_axis, double eps, const Affine&, const Epilogue&, double* mean,
                double* mean_low, double* m2);
 
-void backward_sums(const Array& grad_y, const Array& x, const Array& residual,
+void backward_sums(const Array& grad_y, const Array& x, const Array& y,
                    const Array& weights, int channel_axis, const Statistics&, const Affine&,
                    const Epilogue&, double* sum_grad, double* sum_grad_x_hat);
 
 // count == 0 means evaluation: the statistics are constants and the sums are not used.
-void backward(const Array& grad_y, const Array& x, const Array& residual, const Array& weights,
+void backward(const Array& grad_y, const Array& x, const Array& y, const Array& weights,
               const Array& grad_x, const Array& grad_residual, int channel_axis, double count,
               const Statistics&, const Affine&, const Epilogue&, const double* sum_grad,
               const double* sum_grad_x_hat);
 
-void backward_fused(const Array& grad_y, const Array& x, const Array& residual,
+void backward_fused(const Array& grad_y, const Array& x, const Array& y,
                     const Array& weights, const Array& grad_x, const Array& grad_residual,
                     int channel_axis, double count, const Statistics&, const Affine&,
                     const Epilogue&, double* sum_grad, double* sum_grad_x_hat);

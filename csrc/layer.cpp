@@ -102,7 +102,7 @@ void layer_normalize(const Array& x, const Array& residual, const Array& weights
               {gamma.data(), beta.data()}, epilogue);
 }
 
-void layer_backward(const Array& grad_y, const Array& x, const Array& residual,
+void layer_backward(const Array& grad_y, const Array& x, const Array& y,
                     const Array& weights, const Array& grad_x, const Array& grad_residual,
                     int axis, double eps, const Parameters& p, const Epilogue& epilogue, Groups g,
                     const double* statistics, const Array& grad_gamma, const Array& grad_beta) {
@@ -115,13 +115,13 @@ void layer_backward(const Array& grad_y, const Array& x, const Array& residual,
   for (index k = 0; k < g.number; ++k) {
     const Statistics s = of_group(statistics, channels, k, eps);
     if (grad_x)
-      backward_fused(examples(grad_y, g, k), examples(x, g, k), examples(residual, g, k),
+      backward_fused(examples(grad_y, g, k), examples(x, g, k), examples(y, g, k),
                      examples(weights, g, k), examples(grad_x, g, k),
                      examples(grad_residual, g, k), axis,
                      channels ? row(statistics, channels, k, count_row)[0] : 0, s, affine,
                      epilogue, part, part + channels);
     else
-      backward_sums(examples(grad_y, g, k), examples(x, g, k), examples(residual, g, k),
+      backward_sums(examples(grad_y, g, k), examples(x, g, k), examples(y, g, k),
                     examples(weights, g, k), axis, s, affine, epilogue, part, part + channels);
     if (part != sum_grad)
       for (index c = 0; c < 2 * channels; ++c) sum_grad[c] += part[c];

@@ -30,7 +30,7 @@ void layer_normalize(const Array& x, const Array& residual, const Array& weights
 
 // grad_x and grad_residual may be left out; grad_gamma and grad_beta are (C,) of any type, or left
 // out.
-void layer_backward(const Array& grad_y, const Array& x, const Array& residual,
+void layer_backward(const Array& grad_y, const Array& x, const Array& y,
                     const Array& weights, const Array& grad_x, const Array& grad_residual,
                     int channel_axis, double eps, const Parameters&, const Epilogue&, Groups,
                     const double* statistics, const Array& grad_gamma, const Array& grad_beta);

@@ -107,6 +107,13 @@ class Case:
             "slope": SLOPE,
         }
 
+    @property
+    def backward_extras(self):
+        extras = self.extras
+        del extras["residual"]
+        y = None if self.residual is None else self.put(self.y.astype(self.dtype))
+        return {**extras, "y": _seen(y)}
+
     def empty(self):
         return self.put(np.zeros(self.shape, self.dtype))
 
@@ -136,7 +143,7 @@ class Case:
         _core.backward_fused(
             _seen(self.grad_y), _seen(self.x), _seen(grad_x), self.axis,
             self.count if count is None else count, *self._statistics(), *sums,
-            self.gamma, self.beta, grad_residual=_seen(grad_residual), **self.extras,
+            self.gamma, self.beta, grad_residual=_seen(grad_residual), **self.backward_extras,
         )  # fmt: skip
         return grad_x, *sums
 
@@ -145,12 +152,12 @@ class Case:
         sums = np.empty((2, len(self.gamma)))
         _core.backward_sums(
             _seen(self.grad_y), _seen(self.x), self.axis, *self._statistics(), *sums,
-            self.gamma, self.beta, **self.extras,
+            self.gamma, self.beta, **self.backward_extras,
         )  # fmt: skip
         _core.backward(
             _seen(self.grad_y), _seen(self.x), _seen(grad_x), self.axis,
             self.count if count is None else count, *self._statistics(), *sums,
-            self.gamma, self.beta, grad_residual=_seen(grad_residual), **self.extras,
+            self.gamma, self.beta, grad_residual=_seen(grad_residual), **self.backward_extras,
         )  # fmt: skip
         return grad_x, *sums
 
@@ -354,7 +361,7 @@ def test_kernels_past_the_cache_with_a_residual_of_its_own_place(
         grad_residual = _shifted(place)(np.zeros_like(case.x))
         _core.backward(
             case.grad_y, case.x, grad_x, case.axis, case.count, *statistics,
-            grad_residual=grad_residual, **case.extras,
+            grad_residual=grad_residual, **case.backward_extras,
         )  # fmt: skip
         case.assert_gradient(grad_x, case.grad_x)
         np.testing.assert_array_equal(grad_residual, case.grad_y)
@@ -454,11 +461,12 @@ def test_kernels_relu_lets_through_in_backward_what_it_let_through_forward(
     y, grad_x, grad_residual = np.empty_like(x), np.empty_like(x), np.empty_like(x)
     residual, ones = np.zeros_like(x), np.ones_like(x)
     mean, low, m2, sum1, sum2 = np.empty((5, 9))
-    options = {"activation": RELU, "residual": _seen(residual)}
-    count = _core.forward(_seen(x), _seen(y), axis, EPS, mean, low, m2, **options)
+    count = _core.forward(
+        _seen(x), _seen(y), axis, EPS, mean, low, m2, activation=RELU, residual=_seen(residual)
+    )
     _core.backward_fused(
         _seen(ones), _seen(x), _seen(grad_x), axis, count, mean, low, m2 / count, EPS, sum1, sum2,
-        grad_residual=_seen(grad_residual), **options,
+        grad_residual=_seen(grad_residual), activation=RELU, y=_seen(y),
     )  # fmt: skip
     np.testing.assert_array_equal(grad_residual.astype(float) > 0, y.astype(float) > 0)
 
@@ -472,11 +480,11 @@ def test_kernels_relu_mask_is_that_of_forward_when_one_channel_exceeds_float32(i
     y, grad_x, grad_residual = np.empty_like(x), np.empty_like(x), np.empty_like(x)
     mean, low, m2, sum1, sum2 = np.empty((5, 64))
     _core.forward(x, y, 1, EPS, mean, low, m2)
-    options = {"activation": RELU, "residual": -y}
-    count = _core.forward(x, y, 1, EPS, mean, low, m2, **options)
+    residual = -y
+    count = _core.forward(x, y, 1, EPS, mean, low, m2, activation=RELU, residual=residual)
     _core.backward_fused(
         np.ones_like(x), x, grad_x, 1, count, mean, low, m2 / count, EPS, sum1, sum2,
-        grad_residual=grad_residual, **options,
+        grad_residual=grad_residual, activation=RELU, y=y,
     )  # fmt: skip
     np.testing.assert_array_equal(grad_residual > 0, y > 0)
 
@@ -510,6 +518,7 @@ def test_kernels_take_raw_addresses_as_they_take_buffers(instruction_set, case):
         "residual": _address(case.residual),
     }
     gamma, beta = _address(case.gamma), _address(case.beta)
+    y_of_case = None if case.residual is None else case.put(case.y.astype(case.dtype))
     _core.forward(
         _address(case.x), _address(y), case.axis, EPS, _address(mean), _address(low),
         _address(m2), gamma, beta, **extras,
@@ -518,7 +527,7 @@ def test_kernels_take_raw_addresses_as_they_take_buffers(instruction_set, case):
         _address(case.grad_y), _address(case.x), _address(grad_x), case.axis, case.count,
         _address(case.mean), None, _address(case.var), EPS, _address(sum1), _address(sum2), gamma,
         beta, grad_residual=_address(grad_residual) if case.residual is not None else None,
-        **extras,
+        **{**case.backward_extras, "weights": _address(case.weights), "y": _address(y_of_case)},
     )  # fmt: skip
     expected_y, _, expected_mean, expected_low, expected_m2 = case.forward()
     expected_grad, *expected_sums = case.fused()

@@ -634,10 +634,24 @@ def test_residual_may_be_input_itself(randn):
     _assert_gradient(*(_gradients(a, g, [b])[0] for a, b in ((y, ours), (expected, theirs))))
 
 
-def test_residual_changed_before_backward_is_noticed(randn):
+def test_residual_may_be_changed_before_backward(randn):
+    # As where torch adds and activates: what an addition was given is not needed again.
+    x, residual, g = randn(5, 3, 4), randn(5, 3, 4), randn(5, 3, 4)
+    grads = []
+    for change in (False, True):
+        leaf, added = x.clone().requires_grad_(), residual.clone()
+        y = batch_norm(leaf, None, None, training=True, residual=added, activation="relu")
+        if change:
+            added.zero_()
+        y.backward(g)
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+def test_y_changed_before_backward_is_noticed_when_the_gradient_depends_on_it(randn):
     x, residual = randn(5, 3, 4).requires_grad_(), randn(5, 3, 4)
     y = batch_norm(x, None, None, training=True, residual=residual, activation="relu")
-    residual.zero_()
+    y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 

@@ -170,6 +170,12 @@ def revert(model: M) -> M:
     """
     _check_model(model, "revert")
     for name, module in model.named_modules():
+        if hasattr(module, "_rewritten") and "_rewritten" not in type(module).__dict__:
+            raise ArgumentError(
+                f"'{name}' cannot be reverted, because its class has been changed since convert "
+                f"(to {type(module).__name__}). Undo that first, for instance by "
+                "torch.nn.utils.parametrize.remove_parametrizations."
+            )
         if type(module) in _TORCHS and module.activation is not None and not module._joined:
             raise ArgumentError(
                 f"'{name}' was made with activation={module.activation!r}, which torch's layer "
@@ -621,7 +627,7 @@ class _Rewritten(NamedTuple):
     source: str
     constants: tuple[tuple[str, Any], ...]
     addresses: tuple[tuple[str, str, str], ...]
-    decided: tuple[tuple[str, bool], ...]  # children, and whether they were None
+    decided: tuple[tuple[str, bool | int], ...]  # as in `Reading`
 
     @classmethod
     def of(cls, reading: Reading) -> _Rewritten:
@@ -684,8 +690,13 @@ def _restore(base: type[nn.Module], rewritten: _Rewritten) -> nn.Module:
 def _check_unchanged(module: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    for name, none in module._rewritten.decided:
-        if (getattr(module, name, None) is None) is not none:
+    for name, known in module._rewritten.decided:
+        try:
+            child = operator.attrgetter(name)(module)
+        except AttributeError:
+            child = None
+        now = child is None if isinstance(known, bool) else len(child._modules) if child else 0
+        if now != known:
             raise ArgumentError(
                 f"'{name}' of {type(module).__name__} has changed since convert wrote its forward "
                 "anew. Call revert(model), then convert(model) again."

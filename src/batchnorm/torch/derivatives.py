@@ -79,19 +79,17 @@ def _column(v: Tensor, x: Tensor) -> Tensor:
     return v.double().view([-1 if a == 1 else 1 for a in range(x.dim())])
 
 
-def _steepness(
-    n: _Normalized, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, form: Form
-) -> Tensor | float:
-    """The activation's derivative; a constant almost everywhere."""
+def _affine(n: _Normalized, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    z = n.x_hat if weight is None else n.x_hat * _column(weight, n.x_hat)
+    return z if bias is None else z + _column(bias, z)
+
+
+def _steepness(z: Tensor, form: Form) -> Tensor | float:
+    """The activation's derivative at z, or at y, which has its sign; constant almost everywhere."""
     if form.activation == IDENTITY:
         return 1.0
-    z = n.x_hat if weight is None else n.x_hat * _column(weight, n.x_hat)
-    if bias is not None:
-        z = z + _column(bias, z)
-    if residual is not None:
-        z = z + residual.double()
     below = 0.0 if form.activation == RELU else form.slope
-    return torch.where(z > 0, z.new_ones(()), below)  # two numbers would be float32
+    return torch.where(z > 0, torch.ones_like(z, dtype=torch.float64), below)
 
 
 def slices(x: Tensor, group_size: int) -> Iterator[slice]:
@@ -109,7 +107,7 @@ def tangent(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    y: Tensor | None,
     mask: Tensor | None,
     statistics: Tensor | None,
     form: Form,
@@ -118,7 +116,10 @@ def tangent(
     dbias: Tensor | None,
     dresidual: Tensor | None,
 ) -> Tensor:
-    """Tangent of y; a tangent of None is zero. `statistics`: None for those of x."""
+    """Tangent of y; a tangent of None is zero.
+
+    `y`: where a residual was added before an activation. `statistics`: None for those of x.
+    """
     parts = []
     for examples in slices(x, form.group_size):
         n = _normalized(x[examples], statistics, _part(mask, examples), form.eps)
@@ -132,8 +133,8 @@ def tangent(
             dz = dz + _column(dbias, dz)
         if dresidual is not None:
             dz = dz + dresidual[examples].double()
-        steepness = _steepness(n, weight, bias, _part(residual, examples), form)
-        parts.append(n.visible(dz) * steepness)
+        z = _affine(n, weight, bias) if y is None else y[examples]
+        parts.append(n.visible(dz) * _steepness(z, form))
     return torch.cat(parts).to(x.dtype)
 
 
@@ -142,17 +143,17 @@ def gradient(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    y: Tensor | None,
     mask: Tensor | None,
     statistics: Tensor | None,
     form: Form,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients with respect to x, weight, bias and residual. `statistics`: None for those of x."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Gradients with respect to x, weight, bias and residual; `y`, `statistics` as in `tangent`."""
     grad_x, grad_z, grad_weight, grad_bias = [], [], [], []
     for examples in slices(x, form.group_size):
         n = _normalized(x[examples], statistics, _part(mask, examples), form.eps)
         g = n.visible(grad_y[examples].double())
-        g = g * _steepness(n, weight, bias, _part(residual, examples), form)
+        g = g * _steepness(_affine(n, weight, bias) if y is None else y[examples], form)
         axes = [a for a in range(g.dim()) if a != 1]
         grad_x.append(n.pull(g if weight is None else g * _column(weight, g)))
         grad_z.append(g)
@@ -162,7 +163,7 @@ def gradient(
         torch.cat(grad_x).to(x.dtype),
         None if weight is None else torch.stack(grad_weight).sum(0).to(weight.dtype),
         None if bias is None else torch.stack(grad_bias).sum(0).to(bias.dtype),
-        None if residual is None else torch.cat(grad_z).to(residual.dtype),
+        torch.cat(grad_z).to(x.dtype),
     )
 
 
@@ -179,9 +180,8 @@ def value(
     ys, measured = [], []
     for examples in slices(x, form.group_size):
         n = _normalized(x[examples], statistics, _part(mask, examples), form.eps)
-        z = n.x_hat if weight is None else n.x_hat * _column(weight, n.x_hat)
-        z = z if bias is None else z + _column(bias, z)
+        z = _affine(n, weight, bias)
         z = z if residual is None else z + residual[examples].double()
-        ys.append(n.visible(z * _steepness(n, weight, bias, _part(residual, examples), form)))
+        ys.append(n.visible(z * _steepness(z, form)))
         measured.append(n.statistics)
     return torch.cat(ys).to(x.dtype), torch.stack(measured)

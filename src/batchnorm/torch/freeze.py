@@ -53,9 +53,10 @@ def freeze(model: M, *, stats: bool = True, affine: bool = False) -> M:
             layer.stats_frozen = True
         if affine and not layer.affine_frozen:
             layer.affine_frozen = True
-            for parameter in (layer.weight, layer.bias):
+            for name in ("weight", "bias"):
+                parameter = getattr(layer, name)
                 if parameter is not None and parameter.requires_grad:
-                    layer._thawed = (*layer._thawed, parameter)
+                    layer._thawed = (*layer._thawed, name)
                     parameter.requires_grad_(False)
                     parameter.grad = None
     return model
@@ -85,8 +86,8 @@ def unfreeze(model: M, *, stats: bool = True, affine: bool = True) -> M:
             layer.stats_frozen = False
         if affine and layer.affine_frozen:
             layer.affine_frozen = False
-            for parameter in layer._thawed:
-                parameter.requires_grad_(True)
+            for name in layer._thawed:
+                getattr(layer, name).requires_grad_(True)
             layer._thawed = ()
     return model
 

@@ -166,6 +166,7 @@ def layer(
     weights = None if mask is None else as_weights(mask, x)
     if residual is not None and not (
         isinstance(residual, Tensor)  # a converted model may add a number
+        and form.slope >= 0  # or y would not have the sign of what the activation sees
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device
@@ -443,9 +444,10 @@ class _Eager(torch.autograd.Function):
             y, call.statistics = kernels.forward(x, *tensors, call.form)
         else:
             y, call.statistics = operators.forward(x, *tensors, call.form)
-        ctx.save_for_backward(x, weight, bias, residual)
+        saved = (x, weight, bias, _saved_y(y, residual, call.form))
+        ctx.save_for_backward(*saved)
         if forward_ad._current_level >= 0:
-            ctx.save_for_forward(x, weight, bias, residual)
+            ctx.save_for_forward(*saved)
         ctx.call = call
         return y
 
@@ -458,7 +460,9 @@ class _Eager(torch.autograd.Function):
             or torch._C._are_functorch_transforms_active()
             or torch._C._functorch.is_legacy_batchedtensor(grad_y)  # is_grads_batched=True
         ):
-            grads = _differentiable(grad_y, saved, call.mask, call.given(), call.form)
+            grads = _differentiable(
+                grad_y, saved, call.mask, call.given(), call.form, ctx.needs_input_grad[3]
+            )
         else:
             quick = isinstance(call.statistics, np.ndarray) and kernels.plain(grad_y, *saved)
             run = kernels.backward if quick else operators.backward
@@ -470,10 +474,18 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         call = ctx.call
-        x, weight, bias, residual = ctx.saved_tensors
+        x, weight, bias, y = ctx.saved_tensors
         return derivatives.tangent(
-            x, weight, bias, residual, call.mask, call.given(), call.form, *tangents[:4]
+            x, weight, bias, y, call.mask, call.given(), call.form, *tangents[:4]
         )
+
+
+def _saved_y(y: Tensor, residual: Tensor | None, form: Form) -> Tensor | None:
+    """What tells the activation's gradient where a residual was added.
+
+    Not the residual itself: as with torch's own addition and activation, it may change afterwards.
+    """
+    return y if residual is not None and form.activation != IDENTITY else None
 
 
 class _Transformed(torch.autograd.Function):
@@ -489,23 +501,22 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        *tensors, ctx.form = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        x, weight, bias, residual, mask, statistics, ctx.form = inputs
+        y = _saved_y(output[0], residual, ctx.form)
+        ctx.save_for_backward(x, weight, bias, y, mask, statistics)
+        ctx.save_for_forward(x, weight, bias, y, mask, statistics)
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> Any:
         *saved, mask, statistics = ctx.saved_tensors
-        grads = _differentiable(grad_y, saved, mask, statistics, ctx.form)
+        grads = _differentiable(grad_y, saved, mask, statistics, ctx.form, ctx.needs_input_grad[3])
         return (*grads, None, None, None)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        x, weight, bias, residual, mask, statistics = ctx.saved_tensors
-        moved = derivatives.tangent(
-            x, weight, bias, residual, mask, statistics, ctx.form, *tangents[:4]
-        )
+        x, weight, bias, y, mask, statistics = ctx.saved_tensors
+        moved = derivatives.tangent(x, weight, bias, y, mask, statistics, ctx.form, *tangents[:4])
         return moved, None
 
     @staticmethod
@@ -557,7 +568,7 @@ def _gradients(
     needs: Any,
 ) -> Any:
     """Gradients by `kernels.backward` or its operator."""
-    x, weight, bias, residual = saved
+    x, weight, bias, y = saved
     if grad_y.dtype != x.dtype:
         grad_y = grad_y.to(x.dtype)
     need_x, need_weight, need_bias, need_residual = needs[:4]
@@ -569,16 +580,22 @@ def _gradients(
         need_bias and bias is not None,
         need_residual and not passed,
     )
-    a, b, c, d = run(grad_y, x, statistics, weight, bias, residual, mask, form, needed)
+    a, b, c, d = run(grad_y, x, statistics, weight, bias, y, mask, form, needed)
     return a, b, c, grad_y if passed else d
 
 
 def _differentiable(
-    grad_y: Tensor, saved: Any, mask: Tensor | None, given: Tensor | None, form: Form
+    grad_y: Tensor,
+    saved: Any,
+    mask: Tensor | None,
+    given: Tensor | None,
+    form: Form,
+    need_residual: bool,
 ) -> Any:
     """The same gradients, to be differentiated themselves."""
-    x, weight, bias, residual = saved
-    return derivatives.gradient(grad_y, x, weight, bias, residual, mask, given, form)
+    x, weight, bias, y = saved
+    *grads, grad_residual = derivatives.gradient(grad_y, x, weight, bias, y, mask, given, form)
+    return (*grads, grad_residual if need_residual else None)
 
 
 class _Update(torch.autograd.Function):
@@ -765,8 +782,10 @@ def _operator_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         inputs, ctx.fixed = (x, *others), True
     else:
         statistics, ctx.fixed = output[1], False
-    ctx.save_for_backward(*inputs[: len(names)], statistics)
     ctx.form = Form(*inputs[len(names) :])
+    x, weight, bias, residual, mask = inputs[: len(names)]
+    y = _saved_y(output if ctx.fixed else output[0], residual, ctx.form)
+    ctx.save_for_backward(x, weight, bias, y, mask, statistics)
 
 
 def _operator_backward(ctx: Any, grad_y: Tensor, *_: Any) -> Any:
@@ -775,7 +794,8 @@ def _operator_backward(ctx: Any, grad_y: Tensor, *_: Any) -> Any:
         torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
     ):
         given = statistics if ctx.fixed else None
-        grads = _differentiable(grad_y, saved, mask, given, ctx.form)
+        need_residual = ctx.needs_input_grad[4 if ctx.fixed else 3]
+        grads = _differentiable(grad_y, saved, mask, given, ctx.form, need_residual)
     else:
         needs = [n for i, n in enumerate(ctx.needs_input_grad) if not (ctx.fixed and i == 1)]
         grads = _gradients(operators.backward, grad_y, saved, mask, statistics, ctx.form, needs)

@@ -188,20 +188,23 @@ def backward(
     statistics: Statistics,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    y: Tensor | None,
     mask: Tensor | None,
     form: Form,
     needs: tuple[bool, bool, bool, bool],
 ) -> Gradients:
-    """Gradients with respect to x, weight, bias and residual; None where not needed."""
+    """Gradients with respect to x, weight, bias and residual; None where not needed.
+
+    `y`: where a residual was added before an activation.
+    """
     eps, group_size, activation, slope = form
     need_x, need_weight, need_bias, need_residual = needs
     grad_x = empty_like(x) if need_x or need_residual else None  # the core writes both or none
     grad_residual = empty_like(x) if need_residual else None
     grad_weight = torch.empty_like(weight) if need_weight and weight is not None else None
     grad_bias = torch.empty_like(bias) if need_bias and bias is not None else None
-    # Without an activation the residual has no say in the gradients of the others.
-    beside = residual if activation != IDENTITY or need_residual else None
+    if need_residual and activation == IDENTITY:
+        y = grad_y  # whose values do not matter then
     _core.layer_backward(
         _seen(grad_y),
         _seen(x),
@@ -215,7 +218,7 @@ def backward(
         None if grad_weight is None else _seen(grad_weight),
         None if grad_bias is None else _seen(grad_bias),
         None if mask is None else _weights(mask, x),
-        None if beside is None else _seen(beside),
+        None if y is None else _seen(y),
         None if grad_residual is None else _seen(grad_residual),
         activation,
         slope,

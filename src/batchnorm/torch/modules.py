@@ -45,7 +45,7 @@ class Layer(nn.Module):
     num_batches_tracked: Tensor | None
     _check_input_dim: Callable[[Tensor], None]
 
-    _thawed: tuple[Tensor, ...] = ()  # parameters that `unfreeze` gives their gradient back
+    _thawed: tuple[str, ...] = ()  # parameters that `unfreeze` gives their gradient back
     _name: str = ""
     _joined: str = ""  # what `convert` has let join this layer
     _skipped: Tensor | None = None

@@ -94,15 +94,15 @@ def backward(
     statistics: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    y: Tensor | None,
     mask: Tensor | None,
     form: Form,
     needs: tuple[bool, bool, bool, bool],
 ) -> Gradients:
     """`kernels.backward`."""
-    looks_on = not plain(grad_y, x, statistics, weight, bias, residual, mask)
+    looks_on = not plain(grad_y, x, statistics, weight, bias, y, mask)
     run = _operators.backward if looks_on else _backward
-    grads = run(grad_y, x, statistics, weight, bias, residual, mask, *form, *needs)
+    grads = run(grad_y, x, statistics, weight, bias, y, mask, *form, *needs)
     a, b, c, d = (g if needed else None for g, needed in zip(grads, needs, strict=True))
     return a, b, c, d
 
@@ -113,14 +113,12 @@ def _backward(
     statistics: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
+    y: Tensor | None,
     mask: Tensor | None,
     *form_and_needs: Any,
 ) -> tuple[Tensor, ...]:
     form, needs = Form(*form_and_needs[:4]), form_and_needs[4:]
-    grads = kernels.backward(
-        grad_y, x, _array(statistics), weight, bias, residual, mask, form, needs
-    )
+    grads = kernels.backward(grad_y, x, _array(statistics), weight, bias, y, mask, form, needs)
     return tuple(x.new_empty(0) if g is None else g for g in grads)  # operators know no None
 
 
@@ -162,6 +160,7 @@ def _merge(total: Tensor, statistics: Tensor, *policy: Any) -> None:
 # ---- definitions --------------------------------------------------------------------------------
 
 _AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask"
+_AFFINE_AND_Y = "Tensor? weight, Tensor? bias, Tensor? y, Tensor? mask"
 _FORM = "float eps, int group_size, int activation, float slope"
 _NEEDS = "bool need_x, bool need_weight, bool need_bias, bool need_residual"
 _RUNNING = "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? tracked"
@@ -194,7 +193,7 @@ _DEFINITIONS: tuple[tuple[str, Any, Any], ...] = (
         lambda x, *others: torch.empty_like(x),
     ),
     (
-        f"backward(Tensor grad_y, Tensor x, Tensor statistics, {_AFFINE}, {_FORM}, {_NEEDS})"
+        f"backward(Tensor grad_y, Tensor x, Tensor statistics, {_AFFINE_AND_Y}, {_FORM}, {_NEEDS})"
         " -> (Tensor, Tensor, Tensor, Tensor)",
         _backward,
         _fake_backward,

@@ -62,12 +62,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         id(parameter)
         for module in model.modules()
         if isinstance(module, _NORMALIZATIONS)
-        for parameter in module.parameters(recurse=False)
+        for parameter in module.parameters()
     }
     decay: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        spared = id(parameter) in normalizing or "bias" in name.rpartition(".")[2]
+        own = name.rpartition("parametrizations.")[2].split(".")  # or what stands behind it
+        own_name = own[0] if "parametrizations." in name else own[-1]
+        spared = id(parameter) in normalizing or "bias" in own_name
         (others if spared else decay).append(parameter)
     return [
         {"params": decay, "weight_decay": weight_decay},

@@ -62,13 +62,13 @@ class Reading:
     ----------
     graph : torch.fx.Graph
         One node for each thing it computes; children are called by name.
-    decided : dict of str to bool
-        The children that were asked for, and whether each was None.
+    decided : dict of str to bool or int
+        The children that it depends on: whether each was None, or of how many it consisted.
     """
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
-        self.decided: dict[str, bool] = {}
+        self.decided: dict[str, bool | int] = {}
 
 
 class _Child(str):
@@ -87,6 +87,11 @@ def read(module: nn.Module) -> Reading:
         raise UnreadableError("is compiled to TorchScript")
     if "forward" in module.__dict__:
         raise UnreadableError("has been replaced")
+    for name in ("__call__", "__getattr__", "__getattribute__", "__setattr__"):
+        if inspect.getattr_static(type(module), name) is not inspect.getattr_static(
+            nn.Module, name
+        ) and not type(module).__module__.startswith("torch.nn."):
+            raise UnreadableError(f"is not all: the class has a {name} of its own")
     forward = inspect.getattr_static(type(module), "forward", None)
     if forward is nn.Sequential.forward:
         return _sequence(module)
@@ -185,6 +190,8 @@ class _Reader:
         ):
             self.refuse(s)
         assert container is not None
+        assert path is not None
+        self.reading.decided[path] = len(container._modules)
         for name in container._modules:
             self.names[s.target.id] = _Child(f"{path}.{name}")
             self.block(s.body)
