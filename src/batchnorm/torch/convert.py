@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from ..errors import ArgumentError
 from . import modules
 from .modules import Layer
-from .read import Reading, UnreadableError, read
+from .read import Reading, UnreadableError, check_reach, functions_of, read
 
 __all__ = ["Report", "convert", "explain", "revert"]
 
@@ -169,6 +169,11 @@ def revert(model: M) -> M:
         nothing has been reverted then.
     """
     _check_model(model, "revert")
+    if getattr(model, "_joined", ""):
+        raise ArgumentError(
+            f"revert takes a whole model, got a layer that its {model._joined} has joined. Revert "
+            "the module that contains both."
+        )
     for name, module in model.named_modules():
         if hasattr(module, "_rewritten") and "_rewritten" not in type(module).__dict__:
             raise ArgumentError(
@@ -318,6 +323,8 @@ def _activation_of(node: fx.Node, owner: nn.Module) -> tuple[str, float] | None:
             return "leaky_relu", float(module.negative_slope)
         return None
     one = len(node.args) == 1 and set(node.kwargs) <= {"inplace"}
+    if len(node.args) == 2 and isinstance(node.args[1], bool) and not node.kwargs:
+        one = node.target is F.relu
     if node.op == "call_function":
         if node.target in (F.relu, F.relu_, torch.relu, torch.relu_) and one:
             return "relu", 0.01
@@ -388,6 +395,7 @@ def _fusions(model: nn.Module) -> tuple[list[_Fusion], dict[str, str]]:
                     raise _RefusedError("something else in the model refers to it directly")
                 if any(f.add is not None and f.add is fusion.add for f in fusions):
                     raise _RefusedError("the other summand has joined the addition")
+                _check_other_methods(owner, {child_name, fusion.relu or child_name})
                 readings.check_above(owner)
             except _RefusedError as why:
                 refused[name] = str(why)
@@ -409,12 +417,18 @@ def _hidden_references(model: nn.Module) -> Iterator[nn.Module]:
     def inside(value: Any, depth: int = 0) -> Iterator[nn.Module]:
         if isinstance(value, nn.Module):
             yield from value.modules()
-        elif isinstance(value, (list, tuple, set, frozenset)) and depth < 4:
+        elif depth > 4 or isinstance(value, (torch.Tensor, type, str, bytes)):
+            return
+        elif isinstance(value, (list, tuple, set, frozenset)):
             for v in value:
                 yield from inside(v, depth + 1)
-        elif isinstance(value, dict) and depth < 4:
+        elif isinstance(value, dict):
             for v in value.values():
                 yield from inside(v, depth + 1)
+        elif hasattr(value, "__self__"):  # a method
+            yield from inside(value.__self__, depth + 1)
+        elif not inspect.ismodule(value) and hasattr(value, "__dict__"):
+            yield from inside(vars(value), depth + 1)
 
     for module in model.modules():
         for name, value in module.__dict__.items():
@@ -452,8 +466,9 @@ def _match(graph: fx.Graph, owner: nn.Module, name: str, layer: nn.Module) -> _F
     if residual is not None:
         add = user
         act = next(iter(add.users)) if len(add.users) == 1 else None
-        if act is not None and _activation_of(act, owner) is None:
-            act = None
+        kind = None if act is None else _activation_of(act, owner)
+        if kind is None or kind[0] != "relu":
+            act = None  # a leaky ReLU remembers what it was given, not what it gave
         _check_movable(call, add, owner)
     elif _activation_of(user, owner) is not None:
         act = user
@@ -503,6 +518,20 @@ def _check_movable(call: fx.Node, add: fx.Node, owner: nn.Module) -> None:
         between = between.next
 
 
+def _check_other_methods(owner: nn.Module, names: set[str]) -> None:
+    """Refuse where a method beside those that forward is made of mentions one of the children."""
+    for base in type(owner).__mro__:
+        if base is nn.Module:
+            return
+        for method, value in base.__dict__.items():
+            mentions = {n for f in functions_of(value) for n in f.__code__.co_names} & names
+            if mentions and method not in ("__init__", "forward"):
+                forward = getattr(type(owner), "forward", None)
+                called = forward is not None and method in forward.__code__.co_names
+                if not called:
+                    raise _RefusedError(f"method '{method}' might use it, too")
+
+
 def _is_touched(module: nn.Module) -> bool:
     """Whether an instance does something else than its class."""
     return "forward" in module.__dict__ or any(getattr(module, hooks, None) for hooks in _HOOKS)
@@ -532,6 +561,9 @@ def _settle(
         and relu in owner._modules
     }
     rewrite = any(f.add is not None or (f.act is not None and f.relu not in aside) for f in fusions)
+    if rewrite and type(owner).forward is nn.Sequential.forward:
+        # Which may be sliced and grow: what its forward does is up to it.
+        raise _RefusedError("the activation's module stands elsewhere as well")
     # What was decided by a child's being there holds as long as the forward checks it.
     rewrite = rewrite or bool(fusions and reading.decided)
     if rewrite:
@@ -569,13 +601,14 @@ class _Readings:
         for name in [n for n, m in self._modules.items() if m is owner]:
             above = name
             while above:
-                above = above.rpartition(".")[0]
-                reading = self.of(above)
-                if isinstance(reading, str):
-                    raise _RefusedError(f"{reading}, and might use the layer by itself")
-                inside = name[len(above) + 1 if above else 0 :] + "."
-                if any(str(n.target).startswith(inside) for n in reading.graph.nodes):
-                    raise _RefusedError(f"{self._label(above)} uses parts of '{name}' by itself")
+                above, _, child = above.rpartition(".")
+                module = self._modules[above]
+                if isinstance(module, torch.jit.ScriptModule):
+                    raise _RefusedError(f"{self._label(above)} is compiled to TorchScript")
+                try:
+                    check_reach(module, child)
+                except UnreadableError as why:
+                    raise _RefusedError(f"{type(module).__name__} {above!r} {why}") from None
 
     def _label(self, name: str) -> str:
         kind = type(self._modules[name]).__name__
@@ -587,6 +620,7 @@ class _Readings:
 
 def _fuse(model: nn.Module, fusions: list[_Fusion]) -> None:
     rewritten: dict[str, Reading] = {}
+    joined: dict[str, list[str]] = {}
     for fusion in fusions:
         layer, owner = model.get_submodule(fusion.layer), model.get_submodule(fusion.owner)
         assert isinstance(layer, Layer)
@@ -599,9 +633,10 @@ def _fuse(model: nn.Module, fusions: list[_Fusion]) -> None:
         if fusion.reading is not None:
             _rewrite(fusion, fusion.reading.graph)
             rewritten[fusion.owner] = fusion.reading
+            joined.setdefault(fusion.owner, []).append(str(fusion.call.target))
     for name, reading in rewritten.items():
         owner = model.get_submodule(name)
-        owner.__class__ = _subclass(type(owner), _Rewritten.of(reading))
+        owner.__class__ = _subclass(type(owner), _Rewritten.of(reading, joined[name]))
 
 
 def _rewrite(fusion: _Fusion, graph: fx.Graph) -> None:
@@ -628,17 +663,19 @@ class _Rewritten(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     addresses: tuple[tuple[str, str, str], ...]
     decided: tuple[tuple[str, bool | int], ...]  # as in `Reading`
+    joined: tuple[str, ...]  # layers that something has joined
 
     @classmethod
-    def of(cls, reading: Reading) -> _Rewritten:
+    def of(cls, reading: Reading, joined: list[str]) -> _Rewritten:
         constants, addresses = _names_used(reading.graph)
         source = reading.graph.python_code("self").src
-        checked = re.sub(r"(?m)^(def forward\(.*:)$", r"\1\n    _check_unchanged(self)", source)
+        checked = re.sub(r"(?m)^(def forward\(.*:)$", r"\1\n    _batchnorm_check(self)", source)
         return cls(
             checked,
             tuple(constants.items()),
             tuple((name, *address) for name, address in addresses.items()),
             tuple(reading.decided.items()),
+            tuple(joined),
         )
 
 
@@ -656,7 +693,7 @@ def _subclass(base: type[nn.Module], rewritten: _Rewritten) -> type[nn.Module]:
 def _made_subclass(base: type[nn.Module], rewritten: _Rewritten) -> type[nn.Module]:
     space: dict[str, Any] = {name: _at(*address) for name, *address in rewritten.addresses}
     space.update(rewritten.constants)
-    space["_check_unchanged"] = _check_unchanged
+    space["_batchnorm_check"] = _check_unchanged
     exec(compile(rewritten.source, f"<forward of {base.__name__}>", "exec"), space)
     return type(
         base.__name__,
@@ -688,19 +725,32 @@ def _restore(base: type[nn.Module], rewritten: _Rewritten) -> nn.Module:
 
 
 def _check_unchanged(module: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    for name, known in module._rewritten.decided:
-        try:
-            child = operator.attrgetter(name)(module)
-        except AttributeError:
-            child = None
-        now = child is None if isinstance(known, bool) else len(child._modules) if child else 0
+    rewritten = module._rewritten
+    for name, known in rewritten.decided:
+        child = _child(module, name)
+        if isinstance(known, bool):
+            now: bool | int = child is None
+        else:
+            now = 0 if child is None else len(child._modules)
         if now != known:
-            raise ArgumentError(
-                f"'{name}' of {type(module).__name__} has changed since convert wrote its forward "
-                "anew. Call revert(model), then convert(model) again."
-            )
+            _refuse_changed(module, name)
+    for name in rewritten.joined:
+        child = _child(module, name)
+        if child is None or not getattr(child, "_joined", ""):
+            _refuse_changed(module, name)
+
+
+def _child(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def _refuse_changed(module: Any, name: str) -> None:
+    raise ArgumentError(
+        f"'{name}' of {type(module).__name__} has changed since convert wrote its forward anew. "
+        "Call revert(model), then convert(model) again."
+    )
 
 
 def _names_used(graph: fx.Graph) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:

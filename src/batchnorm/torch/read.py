@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-__all__ = ["Reading", "UnreadableError", "read"]
+__all__ = ["Reading", "UnreadableError", "check_reach", "functions_of", "read"]
 
 # Functions and methods that do nothing but compute; what they change in place ends in "_".
 _NAMES = """
@@ -71,6 +71,9 @@ class Reading:
         self.decided: dict[str, bool | int] = {}
 
 
+_NOTHING = object()
+
+
 class _Child(str):
     """A child module by its dotted name, where a name of the forward stands for it."""
 
@@ -117,10 +120,13 @@ class _Reader:
         self.reading = Reading()
         self.graph = self.reading.graph
         self.names: dict[str, Any] = {}
+        self.depth = 0  # of methods inside methods
         function = _definition(forward)
         self.me = self.arguments(function)
-        if not self.block(function.body):
+        result = self.block(function.body)
+        if result is _NOTHING:
             raise UnreadableError("does not return anything")
+        self.graph.output(result)
 
     def refuse(self, node: ast.AST) -> NoReturn:
         text = ast.unparse(node).splitlines()[0]
@@ -141,15 +147,15 @@ class _Reader:
 
     # ---- statements -----------------------------------------------------------------------------
 
-    def block(self, statements: list[ast.stmt]) -> bool:
-        """Read statements; whether they end with a return."""
+    def block(self, statements: list[ast.stmt]) -> Any:
+        """Read statements; what they return, or _NOTHING."""
         for i, s in enumerate(statements):
             if isinstance(s, ast.Return) and s.value is not None:
-                self.graph.output(self.value(s.value))
-                return True
+                return self.value(s.value)
             if isinstance(s, ast.If):
-                if self.block(s.body if self.holds(s.test) else s.orelse):
-                    return True
+                result = self.block(s.body if self.holds(s.test) else s.orelse)
+                if result is not _NOTHING:
+                    return result
             elif isinstance(s, ast.Assign) and len(s.targets) == 1:
                 self.assign(s.targets[0], s.value)
             elif isinstance(s, ast.AnnAssign) and s.value is not None:
@@ -163,7 +169,7 @@ class _Reader:
                 or (i == 0 and isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))
             ):
                 self.refuse(s)
-        return False
+        return _NOTHING
 
     def assign(self, target: ast.expr, value: ast.expr) -> None:
         if not isinstance(target, ast.Name) or target.id == self.me:
@@ -254,10 +260,13 @@ class _Reader:
             return self.call(e)
         return self.refuse(e)
 
-    def call(self, e: ast.Call) -> fx.Node:
+    def call(self, e: ast.Call) -> Any:
         path = self.child(e.func)
         if path is not None:
             return self.graph.call_module(path, *self.passed(e))
+        method = self.method(e.func)
+        if method is not None:
+            return self.inlined(method, e)
         function = self.function(e.func)
         if function is not None:
             return self.graph.call_function(function, *self.passed(e))
@@ -267,6 +276,33 @@ class _Reader:
                 args, kwargs = self.passed(e)
                 return self.graph.call_method(e.func.attr, (receiver, *args), kwargs)
         return self.refuse(e)
+
+    def method(self, e: ast.expr) -> Any:
+        """The plain method of the module's own class that an expression stands for."""
+        if not (isinstance(e, ast.Attribute) and isinstance(e.value, ast.Name)):
+            return None
+        if e.value.id != self.me or e.attr in self.module.__dict__ or hasattr(nn.Module, e.attr):
+            return None
+        found = inspect.getattr_static(type(self.module), e.attr, None)
+        return found if inspect.isfunction(found) and not hasattr(found, "__wrapped__") else None
+
+    def inlined(self, method: Any, e: ast.Call) -> Any:
+        """What a method returns, read in the place of its call."""
+        definition = _definition(method)
+        a = definition.args
+        args, kwargs = self.passed(e)
+        names = [arg.arg for arg in a.args]
+        plain = not (a.vararg or a.kwarg or a.kwonlyargs or a.posonlyargs or a.defaults or kwargs)
+        if not plain or len(names) != len(args) + 1 or self.depth > 4:
+            self.refuse(e)
+        before = (self.me, self.names, self.globals)
+        self.me, self.names = names[0], dict(zip(names[1:], args, strict=True))
+        self.globals = method.__globals__
+        self.depth += 1
+        result = self.block(definition.body)
+        self.depth -= 1
+        self.me, self.names, self.globals = before
+        return self.refuse(e) if result is _NOTHING else result
 
     def passed(self, e: ast.Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args = tuple(self.value(a) for a in e.args)  # a starred one is refused
@@ -352,3 +388,98 @@ def _compiled(source: str) -> tuple[ast.Module, dict[tuple[str, int], CodeType]]
         codes[code.co_name, code.co_firstlineno] = code
         rest += [c for c in code.co_consts if inspect.iscode(c)]
     return tree, codes
+
+
+# ---- what a module may reach --------------------------------------------------------------------
+
+# By these a module gets at all that is inside it.
+_OPENS = frozenset(
+    {
+        "modules", "children", "named_modules", "named_children", "get_submodule", "apply",
+        "_modules", "__dict__", "_apply",
+    }
+)  # fmt: skip
+
+
+def check_reach(module: nn.Module, child: str) -> None:
+    """Refuse a module that might use what is inside one of its children by itself.
+
+    Whatever else its methods do, they may call the child, ask whether it is None, or go through it
+    and call what is in it, if it is a list of modules; and they may not give themselves away.
+
+    Raises
+    ------
+    UnreadableError
+        With the reason in words.
+    """
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn.modules.container"):
+        return  # calls its children whole, or leaves them to whoever is further up
+    container = type(module._modules.get(child)) in (nn.ModuleList, nn.Sequential)
+    for base in kind.__mro__:
+        if base is nn.Module:
+            return
+        for name, value in base.__dict__.items():
+            for function in functions_of(value):
+                if name != "__init__":
+                    _check_method(function, name, child, container)
+
+
+def functions_of(value: Any) -> list[Any]:
+    """The functions of what a class has under a name."""
+    if isinstance(value, property):
+        return [f for f in (value.fget, value.fset, value.fdel) if f is not None]
+    value = getattr(value, "__func__", value)  # of class and static methods
+    while hasattr(value, "__wrapped__"):
+        value = value.__wrapped__
+    return [value] if inspect.isfunction(value) else []
+
+
+def _check_method(function: Any, name: str, child: str, container: bool) -> None:
+    try:
+        lines, start = inspect.findsource(function)
+        tree, _ = _compiled("".join(lines))
+    except (OSError, TypeError, SyntaxError):
+        raise UnreadableError(f"has no source at hand for {name}") from None
+    found = [
+        n
+        for n in ast.walk(tree)
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and n.name == function.__name__
+        and min([n.lineno, *(d.lineno for d in n.decorator_list)]) == start + 1
+    ]
+    if len(found) != 1:
+        raise UnreadableError(f"has no source at hand for {name}")
+    if not found[0].args.args:
+        return  # a static method sees no module
+    me = found[0].args.args[0].arg
+    above = {id(c): n for n in ast.walk(found[0]) for c in ast.iter_child_nodes(n)}
+    for node in ast.walk(found[0]):
+        if not (isinstance(node, ast.Name) and node.id == me):
+            continue
+        use = above[id(node)]
+        if not isinstance(use, ast.Attribute) or use.attr in _OPENS:
+            raise UnreadableError(f"might use anything inside it ({name})")
+        if use.attr == child and not _is_whole(use, above, container, found[0]):
+            raise UnreadableError(f"might use parts of '{child}' by itself ({name})")
+
+
+def _is_whole(
+    use: ast.Attribute, above: dict[int, ast.AST], container: bool, function: ast.AST
+) -> bool:
+    """Whether a child is called, compared, or gone through and its items called."""
+    parent = above[id(use)]
+    if isinstance(parent, ast.Call):
+        return parent.func is use
+    if isinstance(parent, ast.Compare):
+        return all(isinstance(op, (ast.Is, ast.IsNot)) for op in parent.ops)
+    if isinstance(parent, ast.For) and parent.iter is use and container:
+        if not isinstance(parent.target, ast.Name):
+            return False
+        item = parent.target.id
+        return all(
+            isinstance(above[id(n)], ast.Call) and above[id(n)].func is n  # type: ignore[attr-defined]
+            for n in ast.walk(function)
+            if isinstance(n, ast.Name) and n.id == item and isinstance(n.ctx, ast.Load)
+        )
+    return False
