@@ -1705,7 +1705,7 @@ def test_explain_prints_a_line_a_layer():
     net = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU(), _Special(C), _block(output_used_twice))
     lines = str(explain(net)).splitlines()
     assert lines[0] == (
-        "4 batch norms of batchnorm.torch (1 with what follows in the same pass), 1 left alone"
+        "batch norms of batchnorm.torch: 4 (1 with what follows in the same pass); left alone: 1"
     )
     assert [line.split()[0] for line in lines[1:]] == ["0", "3.bn1", "3.bn2", "3.bn3", "2"]
     assert lines[1].endswith("with ReLU '1'")

@@ -72,8 +72,8 @@ class Report:
         """One line a layer, and a summary first."""
         joined = sum(1 for what in self.converted.values() if what)
         lines = [
-            f"{len(self.converted)} batch norms of batchnorm.torch ({joined} with what follows in "
-            f"the same pass), {len(self.skipped)} left alone"
+            f"batch norms of batchnorm.torch: {len(self.converted)} ({joined} with what follows in "
+            f"the same pass); left alone: {len(self.skipped)}"
         ]
         names = [*self.converted, *self.skipped]
         width = max((len(n) for n in names), default=0)
@@ -133,7 +133,7 @@ def convert(
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     >>> net = convert(net)
     >>> print(explain(net))
-    1 batch norms of batchnorm.torch (1 with what follows in the same pass), 0 left alone
+    batch norms of batchnorm.torch: 1 (1 with what follows in the same pass); left alone: 0
       1  with ReLU '2'
     """
     _check_model(model, "convert")
