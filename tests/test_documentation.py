@@ -19,6 +19,13 @@ MODULES = [
     "batchnorm.layer",
     "batchnorm.folding",
 ]
+TORCH_MODULES = [
+    "batchnorm.torch",
+    *(
+        f"batchnorm.torch.{name}"
+        for name in ("functional", "modules", "convert", "freeze", "accumulate", "parameters")
+    ),
+]
 TABLE = ROOT / "benchmarks" / "readme_table.py"
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -76,8 +83,10 @@ def test_page_links_lead_to_files(page):
             assert (page.parent / target).exists(), f"{name_of(page)} links to {target}"
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [*MODULES, *TORCH_MODULES])
 def test_docstring_examples_give_the_output_shown(module):
+    if module in TORCH_MODULES:
+        pytest.importorskip("torch")
     tests = doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(module))
     tests = [test for test in tests if test.examples]
     assert tests, f"{module} has no examples"
