@@ -10,7 +10,8 @@ the second resnet_profile.csv and resnet_profile.json beside them, the third not
 
 A step is zero_grad, forward, cross entropy, backward, and SGD with momentum. Each provider trains
 in a process of its own (`resnet_worker.py`); in every round each of them takes one step, in an
-order drawn anew, while the others wait.
+order drawn anew, while the others wait. Providers that keep memory run under the environment
+variables of `resnet_worker.KEEP_MEMORY`.
 
 resnet_step.csv
     ``p20_s, p50_s, p80_s``: percentiles of the seconds of a step. ``ratio``: median over rounds of
@@ -59,7 +60,16 @@ from typing import Any
 import numpy as np
 import resnet_worker
 from numpy.typing import NDArray
-from resnet_worker import COMPILED, CONVERTED, EAGER, GROUPS, PROVIDERS, Case
+from resnet_worker import (
+    COMPILED,
+    CONVERTED,
+    EAGER,
+    GROUPS,
+    KEEP_MEMORY,
+    KEPT,
+    PROVIDERS,
+    Case,
+)
 
 from batchnorm.bench.environment import (
     busy_seconds_of_others,
@@ -193,8 +203,12 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            # Told to PyTorch as well; ours has no other way to know before it starts its threads.
-            env={**os.environ, "OMP_NUM_THREADS": str(plan.threads)},
+            env={
+                **os.environ,
+                # Told to PyTorch as well; ours cannot know otherwise before it starts its threads.
+                "OMP_NUM_THREADS": str(plan.threads),
+                **(KEEP_MEMORY if provider.endswith(KEPT) else {}),
+            },
         )
 
     def ask(self, do: str, **more: Any) -> dict[str, Any]:

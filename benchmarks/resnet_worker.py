@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any
 
 EAGER, COMPILED, CONVERTED = "torch eager", "torch.compile", "batchnorm convert"
-PROVIDERS = (EAGER, COMPILED, CONVERTED)
+
+#: At the end of a provider's name: with `KEEP_MEMORY` in the environment.
+KEPT = " (memory kept)"
+PROVIDERS = (EAGER, COMPILED, CONVERTED, EAGER + KEPT, CONVERTED + KEPT)
+
+#: glibc's allocator gives freed memory back to the operating system, which has to clear every page
+#: of it when it is wanted again; above these bytes only, so never. Other allocators ignore it.
+KEEP_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(2**40))
 
 MOMENTUM = 0.9
 
@@ -274,6 +281,7 @@ class Worker:
     ) -> None:
         import torch
 
+        provider = provider.removesuffix(KEPT)
         # What is imported later would count as memory of the model's.
         needs = {CONVERTED: "batchnorm.torch", COMPILED: "torch._inductor.compile_fx"}
         if provider in needs:
