@@ -42,7 +42,7 @@ check: $(VENV)/.dev $(if $(TORCH),$(VENV)/.torch)
 
 bench: $(VENV)/.bench $(VENV)/.torch
 	$(BIN)/batchnorm bench --out benchmarks/results
-	$(BIN)/python benchmarks/readme_table.py
+	$(BIN)/python benchmarks/tables.py
 
 # GCC's runtimes must be there before Python starts, for Python itself is not instrumented.
 sanitize: $(SANITIZE_VENV)/.installed

@@ -26,7 +26,7 @@ TORCH_MODULES = [
         for name in ("functional", "modules", "convert", "freeze", "accumulate", "parameters")
     ),
 ]
-TABLE = ROOT / "benchmarks" / "readme_table.py"
+TABLES = ROOT / "benchmarks" / "tables.py"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -113,14 +113,9 @@ def test_there_are_pages_and_examples_to_test():
     assert len(EXAMPLES) >= 2
 
 
-@pytest.mark.skipif(
-    not all(
-        (RESULTS / name).exists() for name in ("speed.csv", "accuracy.csv", "environment.json")
-    ),
-    reason="no benchmark results in this checkout",
-)
-def test_readme_table_is_made_from_the_committed_results():
+@pytest.mark.skipif(not RESULTS.exists(), reason="no benchmark results in this checkout")
+def test_tables_are_made_from_the_committed_results():
     finished = subprocess.run(
-        [sys.executable, str(TABLE), "--check"], capture_output=True, text=True, timeout=60
+        [sys.executable, str(TABLES), "--check"], capture_output=True, text=True, timeout=60
     )
     assert finished.returncode == 0, finished.stderr

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from ..errors import ArgumentError, ShapeError
+from ..moments import Moments
 from . import derivatives, kernels, operators
 from .kernels import IDENTITY, LEAKY_RELU, RELU, Form, Statistics
 
@@ -328,6 +329,17 @@ def merge(
         statistics = torch.from_numpy(statistics)
     assert statistics is not None
     operators.merge(total, statistics, skipped, *policy)
+
+
+def measure(x: Tensor, mask: Tensor | None) -> Moments:
+    """Moments of a tensor, (N, C, *S), on any device; `mask` as in `batch_norm`."""
+    x = x.detach()
+    weights = None if mask is None else as_weights(mask, x)
+    if kernels.fits(x, weights) and kernels.plain(x, weights):
+        return kernels.as_moments(kernels.moments(x, weights)[0])
+    with torch.no_grad():
+        statistics = derivatives.value(x, None, None, None, weights, None, Form(1.0))[1]
+    return kernels.as_moments(statistics[0].cpu().numpy())
 
 
 # ---- checks -------------------------------------------------------------------------------------

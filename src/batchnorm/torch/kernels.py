@@ -109,6 +109,20 @@ def given_statistics(mean: Tensor, var: Tensor) -> Statistics:
     return statistics
 
 
+def moments(x: Tensor, mask: Tensor | None) -> Statistics:
+    """The statistics (1, 4, C) of x, (N, C, *S); `mask` as in `forward`."""
+    if mask is not None:
+        _check_mask(mask)
+    mean, low, var = np.empty((3, x.shape[1]))
+    weights = None if mask is None else _weights(mask, x)
+    count = _core.forward(_seen(x), None, 1, 0.0, mean, low, var, weights=weights)
+    if count > 0:
+        var /= count
+    else:
+        var[:] = 1.0
+    return np.stack([np.full_like(mean, count), mean, low, var])[None]
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
