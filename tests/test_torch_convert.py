@@ -1490,7 +1490,6 @@ def _parametrized():
 
 LEFT_ALONE = {
     "subclass": (lambda: _Special(C), "_Special is a subclass"),
-    "synchronized": (lambda: nn.SyncBatchNorm(C), "synchronizes"),
     "lazy": (lambda: nn.LazyBatchNorm2d(), "lazy"),
     "parametrized": (_parametrized, "parametrized"),
     "scripted": (lambda: torch.jit.script(nn.BatchNorm2d(C)), "TorchScript"),

@@ -24,12 +24,16 @@ from .modules import BatchNorm1d as BatchNorm1d
 from .modules import BatchNorm2d as BatchNorm2d
 from .modules import BatchNorm3d as BatchNorm3d
 from .parameters import parameter_groups as parameter_groups
+from .sync import SyncBatchNorm as SyncBatchNorm
+from .sync import SynchronizationError as SynchronizationError
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "NonFiniteError",
+    "SyncBatchNorm",
+    "SynchronizationError",
     "accumulate",
     "convert",
     "explain",

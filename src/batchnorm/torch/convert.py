@@ -26,6 +26,7 @@ from ..errors import ArgumentError
 from . import modules
 from .modules import Layer
 from .read import Reading, UnreadableError, check_reach, functions_of, read
+from .sync import SyncBatchNorm
 
 __all__ = ["Report", "convert", "explain", "revert"]
 
@@ -33,6 +34,7 @@ _OURS: dict[type[nn.Module], type[Layer]] = {
     nn.BatchNorm1d: modules.BatchNorm1d,
     nn.BatchNorm2d: modules.BatchNorm2d,
     nn.BatchNorm3d: modules.BatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
 }
 _TORCHS: dict[type[nn.Module], type[nn.Module]] = {ours: torchs for torchs, ours in _OURS.items()}
 
@@ -62,11 +64,14 @@ class Report:
         Name of a layer left alone to the reason.
     unfused : dict of str to str
         Name of a layer followed by an activation that could not join it to the reason.
+    synchronized : set of str
+        Names of the layers that share their batch with other processes.
     """
 
     converted: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     unfused: dict[str, str] = field(default_factory=dict)
+    synchronized: set[str] = field(default_factory=set)
 
     def __str__(self) -> str:
         """One line a layer, and a summary first."""
@@ -85,6 +90,8 @@ class Report:
             else:
                 why = self.unfused.get(name)
                 what = f"alone: {why}" if why else "alone"
+            if name in self.synchronized:
+                what += "; synchronized"
             lines.append(f"  {name:<{width}}  {what}")
         return "\n".join(lines)
 
@@ -96,13 +103,17 @@ def convert(
     on_nonfinite: str = "skip",
     on_single: str = "raise",
     group_size: int | None = None,
+    sync: bool = False,
+    process_group: Any = None,
+    reproducible: bool = False,
 ) -> M:
     """Turn every batch norm of torch's in `model` into ours, in place.
 
     Layers stay the objects they are, under their names, with their parameters, buffers, hooks and
     flags, shared ones included; state dicts stay interchangeable with torch's in both directions.
-    Only exact instances of `torch.nn.BatchNorm1d`, `2d` and `3d` are converted; subclasses, which
-    may do something else, are left alone. `explain` says what was done, and what was not and why.
+    Only exact instances of `torch.nn.BatchNorm1d`, `2d`, `3d` and `SyncBatchNorm` are converted;
+    subclasses, which may do something else, are left alone. `explain` says what was done, and what
+    was not and why.
 
     Parameters
     ----------
@@ -115,6 +126,11 @@ def convert(
         taking a fused model apart: a layer does there what its ReLU did.
     on_nonfinite, on_single, group_size
         Of the converted layers, as in `BatchNorm2d`.
+    sync : bool
+        Make every layer a `SyncBatchNorm`, which shares its batch with other processes; layers that
+        are ours already become one, too, and keep their options.
+    process_group, reproducible
+        Of the layers that `sync` makes, as in `SyncBatchNorm`.
 
     Returns
     -------
@@ -124,7 +140,8 @@ def convert(
     Raises
     ------
     ArgumentError
-        `model` is no Module, or an option is unknown; nothing has been converted then.
+        `model` is no Module, or an option is unknown or needs ``sync=True``; nothing has been
+        converted then.
 
     Examples
     --------
@@ -138,11 +155,18 @@ def convert(
     """
     _check_model(model, "convert")
     modules.check_options(1e-5, group_size, None, 0.01, on_nonfinite, on_single)
+    if not sync and (process_group is not None or reproducible):
+        raise ArgumentError(
+            "process_group and reproducible are for layers that share their batch: "
+            "pass sync=True with them."
+        )
     layers, _ = _layers(model)
     fusions = _fusions(model)[0] if fuse else []
     for name, module in layers.items():
         if type(module) in _OURS:
             _adopt(module, name, on_nonfinite, on_single, group_size)
+        if sync and not isinstance(module, SyncBatchNorm):
+            _synchronize(module, process_group, reproducible)
     _fuse(model, fusions)
     return model
 
@@ -218,6 +242,8 @@ def explain(model: nn.Module) -> Report:
     planned = {f.layer: f.what for f in fusions}
     for name, module in layers.items():
         report.converted[name] = getattr(module, "_joined", "") or planned.get(name, "")
+        if isinstance(module, nn.SyncBatchNorm):
+            report.synchronized.add(name)
         if name in unfused and not report.converted[name]:
             report.unfused[name] = unfused[name]
     return report
@@ -266,8 +292,6 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], Report]:
 def _reason(module: nn.Module) -> str:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "it is lazy: convert after the first forward"
-    if isinstance(module, nn.SyncBatchNorm):
-        return "it synchronizes its statistics across processes"
     if hasattr(module, "parametrizations"):
         return "its parameters are parametrized"
     return f"{type(module).__name__} is a subclass of torch's layer and may do something else"
@@ -284,13 +308,26 @@ def _adopt(
     module.adopt(name)
 
 
+def _synchronize(module: nn.Module, process_group: Any, reproducible: bool) -> None:
+    alone = type(module)
+    module.__class__ = SyncBatchNorm
+    assert isinstance(module, SyncBatchNorm)
+    module._alone = alone
+    module.process_group = process_group
+    module.reproducible = reproducible
+
+
 def _release(module: nn.Module) -> None:
     assert isinstance(module, Layer)
     if module.stats_frozen:
         module.training = False
-    module.__class__ = _TORCHS[type(module)]  # type: ignore[assignment]
+    kind: type[nn.Module] = type(module)
+    if isinstance(module, SyncBatchNorm) and module._alone is not None:
+        kind = module._alone
+        del module.process_group
+    module.__class__ = _TORCHS[kind]  # type: ignore[assignment]
     for name in list(module.__dict__):
-        if name in Layer.EXTRAS:
+        if name in SyncBatchNorm.EXTRAS:
             del module.__dict__[name]
 
 

@@ -163,20 +163,14 @@ def layer(
             return _quick(x, running_mean, running_var, weight, bias, training, form)
         except (KeyError, RuntimeError, ValueError):
             pass
-    _check(x, running_mean, running_var, weight, bias, training, form)
+    check(x, running_mean, running_var, weight, bias, training, form)
     weights = None if mask is None else as_weights(mask, x)
-    if residual is not None and not (
-        isinstance(residual, Tensor)  # a converted model may add a number
-        and form.slope >= 0  # or y would not have the sign of what the activation sees
-        and residual.shape == x.shape
-        and residual.dtype == x.dtype
-        and residual.device == x.device
-    ):
+    if residual is not None and not joins(residual, x, form):
         y, statistics = layer(
             x, running_mean, running_var, weight, bias, training,
             form._replace(activation=IDENTITY), None, mask,
         )  # fmt: skip
-        return _finish(y, residual, weights, form), statistics
+        return finish(y, residual, weights, form), statistics
     tensors = (x, weight, bias, residual, weights)
     if not kernels.fits(*tensors, running_mean, running_var):
         return _torchs(
@@ -188,6 +182,17 @@ def layer(
     assert running_var is not None
     given = _given_statistics(running_mean, running_var)
     return _normalized(*tensors, given, form)[0], None
+
+
+def joins(residual: Any, x: Tensor, form: Form) -> bool:
+    """Whether a residual can be added in the same pass."""
+    return (
+        isinstance(residual, Tensor)  # a converted model may add a number
+        and form.slope >= 0  # or y would not have the sign of what the activation sees
+        and residual.shape == x.shape
+        and residual.dtype == x.dtype
+        and residual.device == x.device
+    )
 
 
 def _is_quick(
@@ -333,19 +338,43 @@ def merge(
 
 def measure(x: Tensor, mask: Tensor | None) -> Moments:
     """Moments of a tensor, (N, C, *S), on any device; `mask` as in `batch_norm`."""
-    x = x.detach()
     weights = None if mask is None else as_weights(mask, x)
+    return kernels.as_moments(statistics_of(x.detach(), weights)[0].cpu().numpy())
+
+
+def statistics_of(x: Tensor, weights: Tensor | None) -> Tensor:
+    """The statistics (1, 4, C) of x, which is detached, on its device and without waiting for it.
+
+    Row by row count, mean, zero, biased variance, in float64.
+    """
     if kernels.fits(x, weights) and kernels.plain(x, weights):
-        return kernels.as_moments(kernels.moments(x, weights)[0])
-    with torch.no_grad():
-        statistics = derivatives.value(x, None, None, None, weights, None, Form(1.0))[1]
-    return kernels.as_moments(statistics[0].cpu().numpy())
+        return torch.from_numpy(kernels.moments(x, weights))
+    axes = [a for a in range(x.dim()) if a != 1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if weights is None:
+        values, w = x.to(wide), torch.ones((), dtype=wide, device=x.device)
+        count = torch.full((), x.numel() / max(x.shape[1], 1), dtype=torch.float64, device=x.device)
+    else:
+        w = weights.unsqueeze(1)
+        values, count, w = torch.where(w > 0, x, 0.0).to(wide), w.sum(), w.to(wide)
+
+    def total(v: Tensor) -> Tensor:
+        return (v * w).sum(axes, keepdim=True, dtype=torch.float64)
+
+    some = torch.where(count > 0, count, 1.0)
+    mean = total(values) / some
+    centered = values - mean.to(wide)
+    rest = total(centered) / some  # what rounding left off the mean, and off `mean.to(wide)`
+    var = total(centered * centered) / some - rest * rest
+    mean = mean.to(wide).double() + rest
+    rows = (count, mean, 0 * mean, torch.where(count > 0, var, 1.0))
+    return torch.stack([r.expand_as(mean).flatten() for r in rows])[None]
 
 
 # ---- checks -------------------------------------------------------------------------------------
 
 
-def _check(
+def check(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -353,7 +382,10 @@ def _check(
     bias: Tensor | None,
     training: bool,
     form: Form,
+    *,
+    alone: bool = True,
 ) -> None:
+    """Refuse what torch refuses. `alone`: whether x is all of the batch."""
     if torch._C._get_tracing_state() is not None:
         return  # to compare a traced size is to fix it; the core will check
     good = x.dim() >= 2 and (form.eps > 0 or (form.eps == 0 and not training))
@@ -368,7 +400,7 @@ def _check(
         good = good and (running_mean is None) == (running_var is None)
         if training:
             per_example = kernels.values_per_example(x)
-            good = good and x.shape[0] * per_example != 1
+            good = good and not (alone and x.shape[0] * per_example == 1)
             if good and form.group_size * per_example == 1:
                 raise ShapeError(
                     "Expected more than 1 value per channel when training, got input size "
@@ -456,7 +488,7 @@ class _Eager(torch.autograd.Function):
             y, call.statistics = kernels.forward(x, *tensors, call.form)
         else:
             y, call.statistics = operators.forward(x, *tensors, call.form)
-        saved = (x, weight, bias, _saved_y(y, residual, call.form))
+        saved = (x, weight, bias, saved_y(y, residual, call.form))
         ctx.save_for_backward(*saved)
         if forward_ad._current_level >= 0:
             ctx.save_for_forward(*saved)
@@ -492,7 +524,7 @@ class _Eager(torch.autograd.Function):
         )
 
 
-def _saved_y(y: Tensor, residual: Tensor | None, form: Form) -> Tensor | None:
+def saved_y(y: Tensor, residual: Tensor | None, form: Form) -> Tensor | None:
     """What tells the activation's gradient where a residual was added.
 
     Not the residual itself: as with torch's own addition and activation, it may change afterwards.
@@ -514,7 +546,7 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, bias, residual, mask, statistics, ctx.form = inputs
-        y = _saved_y(output[0], residual, ctx.form)
+        y = saved_y(output[0], residual, ctx.form)
         ctx.save_for_backward(x, weight, bias, y, mask, statistics)
         ctx.save_for_forward(x, weight, bias, y, mask, statistics)
         ctx.mark_non_differentiable(output[1])
@@ -692,7 +724,7 @@ def _torchs(
 ) -> tuple[Tensor, Tensor | None]:
     if not training:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, form.eps)
-        return _finish(y, residual, weights, form), None
+        return finish(y, residual, weights, form), None
     parts = [
         _torchs_group(
             x[examples], weight, bias, None if weights is None else weights[examples], form
@@ -701,7 +733,7 @@ def _torchs(
     ]
     ys, statistics = zip(*parts, strict=True)
     y = ys[0] if len(ys) == 1 else torch.cat(ys)
-    return _finish(y, residual, weights, form), torch.stack(statistics)
+    return finish(y, residual, weights, form), torch.stack(statistics)
 
 
 def _torchs_group(
@@ -725,15 +757,21 @@ def _torchs_group(
     return y, torch.stack([torch.full_like(mean, count), mean, torch.zeros_like(mean), var])
 
 
-def _finish(y: Tensor, residual: Tensor | None, weights: Tensor | None, form: Form) -> Tensor:
+def check_residual(x: Tensor, residual: Any) -> None:
+    """Refuse a residual that does not broadcast with x."""
+    shape = getattr(residual, "shape", ())
+    try:
+        torch.broadcast_shapes(x.shape, shape)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        raise ShapeError(
+            f"residual must broadcast with input, {tuple(x.shape)}, got {tuple(shape)}."
+        ) from None
+
+
+def finish(y: Tensor, residual: Tensor | None, weights: Tensor | None, form: Form) -> Tensor:
+    """What follows the normalization, in torch's operations."""
     if residual is not None:
-        shape = getattr(residual, "shape", ())
-        try:
-            torch.broadcast_shapes(y.shape, shape)  # type: ignore[no-untyped-call]
-        except RuntimeError:
-            raise ShapeError(
-                f"residual must broadcast with input, {tuple(y.shape)}, got {tuple(shape)}."
-            ) from None
+        check_residual(y, residual)
         y = y + residual
     if form.activation == RELU:
         y = F.relu(y)
@@ -796,7 +834,7 @@ def _operator_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         statistics, ctx.fixed = output[1], False
     ctx.form = Form(*inputs[len(names) :])
     x, weight, bias, residual, mask = inputs[: len(names)]
-    y = _saved_y(output if ctx.fixed else output[0], residual, ctx.form)
+    y = saved_y(output if ctx.fixed else output[0], residual, ctx.form)
     ctx.save_for_backward(x, weight, bias, y, mask, statistics)
 
 

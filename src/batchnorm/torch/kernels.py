@@ -240,6 +240,84 @@ def backward(
     return grad_x if need_x else None, grad_weight, grad_bias, grad_residual
 
 
+def _wide(vector: Tensor | None) -> NDArray[np.float64] | None:
+    return None if vector is None else vector.detach().double().contiguous().numpy()
+
+
+def backward_sums(
+    grad_y: Tensor,
+    x: Tensor,
+    statistics: Statistics,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    form: Form,
+) -> NDArray[np.float64]:
+    """Σ grad_z and Σ grad_z·x̂, (2, C), of one group; the other arguments as in `backward`."""
+    sums = np.empty((2, x.shape[1]))
+    _, mean, low, var = statistics[0]
+    _core.backward_sums(
+        _seen(grad_y),
+        _seen(x),
+        1,
+        mean,
+        low,
+        var,
+        form.eps,
+        sums[0],
+        sums[1],
+        _wide(weight),
+        _wide(bias),
+        None if mask is None else _weights(mask, x),
+        None if y is None else _seen(y),
+        form.activation,
+        form.slope,
+    )
+    return sums
+
+
+def backward_by_sums(
+    grad_y: Tensor,
+    x: Tensor,
+    statistics: Statistics,
+    sums: NDArray[np.float64],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    form: Form,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients with respect to x and residual, of one group whose sums are given."""
+    grad_x = empty_like(x)
+    grad_residual = empty_like(x) if need_residual else None
+    if need_residual and form.activation == IDENTITY:
+        y = grad_y  # whose values do not matter then
+    count, mean, low, var = statistics[0]
+    _core.backward(
+        _seen(grad_y),
+        _seen(x),
+        _seen(grad_x),
+        1,
+        float(count[0]),
+        mean,
+        low,
+        var,
+        form.eps,
+        sums[0],
+        sums[1],
+        _wide(weight),
+        _wide(bias),
+        None if mask is None else _weights(mask, x),
+        None if y is None else _seen(y),
+        None if grad_residual is None else _seen(grad_residual),
+        form.activation,
+        form.slope,
+    )
+    return grad_x, grad_residual
+
+
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,

@@ -147,12 +147,15 @@ class Layer(nn.Module):
         if batch and not self.track_running_stats:  # as in torch: they take no part in training
             mean = var = None
         form = functional.form_of(self.eps, self.group_size, self.activation, self.negative_slope)
-        y, statistics = functional.layer(
-            input, mean, var, weight, bias, batch, form, residual, mask
-        )
-        if batch and self.training and mean is not None and var is not None and not _recomputing():
+        y, statistics = self._layer(input, mean, var, weight, bias, batch, form, residual, mask)
+        if statistics is None or mean is None or var is None:  # nothing to take up, or nowhere
+            return y
+        if batch and self.training and not _recomputing():
             self._track(mean, var, statistics, mask)
         return y
+
+    #: What normalizes; returns the statistics that the running ones take up as well.
+    _layer: Callable[..., tuple[Tensor, Any]] = staticmethod(functional.layer)
 
     def _tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Weight, bias, running mean and variance; `nn.Module.__getattr__` takes its time."""

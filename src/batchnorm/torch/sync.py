@@ -1,0 +1,563 @@
+"""SyncBatchNorm: one batch that lies on several processes.
+
+Forward, each process sends the moments of its part in float64, in one message; all merge them, in
+the order of ranks, to the same bits. Backward, each sends its two sums. Between the messages it is
+the layer of one process: the same kernels, with a count that is everybody's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..errors import BatchNormError, ShapeError
+from . import functional, kernels
+from .kernels import IDENTITY, LEAKY_RELU, RELU, Form
+from .modules import Layer
+
+__all__ = ["SyncBatchNorm", "SynchronizationError"]
+
+
+class SynchronizationError(BatchNormError, RuntimeError):
+    """Another process did not take part in an exchange of statistics or gradients."""
+
+
+class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
+    """torch's SyncBatchNorm, exact, on CPU and GPU, with what it lacks.
+
+    In training the statistics are those of the examples of all processes, weighted by their number:
+    processes may bring different numbers of them, or none. Without a process group, or with one of
+    a single process, this is plain batch norm. State dict and arguments are torch's; the others are
+    keywords, as in `BatchNorm2d`.
+
+    Parameters
+    ----------
+    num_features : int
+        C, of input (N, C, *S).
+    eps, momentum, affine, track_running_stats, process_group, device, dtype, bias
+        As in `torch.nn.SyncBatchNorm`.
+    reproducible : bool
+        Statistics are bitwise the same however the same examples are divided among processes, at
+        the price of more passes over the input and more messages. y and gradients follow from them,
+        but the backward pass sums in the order of processes.
+    activation, negative_slope, on_nonfinite, on_single
+        As in `BatchNorm2d`; a single value is one in all processes.
+    group_size : int
+        Examples that share their statistics, all of one process: these are not exchanged for
+        normalization, but for the running statistics.
+
+    Raises
+    ------
+    SynchronizationError
+        In forward or backward, a RuntimeError: another process raised in this layer, or did not
+        come within the process group's timeout, or has ended. With NCCL, where messages are
+        asynchronous, it is PyTorch's watchdog that finds the latter.
+
+    Notes
+    -----
+    Only processes of one device type share a layer. Weight and bias get the gradients of the
+    process's own examples, as in torch, which `DistributedDataParallel` then averages. Backward
+    passes can not be differentiated, and `torch.compile` breaks the graph here.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from batchnorm.torch import SyncBatchNorm
+    >>> layer = SyncBatchNorm(3, activation="relu")  # without a process group: plain batch norm
+    >>> y = layer(torch.randn(8, 3, 4, 4))
+    """
+
+    process_group: Any = None
+    reproducible: bool = False
+    _synchronized: bool = True  # `recalibrate` has its own exchange
+    _alone: type[nn.Module] | None = None  # what `convert` has made this of
+
+    EXTRAS: ClassVar[tuple[str, ...]] = (
+        *Layer.EXTRAS, "reproducible", "_synchronized", "_alone",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        reproducible: bool = False,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **keywords
+        )
+        self.process_group = process_group
+        self.reproducible = reproducible
+
+    def _is_single(self, x: Tensor, mask: Tensor | None) -> bool:
+        return False if self._group() else super()._is_single(x, mask)
+
+    def _group(self) -> Group | None:
+        """Whom to exchange statistics with; None: nobody."""
+        name = self._name or f"{type(self).__name__}({self.num_features})"
+        if self._synchronized and dist.is_available() and dist.is_initialized():
+            size = dist.get_world_size(self.process_group)
+            if size > 1:
+                return Group(size, self.process_group, name)
+        return Group(1, None, name) if self.reproducible else None
+
+    def _layer(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        batch: bool,
+        form: Form,
+        residual: Tensor | None,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Any]:
+        group = self._group() if batch and self.training else None
+        tensors = (x, running_mean, running_var, weight, bias)
+        if group is None:
+            return functional.layer(*tensors, batch, form, residual, mask)
+        run = _together
+        if torch.compiler.is_compiling():
+            run = torch.compiler.disable(_together)  # type: ignore[no-untyped-call]
+        return run(self, group, *tensors, form, residual, mask)
+
+    def extra_repr(self) -> str:
+        """torch's, and what differs from it."""
+        return super().extra_repr() + (", reproducible=True" if self.reproducible else "")
+
+
+def _together(
+    layer: SyncBatchNorm,
+    group: Group,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    form: Form,
+    residual: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Normalize by the statistics of all processes; return these."""
+    channels = layer.num_features
+    by_group = form.group_size > 0
+    weights: Tensor | None = None
+    y: Tensor | None = None
+
+    def measure() -> Tensor:
+        """What this process brings: checked, so that whoever raises does so before the others."""
+        nonlocal weights, y
+        vectors = (running_mean, running_var, weight, bias)
+        functional.check(x, *vectors, True, form, alone=by_group)
+        if x.shape[1] != channels:
+            raise ShapeError(f"input must have {channels} channels, got {tuple(x.shape)}.")
+        if by_group:
+            y, statistics = functional.layer(x, *vectors, True, form, residual, mask)
+            groups = torch.as_tensor(statistics)
+            if len(groups) > 1:
+                groups = _merged(_message_of(part) for part in groups)
+            return groups
+        weights = None if mask is None else functional.as_weights(mask, x)
+        if residual is not None:
+            functional.check_residual(x, residual)
+        if layer.reproducible:
+            return _columns(x, weights)
+        return functional.statistics_of(x.detach(), weights)
+
+    if layer.reproducible and not by_group:
+        statistics = _reproducible(measure, weights_of=lambda: weights, group=group, like=x)
+    else:
+        parts = group.gather(lambda: _message_of(measure()[0]), 1 + 2 * channels, x.device)
+        statistics = _merged(parts)
+    if y is not None:
+        return y, statistics
+    if x.device.type == "cpu" and bool((statistics[0, 0] == 1).any()):
+        if layer.on_single == "population" and running_mean is not None:
+            alone = functional.layer(
+                x, running_mean, running_var, weight, bias, False, form, residual, mask
+            )
+            return alone[0], None
+        raise ShapeError(
+            "Expected more than 1 value per channel when training, got one in all processes, "
+            f"input size {x.shape}"
+        )
+    joined = residual if residual is None or functional.joins(residual, x, form) else None
+    apart = residual is not None and joined is None
+    inner = form._replace(activation=IDENTITY) if apart else form
+    call = _Call(weights, statistics, inner, group)
+    y = _apply(x, weight, bias, joined, call)
+    return (functional.finish(y, residual, weights, form) if apart else y), statistics
+
+
+# ---- messages -----------------------------------------------------------------------------------
+
+
+class Group:
+    """The processes that share a layer's batch, and their messages."""
+
+    def __init__(self, size: int, process_group: Any, name: str) -> None:
+        self.size = size
+        self.process_group = process_group
+        self.name = name
+
+    def gather(self, bring: Callable[[], Tensor], length: int, device: torch.device) -> Tensor:
+        """What every process brings, float64 of (size, length).
+
+        A process that raises says so to the others first, and all raise.
+        """
+        message = torch.zeros(1 + length, dtype=torch.float64, device=device)
+        problem: Exception | None = None
+        try:
+            message[1:] = bring()
+        except Exception as error:
+            problem = error
+            message[0] = 1.0
+        if self.size == 1:
+            parts = message[None]
+        else:
+            received = [torch.empty_like(message) for _ in range(self.size)]
+            self._exchange("statistics", dist.all_gather, received, message)
+            parts = torch.stack(received)
+        if problem is not None:
+            raise problem
+        # On other devices this would wait for the message; the next one then does not come.
+        if device.type == "cpu" and bool(parts[:, 0].any()):
+            rank = int(parts[:, 0].nonzero()[0, 0])
+            raise SynchronizationError(
+                f"{self.name}: rank {rank} of the layer's process group raised in this layer. Its "
+                "own error says why."
+            )
+        return parts[:, 1:]
+
+    def add(self, what: str, sums: Tensor) -> Tensor:
+        """Sums over all processes, in place."""
+        if self.size > 1:
+            self._exchange(what, dist.all_reduce, sums)
+        return sums
+
+    def _exchange(self, what: str, run: Callable[..., Any], *tensors: Any) -> None:
+        try:
+            run(*tensors, group=self.process_group)
+        except RuntimeError as error:
+            rank = dist.get_rank(self.process_group)
+            raise SynchronizationError(
+                f"{self.name}: rank {rank} of {self.size} waited in vain for the others' {what} "
+                f"({' '.join(str(error).split())}). Another process has ended, raised elsewhere, "
+                "or not called this layer; look at what it said."
+            ) from error
+
+
+def _message_of(statistics: Tensor) -> Tensor:
+    """Count, mean and m2 as (1 + 2 C), of one group's (4, C)."""
+    count, mean, _, var = statistics
+    return torch.cat([count[:1], mean, var * count])
+
+
+def _merged(messages: Any) -> Tensor:
+    """The statistics (1, 4, C) of all parts, (parts, 1 + 2 C).
+
+    `Moments.merge` in tensors, so that no device has to be waited for: Chan, Golub & LeVeque
+    (1979), with the correction of the two-pass algorithm.
+    """
+    parts = messages if isinstance(messages, Tensor) else torch.stack(list(messages))
+    counts, (means, m2s) = parts[:, :1], parts[:, 1:].chunk(2, dim=1)
+    count = counts.sum(0)
+    share = counts / torch.where(count > 0, count, 1.0)
+    mean = (means * share).sum(0)
+    delta = torch.where(counts > 0, means - mean, 0.0)
+    rest = (delta * share).sum(0)
+    var = ((m2s / torch.where(count > 0, count, 1.0)) + share * delta * delta).sum(0) - rest * rest
+    return _block(count.expand_as(mean), mean + rest, torch.where(count > 0, var, 1.0))
+
+
+def _block(count: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    return torch.stack([count, mean, torch.zeros_like(mean), var])[None]
+
+
+# ---- the same bits for any division of the examples ---------------------------------------------
+
+#: Values that are turned into integers at once.
+_CHUNK = 1 << 20
+
+
+def _columns(x: Tensor, weights: Tensor | None) -> Tensor:
+    """Number of values, and the largest absolute value of each channel: (1 + C)."""
+    x = x.detach()
+    axes = [a for a in range(x.dim()) if a != 1]
+    seen = x if weights is None else torch.where(weights.unsqueeze(1) > 0, x, 0.0)
+    count = x.numel() // max(x.shape[1], 1)
+    largest = seen.abs().amax(axes).double() if count else x.new_zeros(x.shape[1]).double()
+    return torch.cat([largest.new_tensor([count]), largest])
+
+
+def _reproducible(
+    measure: Callable[[], Tensor], weights_of: Callable[[], Tensor | None], group: Group, like: Any
+) -> Tensor:
+    """Statistics by sums of integers, which do not depend on the order.
+
+    A value is rounded to a multiple of 2^(E - k), E the exponent of the largest of its channel in
+    all processes and k as large as the sum's 62 bits allow. The second round, of differences to the
+    first one's mean, brings the rest as in the corrected two-pass algorithm.
+    """
+    x = like.detach()
+    channels = x.shape[1] if x.dim() > 1 else 0
+
+    first = group.gather(measure, 1 + channels, x.device)
+    weights = weights_of()
+    bits = 62 - int(first[:, 0].sum().clamp(min=1)).bit_length()
+    largest = first[:, 1:].amax(0)
+    finite = torch.isfinite(largest)
+    zero = torch.zeros_like(largest)
+
+    (total,) = _sums(x, weights, zero, largest, bits, 1, group)
+    if weights is None:
+        count = first[:, 0].sum()
+    else:
+        # The weights are finite, and the largest is known well enough by one more number.
+        top = group.gather(
+            lambda: weights.max()[None] if weights.numel() else zero[:1], 1, x.device
+        )
+        scale = _power(bits - torch.frexp(top.max()).exponent)
+        count = group.add("weights", (weights * scale).round().long().sum()) / scale
+    some = torch.where(count > 0, count, 1.0)
+    mean = torch.where(finite, total / some, 0.0)
+
+    far = group.gather(lambda: _farthest(x, weights, mean), channels, x.device).amax(0)
+    rest, squares = _sums(x, weights, mean, far, bits, 2, group)
+    rest = rest / some
+    # Below zero is only the rounding of a spread that is nothing beside the mean's own.
+    var = (squares / some - rest * rest).clamp(min=0)
+    mean = torch.where(finite, mean + rest, math.nan)
+    var = torch.where(finite, torch.where(count > 0, var, 1.0), math.nan)
+    return _block(count.expand_as(mean), mean, var)
+
+
+def _chunks(x: Tensor, weights: Tensor | None, mean: Tensor) -> Any:
+    """Differences to the mean as (examples, C, values), and weights beside them."""
+    n = max(1, _CHUNK // max(1, math.prod(x.shape[1:])))
+    for begin in range(0, x.shape[0], n):
+        part = (
+            x[begin : begin + n].double().flatten(2)
+            if x.dim() > 2
+            else (x[begin : begin + n].double().unsqueeze(2))
+        )
+        w = None if weights is None else weights[begin : begin + n].flatten(1).unsqueeze(1)
+        part = part - mean[:, None]
+        if w is not None:
+            w = w if x.dim() > 2 else w.reshape(-1, 1, 1)
+            part = torch.where(w > 0, part, 0.0)
+        yield part, w
+
+
+def _farthest(x: Tensor, weights: Tensor | None, mean: Tensor) -> Tensor:
+    far = torch.zeros_like(mean)
+    for part, _ in _chunks(x, weights, mean):
+        far = torch.maximum(far, part.abs().amax((0, 2)))
+    return far
+
+
+def _sums(
+    x: Tensor,
+    weights: Tensor | None,
+    mean: Tensor,
+    largest: Tensor,
+    bits: int,
+    powers: int,
+    group: Group,
+) -> Tensor:
+    """Sums of the first `powers` powers of x - mean, (powers, C), the same for any division."""
+    usable = torch.isfinite(largest)
+    exponent = torch.frexp(torch.where(usable, largest, 0.0)).exponent
+    scales = [_power(bits - k * exponent) for k in range(1, powers + 1)]
+    sums = torch.zeros((powers, len(mean)), dtype=torch.int64, device=x.device)
+    for part, w in _chunks(x, weights, mean):
+        part = torch.where(usable[:, None], part, 0.0)
+        value = part if w is None else part * w
+        for k, scale in enumerate(scales):
+            sums[k] += (value * scale[:, None]).round().long().sum((0, 2))
+            value = value * part
+    group.add("sums", sums)
+    return torch.stack([s.double() / scale for s, scale in zip(sums, scales, strict=True)])
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """2 to integers, exactly: by the bits of float64, for `pow` may be off in the last."""
+    return ((exponent.long().clamp(-1000, 1000) + 1023) << 52).view(torch.float64)
+
+
+# ---- autograd -----------------------------------------------------------------------------------
+
+
+class _Call:
+    """What a call is besides its differentiable tensors."""
+
+    __slots__ = ("form", "group", "mask", "statistics")
+
+    def __init__(self, mask: Tensor | None, statistics: Tensor, form: Form, group: Group) -> None:
+        self.mask = mask
+        self.statistics = statistics
+        self.form = form
+        self.group = group
+
+
+class _Together(torch.autograd.Function):
+    """Normalize by the statistics of all processes; x, weight, bias, residual, call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        call: _Call,
+    ) -> Tensor:
+        tensors = (weight, bias, residual, call.mask)
+        if kernels.fits(x, *tensors):
+            y = kernels.normalize(x, call.statistics.numpy(), *tensors, call.form)
+        else:
+            y = _x_hat(x, call.statistics, call.form.eps)
+            y = _affine(y, weight, bias).to(x.dtype)
+            y = functional.finish(y, residual, call.mask, call.form)
+        ctx.save_for_backward(x, weight, bias, functional.saved_y(y, residual, call.form))
+        ctx.call = call
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> Any:
+        call = ctx.call
+        x, weight, bias, y = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
+        grad_y = grad_y.to(x.dtype)
+        core = kernels.fits(grad_y, x, weight, bias, y, call.mask)
+        arguments = (weight, bias, y, call.mask, call.form)
+        if core:
+            statistics = call.statistics.numpy()
+            sums = torch.from_numpy(kernels.backward_sums(grad_y, x, statistics, *arguments))
+        else:
+            grad_z, x_hat = _grad_z(grad_y, x, call.statistics, *arguments)
+            axes = [a for a in range(x.dim()) if a != 1]
+            pair = (grad_z, grad_z * x_hat)
+            sums = torch.stack([v.sum(axes, dtype=torch.float64) for v in pair])
+        own = sums.clone()
+        if need_x:
+            call.group.add("sums of gradients", sums)
+        grad_x = grad_residual = None
+        passed = need_residual and call.form.activation == IDENTITY and call.mask is None
+        if need_x or (need_residual and not passed):
+            if core:
+                grad_x, grad_residual = kernels.backward_by_sums(
+                    grad_y, x, statistics, sums.numpy(), *arguments, need_residual and not passed
+                )
+            else:
+                grad_x = _pulled(grad_z, x_hat, call.statistics, sums, weight, call).to(x.dtype)
+                grad_residual = grad_z.to(x.dtype) if need_residual else None
+        if passed:
+            grad_residual = grad_y
+        return (
+            grad_x if need_x else None,
+            own[1].to(weight.dtype) if weight is not None and need_weight else None,
+            own[0].to(bias.dtype) if bias is not None and need_bias else None,
+            grad_residual if need_residual else None,
+            None,
+        )
+
+
+_apply: Any = _Together.apply
+
+
+# ---- what the core does not read, in torch's operations -----------------------------------------
+
+
+def _column(v: Tensor, x: Tensor) -> Tensor:
+    return v.view([-1 if a == 1 else 1 for a in range(x.dim())])
+
+
+def _x_hat(x: Tensor, statistics: Tensor, eps: float) -> Tensor:
+    """In float32 or wider; the mean comes in two parts, so that none of it is lost."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    _, mean, low, var = statistics[0]
+    high = mean.to(wide)
+    centered = x.to(wide) - _column(high, x) - _column((mean - high + low).to(wide), x)
+    return centered * _column((var + eps).rsqrt().to(wide), x)
+
+
+def _affine(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    z = z if weight is None else z * _column(weight.to(z.dtype), z)
+    return z if bias is None else z + _column(bias.to(z.dtype), z)
+
+
+def _grad_z(
+    grad_y: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    form: Form,
+) -> tuple[Tensor, Tensor]:
+    """The gradient before the activation, and x̂; zero where the mask hides."""
+    x_hat = _x_hat(x, statistics, form.eps)
+    grad = grad_y.to(x_hat.dtype)
+    if form.activation in (RELU, LEAKY_RELU):
+        z = _affine(x_hat, weight, bias) if y is None else y
+        grad = torch.where(z > 0, grad, grad * (0.0 if form.activation == RELU else form.slope))
+    if mask is not None:
+        seen = mask.unsqueeze(1) > 0
+        grad, x_hat = torch.where(seen, grad, 0.0), torch.where(seen, x_hat, 0.0)
+    return grad, x_hat
+
+
+def _pulled(
+    grad_z: Tensor,
+    x_hat: Tensor,
+    statistics: Tensor,
+    sums: Tensor,
+    weight: Tensor | None,
+    call: _Call,
+) -> Tensor:
+    """The gradient of x."""
+    count, _, _, var = statistics[0]
+    scale = (var + call.form.eps).rsqrt()
+    scale = scale if weight is None else scale * weight.double()
+    level, tilt = (sums / torch.where(count > 0, count, 1.0)).to(grad_z.dtype)
+    w = 1.0 if call.mask is None else call.mask.unsqueeze(1).to(grad_z.dtype)
+    pull = grad_z - w * (_column(level, x_hat) + x_hat * _column(tilt, x_hat))
+    return pull * _column(scale.to(grad_z.dtype), x_hat)
+
+
+# ---- DistributedDataParallel --------------------------------------------------------------------
+
+
+def _let_pass() -> None:
+    """Have DistributedDataParallel take our layers on a CPU; torch's own it refuses there."""
+    ddp = nn.parallel.DistributedDataParallel
+    refuse = getattr(ddp, "_passing_sync_batchnorm_handle", None)
+    if refuse is None:
+        return
+
+    def check(self: Any, module: nn.Module) -> None:
+        layers = [m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]
+        if not all(isinstance(m, SyncBatchNorm) for m in layers):
+            refuse(self, module)
+
+    ddp._passing_sync_batchnorm_handle = check  # type: ignore[method-assign]
+
+
+_let_pass()
