@@ -65,9 +65,9 @@ def speed(results: Path) -> str:
     return "\n".join([caption, "", *lines])
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def _rows(path: Path, by: str = "provider") -> list[dict[str, str]]:
     with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["provider"] != "copy"]
+        return [row for row in csv.DictReader(file) if row[by] != "copy"]
 
 
 def _speedup(rows: list[dict[str, str]], provider: str, op: str) -> str:
@@ -170,11 +170,35 @@ def _case_of_profile(row: dict[str, str]) -> str:
     return f"batch {row['batch']}, {row['format']}"
 
 
+def sync_step(results: Path) -> str:
+    """What shared statistics cost: `benchmarks/sync_step.py`."""
+    rows = _rows(results / "sync_step.csv", by="layer")
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    lines = ["| input of each process | " + " | ".join(layers) + " |"]
+    lines.append("|:--|" + "--:|" * len(layers))
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        found = {row["layer"]: row for row in rows if row["shape"] == shape}
+        cells = [
+            f"{float(found[layer]['p50_ms']):.1f} ms"
+            if layer == layers[0]
+            else f"{float(found[layer]['ratio']):.1f} times"
+            for layer in layers
+        ]
+        lines.append(f"| {shape.replace('x', '×')} | " + " | ".join(cells) + " |")
+    about = json.loads((results / "sync_step.json").read_text())
+    caption = (
+        f"Forward and backward pass, float32, {about['processes']} processes with gloo on one "
+        f"machine, one thread each, median of {about['rounds']} rounds. {about['cpu']}."
+    )
+    return "\n".join([caption, "", *lines])
+
+
 #: Name of a table to the page that holds it and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "speed": ("README.md", speed),
     "resnet_step": ("docs/torch.md", resnet_step),
     "resnet_profile": ("docs/torch.md", resnet_profile),
+    "sync_step": ("docs/howto/distributed.md", sync_step),
 }
 END = "<!-- /benchmark -->"
 

@@ -291,7 +291,7 @@ def _block(count: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 # ---- the same bits for any division of the examples ---------------------------------------------
 
 #: Values that are turned into integers at once.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16  # what fits a core's cache
 
 
 def _columns(x: Tensor, weights: Tensor | None) -> Tensor:
