@@ -51,7 +51,12 @@ def layer_step(channels: int, keywords: dict[str, Any], **given: Any) -> dict[st
     return step(SyncBatchNorm(channels, **keywords), **given)
 
 
-def in_groups(sizes: list[int], parts: dict[int, list[Tensor]], keywords: dict[str, Any]) -> Any:
+def in_groups(
+    sizes: list[int],
+    parts: dict[int, list[Tensor]],
+    keywords: dict[str, Any],
+    masks: dict[int, list[Tensor]] | None = None,
+) -> Any:
     """Running statistics of the same batch over the first n ranks, for every n of `sizes`."""
     rank, found = dist.get_rank(), {}
     for size in sizes:
@@ -60,7 +65,7 @@ def in_groups(sizes: list[int], parts: dict[int, list[Tensor]], keywords: dict[s
             part = parts[size][rank]
             layer = SyncBatchNorm(part.shape[1], process_group=group, momentum=1.0, **keywords)
             layer.double()
-            y = layer(part)
+            y = layer(part, mask=None if masks is None else masks[size][rank])
             found[size] = (layer.running_mean, layer.running_var, y.detach())
         dist.barrier()
     return found
@@ -78,11 +83,32 @@ def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]], scale: list[fl
     return {k: v.clone() for k, v in model.module.state_dict().items()}
 
 
-def raise_in_layer(channels: int, x: Tensor, name: str) -> Any:
+def raise_in_layer(channels: int, name: str, reproducible: bool, **given: Tensor) -> Any:
     net = nn.Sequential(nn.BatchNorm1d(channels))
     net = nn.ModuleDict({name: net})
-    convert(net, sync=True)
-    return net[name](x)
+    convert(net, sync=True, reproducible=reproducible)
+    x = given.pop("x")
+    return net[name][0](x, **given)
+
+
+def gradients_where_needed(x: Tensor, need: bool) -> Any:
+    x = x.clone().requires_grad_(need)
+    SyncBatchNorm(x.shape[1])(x).pow(3).sum().backward()
+    return x.grad
+
+
+def negated(x: Tensor, lazily: bool) -> Any:
+    """y and the gradient, where both x and the gradient of y are negated."""
+    pair = torch.complex(torch.zeros_like(x), x)
+    x = pair.conj().imag if lazily else -x
+    x = x.detach().requires_grad_()
+    y = SyncBatchNorm(x.shape[1])(x)
+    y.backward(pair.conj().imag if lazily else -pair.imag)
+    return y.detach(), x.grad
+
+
+def transformed(x: Tensor) -> Any:
+    return torch.func.vmap(SyncBatchNorm(x.shape[1]))(x[None])
 
 
 def leave(rank_that_leaves: int, how: str, backward: bool = False) -> Any:
@@ -118,4 +144,6 @@ def compiled(x: Tensor) -> Any:
     other = copy.deepcopy(model)
     a = torch.compile(model, backend="eager")(x)
     b = other(x)
-    return float((a - b).abs().max().detach()), torch.equal(model[1].running_mean, other[1].running_mean)
+    return float((a - b).abs().max().detach()), torch.equal(
+        model[1].running_mean, other[1].running_mean
+    )

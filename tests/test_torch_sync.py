@@ -52,11 +52,15 @@ def parts_at_far_means(seed: int = 0, spatial: tuple[int, ...] = (4, 4)) -> list
 
 
 def one_process(
-    parts: list[Tensor], grads: list[Tensor], keywords: dict[str, Any], **more: Any
+    parts: list[Tensor],
+    grads: list[Tensor],
+    keywords: dict[str, Any],
+    kind: type[nn.Module] = BatchNorm2d,
+    **more: Any,
 ) -> dict[str, Any]:
     """The whole batch in float64 on one process."""
     keywords = {k: v for k, v in keywords.items() if k != "reproducible"}
-    layer = BatchNorm2d(C, **keywords).double()
+    layer = kind(C, **keywords).double()
     x = torch.cat(parts).double().requires_grad_()
     residual = more.get("residual")
     if residual is not None:
@@ -146,6 +150,62 @@ def test_narrow_inputs_have_the_statistics_of_one_process(four, dtype):
     assert off(out[3]["running_var"], right["running_var"]) < 2e-6
 
 
+@pytest.mark.parametrize("force_torch", [False, True], ids=["core", "torch"])
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("spatial", [(), (4, 4)])
+def test_weights_on_some_ranks_only(four, spatial, reproducible, force_torch):
+    parts = parts_at_far_means(spatial=spatial)
+    g = torch.Generator().manual_seed(10)
+    grads = [torch.randn(p.shape, generator=g) for p in parts]
+    masks = [
+        None if rank == 2 else 500 * torch.rand(p.shape[0], *spatial, generator=g)
+        for rank, p in enumerate(parts)
+    ]
+    given = [{"x": p, "grad": q, "mask": m} for p, q, m in zip(parts, grads, masks, strict=True)]
+    keywords = {"reproducible": reproducible}
+    out = four.run("layer_step", *given, channels=C, keywords=keywords, force_torch=force_torch)
+    whole = torch.cat(
+        [
+            torch.ones(p.shape[0], *spatial) if m is None else m
+            for p, m in zip(parts, masks, strict=True)
+        ]
+    )
+    right = one_process(parts, grads, {}, kind=BatchNorm2d if spatial else BatchNorm1d, mask=whole)
+    assert_like_one(out, right, 2e-6)
+
+
+def test_rank_whose_input_needs_no_gradient_exchanges_them_all_the_same(four):
+    parts = parts_at_far_means()
+    out = four.run(
+        "gradients_where_needed", *[{"x": p, "need": rank != 1} for rank, p in enumerate(parts)]
+    )
+    x = torch.cat(parts).double().requires_grad_()
+    BatchNorm2d(C).double()(x).pow(3).sum().backward()
+    assert out[1] is None
+    assert off(torch.cat([out[0], out[2], out[3]]), x.grad) < 2e-6
+
+
+def test_negated_views_are_read_as_they_are(four):
+    parts = parts_at_far_means()
+    plain = four.run("negated", *[{"x": p, "lazily": False} for p in parts])
+    lazy = four.run("negated", *[{"x": p, "lazily": True} for p in parts])
+    for a, b in zip(plain, lazy, strict=True):
+        assert torch.allclose(a[0], b[0], atol=1e-5)
+        assert torch.allclose(a[1], b[1], atol=1e-5)
+
+
+def test_equal_parts_have_no_variance():
+    # Of three parts with these counts, the squares' difference was below zero.
+    g = torch.Generator().manual_seed(11)
+    for _ in range(1000):
+        parts = torch.zeros(int(torch.randint(2, 9, (), generator=g)), 4).double()
+        parts[:, 1] = torch.randint(1, 50, (len(parts),), generator=g)
+        parts[:, 2] = torch.rand((), generator=g).double() * 1e30
+        statistics = sync._merged(parts)
+        assert statistics[0, 1, 0] == parts[0, 2]
+        assert statistics[0, 3, 0] == 0
+
+
 def test_ranks_that_bring_nothing_at_all(four):
     nothing = [torch.zeros(0, C, 2, 2)] * 4
     out = four.run("layer_step", *[{"x": p, "grad": p} for p in nothing], channels=C, keywords={})
@@ -205,6 +265,45 @@ def test_one_value_is_normalized_by_the_population_where_asked(four):
     )
     assert torch.allclose(out[2]["y"], torch.full((1, C), 3.0), atol=1e-4)
     assert {int(rank["tracked"]) for rank in out} == {0}
+
+
+def test_one_value_is_told_by_its_number_and_not_by_its_weight(four):
+    parts = [torch.randn(1, C, generator=torch.Generator().manual_seed(r)) for r in range(4)]
+    weights = [torch.tensor([w]) for w in (0.25, 0.5, 0.25, 0.0)]
+    given = [{"x": p, "grad": p, "mask": w} for p, w in zip(parts, weights, strict=True)]
+    out = four.run("layer_step", *given, channels=C, keywords={})
+    right = one_process(parts, parts, {}, kind=BatchNorm1d, mask=torch.cat(weights))
+    assert off(torch.cat([rank["y"] for rank in out]), right["y"]) < 2e-6
+    for k in range(3):
+        given[k]["mask"] = torch.zeros(1)
+    given[3]["mask"] = torch.tensor([2.0])
+    out = four.run("layer_step", *given, channels=C, keywords={})
+    assert [error for error, _ in out] == ["ShapeError"] * 4
+
+
+@pytest.mark.parametrize("spatial", [(), (0,)])
+@pytest.mark.parametrize("channels", [0, C])
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_axes_without_values(four, reproducible, channels, spatial):
+    x = torch.zeros(4, channels, *spatial)
+    out = four.run(
+        "layer_step", x=x, grad=x, channels=channels, keywords={"reproducible": reproducible}
+    )
+    for rank in out:
+        assert rank["y"].shape == x.shape
+        assert rank["grad_x"].shape == x.shape
+
+
+def test_one_value_for_its_group_takes_the_population_where_asked(four):
+    parts = [torch.full((1 if rank == 2 else 4, C), 3.0) for rank in range(4)]
+    out = four.run(
+        "layer_step",
+        *[{"x": p, "grad": p} for p in parts],
+        channels=C,
+        keywords={"on_single": "population", "group_size": 2},
+    )
+    assert torch.allclose(out[2]["y"], torch.full((1, C), 3.0), atol=1e-4)
+    assert torch.allclose(out[0]["running_mean"], torch.full((C,), 0.3))
 
 
 def test_one_value_in_each_rank_is_a_batch(four):
@@ -267,6 +366,40 @@ def test_reproducible_statistics_in_one_process_are_right():
     assert torch.isfinite(y).all()
 
 
+def test_reproducible_statistics_with_weights_are_the_same_for_any_division(four):
+    g = torch.Generator().manual_seed(12)
+    x = torch.randn(19, C, 5, generator=g) + 1e2
+    mask = (1e4 * torch.rand(19, 5, generator=g)).round()
+    mask[3:9] = 0
+    orders = {n: torch.randperm(19, generator=g) for n in (1, 2, 4)}
+    parts = {n: list(x[order].tensor_split(n)) for n, order in orders.items()}
+    masks = {n: list(mask[order].tensor_split(n)) for n, order in orders.items()}
+    out = four.run(
+        "in_groups", sizes=[1, 2, 4], parts=parts, masks=masks, keywords={"reproducible": True}
+    )
+    mean, var, _ = out[0][1]
+    right = Moments.of(x.numpy(), weights=mask.double().numpy())
+    assert off(mean, torch.from_numpy(right.mean.copy())) < 1e-12
+    assert off(var, torch.from_numpy(right.var(ddof=1))) < 1e-9
+    for found in out:
+        for m, v, _ in found.values():
+            assert torch.equal(m, mean)
+            assert torch.equal(v, var)
+
+
+@pytest.mark.parametrize("scale", [1e-290, 1e-160, 1e150, 1e200, 1e300, 1e308])
+def test_reproducible_statistics_of_any_magnitude(scale):
+    x = torch.rand(33, 2, generator=torch.Generator().manual_seed(13)).double() - 0.5
+    layer = SyncBatchNorm(2, reproducible=True, momentum=1.0, on_nonfinite="propagate").double()
+    layer(x * scale)
+    if scale < 1e300:
+        assert off(layer.running_mean / scale, x.mean(0)) < 1e-12
+    if scale < 1e154:
+        assert torch.allclose(layer.running_var, x.var(0) * scale * scale, rtol=1e-9)
+    else:  # the square overflows, which no finite number may hide
+        assert not torch.isfinite(layer.running_var).any()
+
+
 @pytest.mark.parametrize("constant", [0.0, 1e7, -1e30, 1e-30])
 def test_reproducible_statistics_of_a_constant_are_exact(constant):
     layer = SyncBatchNorm(1, reproducible=True, momentum=1.0)
@@ -288,7 +421,7 @@ def test_merged_parts_are_those_of_moments():
     g = torch.Generator().manual_seed(6)
     parts = [torch.randn(n, C, generator=g).double() + 1e6 * n for n in (1, 7, 0, 30)]
     blocks = [torch.from_numpy(kernels.moments(p, None))[0] for p in parts]
-    found = sync._merged(sync._message_of(b) for b in blocks)
+    found = sync._merged(torch.stack([sync._message_of(0, b) for b in blocks]))
     right = kernels.as_moments(kernels.moments(torch.cat(parts), None)[0])
     merged = kernels.as_moments(found[0].numpy())
     assert merged.count.tolist() == right.count.tolist()
@@ -347,20 +480,39 @@ def test_checkpointed_forward_counts_once(four, reentrant):
         assert torch.isfinite(grad).all()
 
 
+def test_transforms_of_functions_are_refused_with_the_reason(four):
+    for error, message in four.run("transformed", x=torch.randn(4, C)):
+        assert error == "RuntimeError"
+        assert "torch.func" in message
+
+
 def test_compiled_model_exchanges_all_the_same(four):
     x = torch.randn(16, C, generator=torch.Generator().manual_seed(9))
     out = four.run("compiled", *[{"x": part} for part in x.split(4)])
     assert out == [(0.0, True)] * 4
 
 
-def test_rank_that_raises_in_the_layer_ends_the_others_at_once(four):
-    good, bad = torch.randn(4, C), torch.randn(4, C + 1)
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"x": torch.randn(4, C + 1)},
+        {"x": torch.randn(4)},
+        {"x": torch.ones(4, C, dtype=torch.int64)},
+        {"mask": torch.tensor([-1.0, 1.0, 1.0, 1.0])},
+        {"residual": torch.randn(5, C)},
+    ],
+    ids=["channels", "rank", "type", "mask", "residual"],
+)
+def test_rank_that_raises_in_the_layer_ends_the_others_at_once(four, bad, reproducible):
+    good = {"x": torch.randn(4, C)}
     begin = time.monotonic()
     out = four.run(
         "raise_in_layer",
-        *[{"x": bad if rank == 1 else good} for rank in range(4)],
+        *[{**good, **bad} if rank == 1 else good for rank in range(4)],
         channels=C,
         name="stem",
+        reproducible=reproducible,
     )
     assert time.monotonic() - begin < 20
     assert out[1][0] != "SynchronizationError"
@@ -384,7 +536,7 @@ def test_rank_that_does_not_come_ends_the_others_with_the_layers_name(how, backw
         for rank in (0, 2):
             error, message = ranks.result(rank)
             assert error == "SynchronizationError"
-            assert message.startswith(f"features.bn: rank {rank} of 3 waited in vain")
+            assert message.startswith(f"features.bn: rank {rank} of 3 could not exchange")
     finally:
         ranks.close()
 
@@ -426,6 +578,7 @@ def test_convert_synchronizes_and_revert_undoes_it():
     assert net[1] is layer
     assert type(net[1]) is SyncBatchNorm
     assert net[1].reproducible
+    assert net[3].reproducible
     assert net[1].activation == "relu"
     assert "; synchronized" in str(explain(net))
     revert(net)
@@ -441,6 +594,13 @@ def test_converted_layers_keep_their_options_when_synchronized():
     net = convert(nn.Sequential(nn.BatchNorm1d(C)), group_size=4, on_single="population")
     convert(net, sync=True)
     assert (net[0].group_size, net[0].on_single) == (4, "population")
+
+
+def test_torchs_way_to_convert_makes_layers_of_ours():
+    net = nn.Sequential(nn.Linear(4, C), nn.BatchNorm1d(C), nn.ReLU())
+    assert SyncBatchNorm.convert_sync_batchnorm(net) is net
+    assert type(net[1]) is SyncBatchNorm
+    assert type(net[2]) is nn.ReLU
 
 
 @pytest.mark.parametrize("option", [{"process_group": object()}, {"reproducible": True}])

@@ -130,7 +130,8 @@ def convert(
         Make every layer a `SyncBatchNorm`, which shares its batch with other processes; layers that
         are ours already become one, too, and keep their options.
     process_group, reproducible
-        Of the layers that `sync` makes, as in `SyncBatchNorm`.
+        Of the layers that `sync` makes, as in `SyncBatchNorm`; torch's own SyncBatchNorm keeps its
+        process group.
 
     Returns
     -------
@@ -165,6 +166,8 @@ def convert(
     for name, module in layers.items():
         if type(module) in _OURS:
             _adopt(module, name, on_nonfinite, on_single, group_size)
+            if isinstance(module, SyncBatchNorm):
+                module.reproducible = reproducible
         if sync and not isinstance(module, SyncBatchNorm):
             _synchronize(module, process_group, reproducible)
     _fuse(model, fusions)

@@ -112,7 +112,7 @@ def given_statistics(mean: Tensor, var: Tensor) -> Statistics:
 def moments(x: Tensor, mask: Tensor | None) -> Statistics:
     """The statistics (1, 4, C) of x, (N, C, *S); `mask` as in `forward`."""
     if mask is not None:
-        _check_mask(mask)
+        check_mask(mask)
     mean, low, var = np.empty((3, x.shape[1]))
     weights = None if mask is None else _weights(mask, x)
     count = _core.forward(_seen(x), None, 1, 0.0, mean, low, var, weights=weights)
@@ -137,7 +137,7 @@ def forward(
     """
     eps, group_size, activation, slope = form
     if mask is not None:
-        _check_mask(mask)
+        check_mask(mask)
         if int(torch.count_nonzero(mask)) == 1:
             raise ShapeError(
                 "Expected more than 1 value per channel when training, got one under the mask, "
@@ -174,7 +174,7 @@ def normalize(
     """Normalize by given statistics."""
     eps, group_size, activation, slope = form
     if mask is not None:
-        _check_mask(mask)
+        check_mask(mask)
     y = empty_like(x)
     _core.layer_normalize(
         _seen(x),
@@ -300,7 +300,7 @@ def backward_by_sums(
         _seen(x),
         _seen(grad_x),
         1,
-        float(count[0]),
+        float(count[:1].sum()),
         mean,
         low,
         var,
@@ -479,7 +479,8 @@ def _weights(mask: Tensor, x: Tensor) -> Any:
     return _seen(mask.unsqueeze(1).expand(x.shape))
 
 
-def _check_mask(mask: Tensor) -> None:
+def check_mask(mask: Tensor) -> None:
+    """Refuse weights that are no weights."""
     if mask.numel() and not (bool(torch.isfinite(mask).all()) and float(mask.min()) >= 0):
         raise ArgumentError(
             "mask must be finite and not negative; use 0 to leave a value out, got values from "

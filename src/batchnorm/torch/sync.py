@@ -8,7 +8,7 @@ the layer of one process: the same kernels, with a count that is everybody's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -102,6 +102,16 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
         self.process_group = process_group
         self.reproducible = reproducible
 
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """`convert` without fusion; torch's own would make layers of torch's."""
+        from .convert import convert
+
+        return convert(module, fuse=False, sync=True, process_group=process_group)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Nothing yet: `_layer` does, where it can tell the other processes."""
+
     def _is_single(self, x: Tensor, mask: Tensor | None) -> bool:
         return False if self._group() else super()._is_single(x, mask)
 
@@ -129,6 +139,7 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
         group = self._group() if batch and self.training else None
         tensors = (x, running_mean, running_var, weight, bias)
         if group is None:
+            super()._check_input_dim(x)
             return functional.layer(*tensors, batch, form, residual, mask)
         run = _together
         if torch.compiler.is_compiling():
@@ -161,31 +172,48 @@ def _together(
     def measure() -> Tensor:
         """What this process brings: checked, so that whoever raises does so before the others."""
         nonlocal weights, y
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{group.name} exchanges statistics here, which torch.func's transforms cannot "
+                "follow. They can in evaluation, or where it is frozen."
+            )
+        nn.SyncBatchNorm._check_input_dim(layer, x)
         vectors = (running_mean, running_var, weight, bias)
-        functional.check(x, *vectors, True, form, alone=by_group)
+        single = by_group and layer.on_single == "population" and Layer._is_single(layer, x, mask)
+        single = single and running_mean is not None
+        functional.check(x, *vectors, not single, form, alone=by_group)
         if x.shape[1] != channels:
             raise ShapeError(f"input must have {channels} channels, got {tuple(x.shape)}.")
+        if not x.is_floating_point():
+            functional.layer(x, *vectors, True, form)  # torch refuses it
         if by_group:
-            y, statistics = functional.layer(x, *vectors, True, form, residual, mask)
-            groups = torch.as_tensor(statistics)
-            if len(groups) > 1:
-                groups = _merged(_message_of(part) for part in groups)
-            return groups
-        weights = None if mask is None else functional.as_weights(mask, x)
+            y, of_groups = functional.layer(x, *vectors, not single, form, residual, mask)
+            if of_groups is None:
+                return _message_of(0, torch.zeros(4, channels, device=x.device))
+            parts = [_message_of(0, part) for part in torch.as_tensor(of_groups).double()]
+            return parts[0] if len(parts) == 1 else _message_of(0, _merged(torch.stack(parts))[0])
         if residual is not None:
             functional.check_residual(x, residual)
+        values = x.numel() // max(channels, 1)
+        if mask is not None:
+            weights = functional.as_weights(mask, x)
+            if x.device.type == "cpu" or layer.reproducible:
+                kernels.check_mask(weights)
+        seen = values if weights is None else torch.count_nonzero(weights)
         if layer.reproducible:
-            return _columns(x, weights)
-        return functional.statistics_of(x.detach(), weights)
+            return _extent_of(seen, values, x.detach(), weights)
+        return _message_of(seen, functional.statistics_of(x.detach(), weights)[0])
 
-    if layer.reproducible and not by_group:
-        statistics = _reproducible(measure, weights_of=lambda: weights, group=group, like=x)
+    reproducible = layer.reproducible and not by_group
+    length = 3 + channels if reproducible else 2 + 2 * channels
+    parts = group.gather(measure, length, x.device)
+    if reproducible:
+        statistics = _reproducible(x.detach(), weights, parts, group)
     else:
-        parts = group.gather(lambda: _message_of(measure()[0]), 1 + 2 * channels, x.device)
         statistics = _merged(parts)
     if y is not None:
         return y, statistics
-    if x.device.type == "cpu" and bool((statistics[0, 0] == 1).any()):
+    if x.device.type == "cpu" and float(parts[:, 0].sum()) == 1:
         if layer.on_single == "population" and running_mean is not None:
             alone = functional.layer(
                 x, running_mean, running_var, weight, bias, False, form, residual, mask
@@ -255,33 +283,37 @@ class Group:
         except RuntimeError as error:
             rank = dist.get_rank(self.process_group)
             raise SynchronizationError(
-                f"{self.name}: rank {rank} of {self.size} waited in vain for the others' {what} "
-                f"({' '.join(str(error).split())}). Another process has ended, raised elsewhere, "
-                "or not called this layer; look at what it said."
+                f"{self.name}: rank {rank} of {self.size} could not exchange {what} "
+                f"({' '.join(str(error).split())}). If that tells no other reason, another process "
+                "has ended, raised elsewhere, or not called this layer; look at what it said."
             ) from error
 
 
-def _message_of(statistics: Tensor) -> Tensor:
-    """Count, mean and m2 as (1 + 2 C), of one group's (4, C)."""
+def _message_of(seen: Tensor | int, statistics: Tensor) -> Tensor:
+    """Number of values, count, mean and variance as (2 + 2 C), of one group's (4, C).
+
+    The count is the sum of the weights: it does not tell how many values there are.
+    """
     count, mean, _, var = statistics
-    return torch.cat([count[:1], mean, var * count])
+    numbers = torch.stack([torch.as_tensor(seen, device=mean.device).double(), count[:1].sum()])
+    return torch.cat([numbers, mean, var])
 
 
-def _merged(messages: Any) -> Tensor:
-    """The statistics (1, 4, C) of all parts, (parts, 1 + 2 C).
+def _merged(parts: Tensor) -> Tensor:
+    """The statistics (1, 4, C) of all parts, messages of (parts, 2 + 2 C).
 
     `Moments.merge` in tensors, so that no device has to be waited for: Chan, Golub & LeVeque
     (1979), with the correction of the two-pass algorithm.
     """
-    parts = messages if isinstance(messages, Tensor) else torch.stack(list(messages))
-    counts, (means, m2s) = parts[:, :1], parts[:, 1:].chunk(2, dim=1)
+    counts, (means, variances) = parts[:, 1:2], parts[:, 2:].chunk(2, dim=1)
     count = counts.sum(0)
     share = counts / torch.where(count > 0, count, 1.0)
     mean = (means * share).sum(0)
+    mean = mean + (torch.where(counts > 0, means - mean, 0.0) * share).sum(0)
+    # To the mean as it is now: equal parts differ by nothing then, and no square is subtracted.
     delta = torch.where(counts > 0, means - mean, 0.0)
-    rest = (delta * share).sum(0)
-    var = ((m2s / torch.where(count > 0, count, 1.0)) + share * delta * delta).sum(0) - rest * rest
-    return _block(count.expand_as(mean), mean + rest, torch.where(count > 0, var, 1.0))
+    var = (share * (variances + delta * delta)).sum(0)
+    return _block(count.expand_as(mean), mean, torch.where(count > 0, var, 1.0))
 
 
 def _block(count: Tensor, mean: Tensor, var: Tensor) -> Tensor:
@@ -294,109 +326,112 @@ def _block(count: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 _CHUNK = 1 << 16  # what fits a core's cache
 
 
-def _columns(x: Tensor, weights: Tensor | None) -> Tensor:
-    """Number of values, and the largest absolute value of each channel: (1 + C)."""
-    x = x.detach()
-    axes = [a for a in range(x.dim()) if a != 1]
-    seen = x if weights is None else torch.where(weights.unsqueeze(1) > 0, x, 0.0)
-    count = x.numel() // max(x.shape[1], 1)
-    largest = seen.abs().amax(axes).double() if count else x.new_zeros(x.shape[1]).double()
-    return torch.cat([largest.new_tensor([count]), largest])
+def _extent_of(seen: Tensor | int, values: int, x: Tensor, weights: Tensor | None) -> Tensor:
+    """Number of values seen and of all, the largest weight and value of each channel: (3 + C)."""
+    largest = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    if x.numel():
+        axes = [a for a in range(x.dim()) if a != 1]
+        x = x if weights is None else torch.where(weights.unsqueeze(1) > 0, x, 0.0)
+        largest = x.abs().amax(axes).double()
+    top: Tensor | float = 1.0
+    if weights is not None:
+        top = weights.max() if weights.numel() else 0.0
+    numbers = [torch.as_tensor(v, device=x.device).double() for v in (seen, values, top)]
+    return torch.cat([torch.stack(numbers), largest])
 
 
-def _reproducible(
-    measure: Callable[[], Tensor], weights_of: Callable[[], Tensor | None], group: Group, like: Any
-) -> Tensor:
-    """Statistics by sums of integers, which do not depend on the order.
+def _reproducible(x: Tensor, weights: Tensor | None, extents: Tensor, group: Group) -> Tensor:
+    """Statistics (1, 4, C) by sums of integers, which do not depend on the order.
 
-    A value is rounded to a multiple of 2^(E - k), E the exponent of the largest of its channel in
-    all processes and k as large as the sum's 62 bits allow. The second round, of differences to the
-    first one's mean, brings the rest as in the corrected two-pass algorithm.
+    The second round, of differences to the first one's mean, brings what rounding left off, as in
+    the corrected two-pass algorithm. `extents`: of all processes, (parts, 3 + C).
     """
-    x = like.detach()
-    channels = x.shape[1] if x.dim() > 1 else 0
+    bits = 62 - int(extents[:, 1].sum()).bit_length()
+    one = _power(bits - torch.frexp(extents[:, 2].max()).exponent)
+    largest = extents[:, 3:].amax(0)
+    finite = _usable(largest)
 
-    first = group.gather(measure, 1 + channels, x.device)
-    weights = weights_of()
-    bits = 62 - int(first[:, 0].sum().clamp(min=1)).bit_length()
-    largest = first[:, 1:].amax(0)
-    finite = torch.isfinite(largest)
     zero = torch.zeros_like(largest)
+    count, mean = _means(x, weights, zero, largest, one, 1, group)
+    mean = torch.where(finite, mean, 0.0)
 
-    (total,) = _sums(x, weights, zero, largest, bits, 1, group)
-    if weights is None:
-        count = first[:, 0].sum()
-    else:
-        # The weights are finite, and the largest is known well enough by one more number.
-        top = group.gather(
-            lambda: weights.max()[None] if weights.numel() else zero[:1], 1, x.device
-        )
-        scale = _power(bits - torch.frexp(top.max()).exponent)
-        count = group.add("weights", (weights * scale).round().long().sum()) / scale
-    some = torch.where(count > 0, count, 1.0)
-    mean = torch.where(finite, total / some, 0.0)
-
-    far = group.gather(lambda: _farthest(x, weights, mean), channels, x.device).amax(0)
-    rest, squares = _sums(x, weights, mean, far, bits, 2, group)
-    rest = rest / some
+    far = group.gather(lambda: _farthest(x, weights, mean), len(mean), x.device).amax(0)
+    finite &= _usable(far)
+    count, rest, square = _means(x, weights, mean, far, one, 2, group)
     # Below zero is only the rounding of a spread that is nothing beside the mean's own.
-    var = (squares / some - rest * rest).clamp(min=0)
+    var = (square - rest * rest).clamp(min=0)
     mean = torch.where(finite, mean + rest, math.nan)
     var = torch.where(finite, torch.where(count > 0, var, 1.0), math.nan)
-    return _block(count.expand_as(mean), mean, var)
+    return _block(count, mean, var)
 
 
-def _chunks(x: Tensor, weights: Tensor | None, mean: Tensor) -> Any:
-    """Differences to the mean as (examples, C, values), and weights beside them."""
-    n = max(1, _CHUNK // max(1, math.prod(x.shape[1:])))
-    for begin in range(0, x.shape[0], n):
-        part = (
-            x[begin : begin + n].double().flatten(2)
-            if x.dim() > 2
-            else (x[begin : begin + n].double().unsqueeze(2))
-        )
-        w = None if weights is None else weights[begin : begin + n].flatten(1).unsqueeze(1)
-        part = part - mean[:, None]
-        if w is not None:
-            w = w if x.dim() > 2 else w.reshape(-1, 1, 1)
-            part = torch.where(w > 0, part, 0.0)
-        yield part, w
+def _chunks(
+    x: Tensor, weights: Tensor | None, shift: Tensor
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Differences to the shift as (examples, C, values), with weights (examples, 1, values)."""
+    if not x.numel():
+        return
+    n = max(1, _CHUNK // math.prod(x.shape[1:]))
+    for begin in range(0, len(x), n):
+        part = x[begin : begin + n].double()
+        part = part.reshape(*part.shape[:2], -1) - shift[:, None]
+        if weights is None:
+            yield part, None
+        else:
+            w = weights[begin : begin + n].reshape(len(part), 1, -1)
+            yield torch.where(w > 0, part, 0.0), w
 
 
-def _farthest(x: Tensor, weights: Tensor | None, mean: Tensor) -> Tensor:
-    far = torch.zeros_like(mean)
-    for part, _ in _chunks(x, weights, mean):
+def _farthest(x: Tensor, weights: Tensor | None, shift: Tensor) -> Tensor:
+    far = torch.zeros_like(shift)
+    for part, _ in _chunks(x, weights, shift):
         far = torch.maximum(far, part.abs().amax((0, 2)))
     return far
 
 
-def _sums(
+def _means(
     x: Tensor,
     weights: Tensor | None,
-    mean: Tensor,
+    shift: Tensor,
     largest: Tensor,
-    bits: int,
+    one: Tensor,
     powers: int,
     group: Group,
-) -> Tensor:
-    """Sums of the first `powers` powers of x - mean, (powers, C), the same for any division."""
-    usable = torch.isfinite(largest)
+) -> tuple[Tensor, ...]:
+    """Count, and the means of the first powers of x - shift, each (C,).
+
+    A value is rounded to a fraction of the largest one's power of two, a weight's product with it
+    to a multiple of 1 / one.
+    """
+    usable = _usable(largest)
     exponent = torch.frexp(torch.where(usable, largest, 0.0)).exponent
-    scales = [_power(bits - k * exponent) for k in range(1, powers + 1)]
-    sums = torch.zeros((powers, len(mean)), dtype=torch.int64, device=x.device)
-    for part, w in _chunks(x, weights, mean):
-        part = torch.where(usable[:, None], part, 0.0)
-        value = part if w is None else part * w
-        for k, scale in enumerate(scales):
-            sums[k] += (value * scale[:, None]).round().long().sum((0, 2))
+    unit, back = _power(-exponent), 1 / _power(-exponent)
+    sums = torch.zeros((1 + powers, len(shift)), dtype=torch.int64, device=x.device)
+    if weights is None:
+        sums[0] = (one * (x.numel() // max(len(shift), 1))).long()
+    else:
+        sums[0] = (weights * one).round().long().sum()
+    for part, w in _chunks(x, weights, shift):
+        part = torch.where(usable[:, None], part * unit[:, None], 0.0)
+        value = one if w is None else one * w
+        for k in range(1, 1 + powers):
             value = value * part
+            sums[k] += value.round().long().sum((0, 2))
     group.add("sums", sums)
-    return torch.stack([s.double() / scale for s, scale in zip(sums, scales, strict=True)])
+    total, *rest = sums.double()
+    some = torch.where(total > 0, total, 1.0)
+    means = [s / some * back for s in rest]
+    return (total / one, *(m * back if k else m for k, m in enumerate(means)))
 
 
 def _power(exponent: Tensor) -> Tensor:
     """2 to integers, exactly: by the bits of float64, for `pow` may be off in the last."""
     return ((exponent.long().clamp(-1000, 1000) + 1023) << 52).view(torch.float64)
+
+
+def _usable(largest: Tensor) -> Tensor:
+    """Where values up to these can be scaled by `_power`; a spread beyond overflows anyway."""
+    return largest < 2.0**1000
 
 
 # ---- autograd -----------------------------------------------------------------------------------
@@ -427,12 +462,11 @@ class _Together(torch.autograd.Function):
         call: _Call,
     ) -> Tensor:
         tensors = (weight, bias, residual, call.mask)
-        if kernels.fits(x, *tensors):
+        if _core_reads(x, *tensors):
             y = kernels.normalize(x, call.statistics.numpy(), *tensors, call.form)
         else:
-            y = _x_hat(x, call.statistics, call.form.eps)
-            y = _affine(y, weight, bias).to(x.dtype)
-            y = functional.finish(y, residual, call.mask, call.form)
+            y = _affine(_x_hat(x, call.statistics, call.form.eps), weight, bias)
+            y = functional.finish(y, residual, call.mask, call.form).to(x.dtype)
         ctx.save_for_backward(x, weight, bias, functional.saved_y(y, residual, call.form))
         ctx.call = call
         return y
@@ -444,7 +478,7 @@ class _Together(torch.autograd.Function):
         x, weight, bias, y = ctx.saved_tensors
         need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
         grad_y = grad_y.to(x.dtype)
-        core = kernels.fits(grad_y, x, weight, bias, y, call.mask)
+        core = _core_reads(grad_y, x, weight, bias, y, call.mask)
         arguments = (weight, bias, y, call.mask, call.form)
         if core:
             statistics = call.statistics.numpy()
@@ -455,7 +489,8 @@ class _Together(torch.autograd.Function):
             pair = (grad_z, grad_z * x_hat)
             sums = torch.stack([v.sum(axes, dtype=torch.float64) for v in pair])
         own = sums.clone()
-        if need_x:
+        # Others may need these for their x, though this one needs no gradient: it may be empty.
+        if need_x or need_weight or need_bias:
             call.group.add("sums of gradients", sums)
         grad_x = grad_residual = None
         passed = need_residual and call.form.activation == IDENTITY and call.mask is None
@@ -479,6 +514,10 @@ class _Together(torch.autograd.Function):
 
 
 _apply: Any = _Together.apply
+
+
+def _core_reads(*tensors: Tensor | None) -> bool:
+    return kernels.fits(*tensors) and kernels.plain(*tensors)
 
 
 # ---- what the core does not read, in torch's operations -----------------------------------------
