@@ -1,11 +1,9 @@
 """What was found: a table, a summary of the claims, and files that are whole or not there."""
 
-import contextlib
 import csv
 import io
 import json
 import math
-import os
 import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -13,6 +11,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from batchnorm.atomic import write_all
 from batchnorm.bench.cases import ARRAYS_MOVED, Op
 from batchnorm.bench.harness import (
     COPY,
@@ -339,26 +338,6 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return "" if math.isnan(value) else f"{value:.6g}"
     return value
-
-
-def write_all(contents: dict[Path, bytes]) -> None:
-    """Write files so that each of them is whole or untouched, whatever happens in between.
-
-    All are written beside their final place first, and renamed when none is left to write.
-    """
-    pending: dict[Path, Path] = {}
-    try:
-        for path, content in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            pending[path] = beside
-            beside.write_bytes(content)
-        for path, beside in pending.items():
-            os.replace(beside, path)
-    finally:
-        for beside in pending.values():
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
 
 
 def prepare_directory(directory: Path) -> None:

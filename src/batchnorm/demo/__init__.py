@@ -16,15 +16,14 @@ network is NumPy matrix products and this library's `BatchNorm`; PyTorch is not 
 from __future__ import annotations
 
 import importlib.util
-import os
 import time
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from batchnorm.atomic import check_place, replacing
 from batchnorm.demo.data import Digits, ShiftedBatches, load_digits
 from batchnorm.demo.gradient_check import check_gradients
 from batchnorm.demo.inference import measure_inference
@@ -120,7 +119,7 @@ def run(
     _check_count("steps", steps, MIN_STEPS)
     _check_count("seed", seed, 0)
     out = Path(out)
-    _check_out(out)
+    check_place(out, "an HTML file", "demo.html")
 
     from rich.console import Console
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -235,46 +234,9 @@ def _check_count(name: str, value: object, least: int) -> None:
         )
 
 
-def _check_out(out: Path) -> None:
-    """Refuse a path that could not be written in the end, before anything is trained."""
-    if out.exists() and not out.is_file():
-        kind = "a directory" if out.is_dir() else "neither a file nor free"
-        raise ArgumentError(
-            f"out must be the path of an HTML file to write, got {str(out)!r}, which is {kind}. "
-            f"Name a file, such as {str(out / 'demo.html' if out.is_dir() else 'demo.html')!r}."
-        )
-    parent = out.parent
-    if not parent.is_dir():
-        raise ArgumentError(
-            f"out must lie in an existing directory, got {str(out)!r}, but {str(parent)!r} is "
-            "none. Create the directory first, or name another."
-        )
-    # Permission bits do not tell all (a superuser, a read-only file system): try.
-    trial = _sibling(out)
-    try:
-        trial.touch(exist_ok=False)
-        trial.unlink()
-    except OSError as error:
-        raise ArgumentError(
-            f"out must lie in a writable directory, got {str(out)!r}, but nothing can be written "
-            f"in {str(parent)!r} ({error.strerror}). Change its permissions, or name another."
-        ) from error
-
-
-def _sibling(out: Path) -> Path:
-    return out.with_name(f".{out.name}.{os.getpid()}.tmp")
-
-
 def _write(out: Path, text: str) -> None:
-    """Write `out` in one stroke: whoever looks sees the old file or the new one, never a part."""
-    beside = _sibling(out)
-    try:
+    with replacing(out) as beside:
         beside.write_text(text, encoding="utf-8")
-        os.replace(beside, out)
-    except BaseException:  # Ctrl-C included
-        with suppress(OSError):
-            beside.unlink()
-        raise
 
 
 def _progress(console: rich.console.Console) -> rich.progress.Progress:
