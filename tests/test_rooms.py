@@ -17,15 +17,34 @@ CORE = {
     "errors": set(),
     "_version": set(),
     "native": {"_core", "errors", "_version"},
-    "moments": {"_core", "errors", "native"},
+    "moments": {"_core", "errors", "native", "dataset"},  # the last for Dask arrays, when they come
     "functional": {"_core", "errors", "native", "moments"},
     "reference": {"errors", "moments"},
     "folding": {"errors", "moments"},
     "layer": {"errors", "native", "moments", "functional"},
+    "atomic": {"errors"},
 }
-FRAMEWORKS = {"torch", "jax", "flax", "tensorflow", "keras", "onnx", "dask"}
+FRAMEWORKS = {
+    "torch",
+    "jax",
+    "flax",
+    "tensorflow",
+    "keras",
+    "onnx",
+    "dask",
+    "distributed",
+    "pyarrow",
+}
 PRESENTATION = {"typer", "rich", "altair", "vl_convert", "pandas", "mlxtend"}
-PRESENTS = {"cli", "demo", "bench", "report", "study", "__main__"}  # rooms that may load those
+PRESENTS = {
+    "cli",
+    "demo",
+    "bench",
+    "report",
+    "study",
+    "progress",
+    "__main__",
+}  # rooms that may load those
 
 
 def _room(path):
@@ -63,6 +82,12 @@ def test_rooms_core_module_imports_only_what_stands_below_it(name):
 def test_rooms_core_module_imports_numpy_and_the_standard_library_alone(name):
     outside = {m.split(".")[0] for m, _ in _imports(Path(f"{name}.py"))} - {"batchnorm"}
     assert outside <= {"numpy"} | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if _room(p) == "dataset"], ids=str)
+def test_rooms_dataset_imports_the_core_alone(path):
+    inside = {m.split(".")[1] for m, _ in _imports(path) if m.startswith("batchnorm.")}
+    assert inside <= {*CORE, "dataset"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
@@ -103,7 +128,7 @@ def test_rooms_importing_batchnorm_loads_no_other_package(loaded, name):
     assert name not in loaded
 
 
-@pytest.mark.parametrize("name", ["cli", "demo", "bench", "reference", "folding"])
+@pytest.mark.parametrize("name", ["cli", "demo", "bench", "reference", "folding", "dataset"])
 def test_rooms_importing_batchnorm_loads_no_room_that_it_does_not_need(loaded, name):
     assert f"batchnorm.{name}" not in loaded
 

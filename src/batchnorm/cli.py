@@ -17,6 +17,9 @@ from batchnorm.errors import BatchNormError
 
 if TYPE_CHECKING:
     import typer
+    from rich.console import Console
+
+    from batchnorm.dataset import Statistics
 
 DONE, FOUND_WRONG, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -245,4 +248,153 @@ def _bench(app: "typer.Typer") -> None:
         return FOUND_WRONG if results.troubles else DONE
 
 
-SUBCOMMANDS = (_demo, _bench)
+def _stats(app: "typer.Typer") -> None:
+    import typer
+
+    @app.command()
+    def stats(
+        files: Annotated[
+            list[Path],
+            typer.Argument(help=".npy, .npz, .csv or .parquet files, or folders of them."),
+        ],
+        out: Annotated[
+            Path | None,
+            typer.Option(
+                help="Where to save the statistics, .npz or .json. If the run is interrupted, the "
+                "same command goes on after the files that were done."
+            ),
+        ] = None,
+        channel_axis: Annotated[
+            int, typer.Option(help="Axis of the features in arrays; -1 is the last.")
+        ] = 1,
+        missing: Annotated[
+            str, typer.Option(help="What to do about NaN and null: refuse or skip.")
+        ] = "refuse",
+        columns: Annotated[
+            str | None, typer.Option(help="Columns of tables; all if left out.", metavar="A,B")
+        ] = None,
+        header: Annotated[
+            bool, typer.Option(help="Whether .csv files begin with a line of names.")
+        ] = True,
+        array: Annotated[
+            str | None, typer.Option(help="Which array of .npz files.", metavar="NAME")
+        ] = None,
+        dask: Annotated[
+            str | None,
+            typer.Option(
+                help="Run on the Dask cluster whose scheduler is at this address. Its workers must "
+                "reach the files by the same paths.",
+                metavar="ADDRESS",
+            ),
+        ] = None,
+    ) -> None:
+        """Measure count, mean and deviation of each feature of files larger than memory."""
+        import contextlib
+        import time
+
+        from rich.console import Console
+
+        from batchnorm import dataset
+        from batchnorm.progress import bar
+
+        with contextlib.ExitStack() as stack:
+            client = None
+            if dask is not None:
+                from batchnorm.dataset.cluster import connect
+
+                client = stack.enter_context(connect(dask))
+            begin = time.perf_counter()
+            progress = stack.enter_context(bar(in_bytes=True))
+            found = dataset.measure(
+                files,
+                channel_axis=channel_axis,
+                missing=missing,
+                columns=_names(columns),
+                header=header,
+                array=array,
+                out=out,
+                client=client,
+                progress=progress,
+                note=lambda text: print(f"batchnorm: {text}", file=sys.stderr),
+            )
+        seconds = time.perf_counter() - begin
+        console = Console(highlight=False, markup=False)
+        _show_statistics(found, console)
+        console.print(f"{_many(len(found.files), 'file')} in {seconds:.1f} s", soft_wrap=True)
+        if out is not None:
+            console.print(f"wrote {out}", soft_wrap=True)
+
+
+def _normalize(app: "typer.Typer") -> None:
+    import typer
+
+    @app.command()
+    def normalize(
+        file: Annotated[
+            Path, typer.Argument(help="A .npy, .npz, .csv or .parquet file, or a folder of them.")
+        ],
+        stats: Annotated[Path, typer.Option(help="Statistics that 'batchnorm stats' has saved.")],
+        out: Annotated[Path, typer.Option(help="The file to write, or the folder for a folder.")],
+        eps: Annotated[float, typer.Option(help="Added to the variance, inside the root.")] = 1e-5,
+        dtype: Annotated[
+            str | None,
+            typer.Option(help="float16, float32 or float64; that of the data if left out."),
+        ] = None,
+        channel_axis: Annotated[
+            int | None, typer.Option(help="Axis of the features; as it was measured if left out.")
+        ] = None,
+        header: Annotated[
+            bool, typer.Option(help="Whether .csv files begin with a line of names.")
+        ] = True,
+        array: Annotated[
+            str | None, typer.Option(help="Which array of a .npz file.", metavar="NAME")
+        ] = None,
+    ) -> None:
+        """Subtract the mean of each feature and divide by its deviation, as measured by stats."""
+        from batchnorm import dataset
+        from batchnorm.progress import bar
+
+        statistics = dataset.Statistics.load(stats)
+        with bar(in_bytes=True) as progress:
+            dataset.normalize(
+                file,
+                statistics,
+                out,
+                eps=eps,
+                dtype=dtype,
+                channel_axis=channel_axis,
+                header=header,
+                array=array,
+                progress=progress,
+            )
+        print(f"wrote {out}")
+
+
+def _show_statistics(found: "Statistics", console: "Console") -> None:
+    """Print a table of the features, of many the first."""
+    import rich.box
+    from rich.table import Table
+
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("feature")
+    for title in ("count", "missing", "mean", "std"):
+        table.add_column(title, justify="right")
+    rows = zip(found.count, found.missing, found.mean, found.std(), strict=True)
+    for k, (count, missing, mean, std) in enumerate(rows):
+        if k == SHOWN:
+            break
+        name = found.names[k] if found.names else str(k)
+        table.add_row(name, f"{count:.0f}", str(missing), f"{mean:.8g}", f"{std:.8g}")
+    console.print(table)
+    if found.features > SHOWN:
+        console.print(f"and {_many(found.features - SHOWN, 'feature')} more")
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+#: Features of which `stats` prints a line.
+SHOWN = 20
+
+SUBCOMMANDS = (_demo, _bench, _stats, _normalize)

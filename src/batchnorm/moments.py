@@ -79,7 +79,8 @@ class Moments:
         Parameters
         ----------
         x : (N, C, *S)
-            Any strides; channel-first and channel-last are read in place.
+            Any strides; channel-first and channel-last are read in place. A Dask array is measured
+            chunk by chunk, on whatever runs it.
         channel_axis : int
             The axis that is kept.
         weights : broadcasts to (N, *S)
@@ -100,6 +101,10 @@ class Moments:
         DTypeError
             `x` or `weights` are not real numbers.
         """
+        if hasattr(x, "__dask_graph__"):
+            from .dataset.measuring import moments_of_dask
+
+            return moments_of_dask(x, channel_axis, weights)
         values = native.aligned(native.as_values(x))
         axis = native.channel_axis_of(values, channel_axis)
         w = None if weights is None else native.as_weights(weights, values, axis)

@@ -1,0 +1,23 @@
+"""Statistics of data sets larger than memory, and data sets normalized by them.
+
+`measure` streams files, arrays and Dask arrays into exact `Statistics`; `normalize` streams them
+through the same mean and variance. NumPy's files need nothing but NumPy, CSV and Parquet the extra
+``data``, Dask the extra ``dask``.
+
+>>> import numpy as np
+>>> from batchnorm import dataset
+>>> x = np.array([[1.0, 10.0], [3.0, np.nan], [5.0, 30.0]])
+>>> found = dataset.measure(x, missing="skip")
+>>> found.mean, found.missing
+(array([ 3., 20.]), array([0, 1]))
+>>> dataset.normalize(x, found, eps=0.0).round(3)
+array([[-1.225, -1.   ],
+       [ 0.   ,    nan],
+       [ 1.225,  1.   ]])
+"""
+
+from .measuring import measure as measure
+from .normalizing import normalize as normalize
+from .statistics import Statistics as Statistics
+
+__all__ = ["Statistics", "measure", "normalize"]

@@ -1,0 +1,544 @@
+"""What statistics are taken of, as a stream of blocks of bounded size.
+
+A source knows its features before a value is read, and can be sent to another process. Where its
+blocks are cut depends on nothing but its shape and type, so that sums are always made in the same
+order and the result has the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+import numpy as np
+
+from .. import native
+from ..errors import ArgumentError, DTypeError, ShapeError
+from ..native import Array
+from .packages import need
+
+#: Bytes of a block. Two are in memory at a time, one read while the other is summed: large enough
+#: that starting threads costs nothing, small enough to stay far below what a machine has.
+BLOCK_BYTES = 1 << 25
+
+#: Rows of a block, where that takes more memory, up to WIDEST times as much: merging costs as much
+#: as some rows do.
+BLOCK_ROWS = 32
+WIDEST = 4
+
+ARRAYS = (".npy", ".npz")
+TABLES = (".csv", ".parquet")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some values of a source.
+
+    Attributes
+    ----------
+    values : any number of axes
+        Its memory is used again for the block after the next.
+    axis : int
+        Of the features in `values`.
+    channels : slice
+        Which of the source's features these are.
+    where : callable
+        Says in words where an index of `values` is in the source.
+    nbytes : int
+        How far this block brings the reader on, in the units of `Source.nbytes`.
+    """
+
+    values: Array
+    axis: int
+    channels: slice
+    where: Callable[[tuple[int, ...]], str]
+    nbytes: int
+
+
+class Source(Protocol):
+    """A file or an array that can be read block by block."""
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+
+    @property
+    def features(self) -> int:
+        """Their number."""
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Of the features, where they have names."""
+
+    @property
+    def nbytes(self) -> int:
+        """How much there is to read."""
+
+    @property
+    def block_count(self) -> int | None:
+        """Number of blocks, where each can be read without those before it."""
+
+    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[Block]:
+        """The blocks from `first` to before `last`, in order."""
+
+
+# ---- arrays in files ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A run of an array's memory: (outer, channels, inner) elements from `start` on."""
+
+    start: int
+    shape: tuple[int, int, int]
+    channel: int
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """A .npy file, or an array in a .npz file.
+
+    Attributes
+    ----------
+    path, member
+        `member` is the name of the file inside a .npz, None for a .npy.
+    offset
+        Of the first element from the beginning of the file or member, in bytes.
+    shape, dtype, fortran_order
+        As the header has them.
+    channel_axis
+        From the front.
+    block_bytes
+        What a block may take.
+    """
+
+    path: str
+    member: str | None
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fortran_order: bool
+    channel_axis: int
+    block_bytes: int
+
+    names = None
+
+    @property
+    def label(self) -> str:
+        """Path, and name of the array in it."""
+        return self.path if self.member is None else f"{self.path} ({self.member[:-4]})"
+
+    @property
+    def features(self) -> int:
+        """Length of the channel axis."""
+        return self.shape[self.channel_axis]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def block_count(self) -> int | None:
+        """Number of blocks; None in a .npz file."""
+        # To reach what is compressed, one must read what comes before it.
+        return sum(1 for _ in self.cuts()) if self.member is None else None
+
+    def layout(self) -> tuple[int, int, int]:
+        """(outer, channels, inner) as they lie in the file: Fortran order is C order backwards."""
+        shape, axis = self.shape, self.channel_axis
+        if self.fortran_order:
+            shape, axis = shape[::-1], len(shape) - 1 - axis
+        return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+
+    def cuts(self) -> Iterator[Cut]:
+        """Cut the file's memory into blocks, each a run of it."""
+        outer, channels, inner = self.layout()
+        row = channels * inner
+        if outer * row == 0:
+            return
+        # Integers are summed as float64, which takes more memory than they do.
+        per_element = 8 if self.dtype.kind in "iub" else self.dtype.itemsize
+        usual = max(1, self.block_bytes // per_element)
+        room = min(max(usual, BLOCK_ROWS * row), WIDEST * usual)
+        if row <= room:
+            step = room // row
+            for o in range(0, outer, step):
+                yield Cut(o * row, (min(step, outer - o), channels, inner), 0)
+            return
+        for o in range(outer):
+            if inner <= room:
+                step = room // inner
+                for c in range(0, channels, step):
+                    yield Cut(o * row + c * inner, (1, min(step, channels - c), inner), c)
+            else:
+                for c in range(channels):
+                    for i in range(0, inner, room):
+                        start = o * row + c * inner + i
+                        yield Cut(start, (1, 1, min(room, inner - i)), c)
+
+    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[Block]:
+        """The blocks from `first` to before `last`, read into two pieces of memory in turn.
+
+        Read, not mapped: pages of a mapping count as memory of this process until the system takes
+        them back.
+        """
+        itemsize = self.dtype.itemsize
+        buffers: list[bytearray | None] = [None, None]
+        with reading(self.path), contextlib.ExitStack() as stack:
+            file: IO[bytes] | None = None
+            for number, cut in enumerate(islice(self.cuts(), first, last)):
+                if file is None:
+                    file = self._open(stack)
+                    if self.member is None:
+                        file.seek(self.offset + cut.start * itemsize)
+                    else:
+                        _skip(file, self.offset)
+                size = math.prod(cut.shape) * itemsize
+                buffer = buffers[number % 2]
+                if buffer is None or len(buffer) < size:
+                    buffer = buffers[number % 2] = bytearray(size)
+                view = memoryview(buffer)[:size]
+                if read_into(file, view) < size:
+                    raise ArgumentError(
+                        f"{self.label}: ended while it was read, {size} bytes were expected at "
+                        f"element {cut.start}. It has changed or is damaged; write it again."
+                    )
+                values = np.frombuffer(view, self.dtype).reshape(cut.shape)
+                channels = slice(cut.channel, cut.channel + cut.shape[1])
+                yield Block(values, 1, channels, self._where(cut), size)
+
+    def _open(self, stack: contextlib.ExitStack) -> IO[bytes]:
+        if self.member is None:
+            file = stack.enter_context(io.FileIO(self.path))
+            if hasattr(os, "posix_fadvise"):  # has Linux read twice as far ahead
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+            return file
+        archive = stack.enter_context(zipfile.ZipFile(self.path))
+        return stack.enter_context(archive.open(self.member))
+
+    def _where(self, cut: Cut) -> Callable[[tuple[int, ...]], str]:
+        def where(index: tuple[int, ...]) -> str:
+            flat = cut.start + int(np.ravel_multi_index(index, cut.shape))
+            order = "F" if self.fortran_order else "C"
+            return f"index {_plain(np.unravel_index(flat, self.shape, order))}"  # type: ignore[call-overload]
+
+        return where
+
+
+def read_into(file: IO[bytes], view: memoryview) -> int:
+    """Fill `view` as far as the file goes; a single read may give less than there is."""
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not got:
+            break
+        done += got
+    return done
+
+
+def _skip(file: IO[bytes], size: int) -> None:
+    if len(file.read(size)) < size:
+        raise ArgumentError("the file ended within its header.")
+
+
+def _plain(index: Sequence[Any]) -> tuple[int, ...]:
+    return tuple(int(i) for i in index)
+
+
+def open_array(path: Path, *, array: str | None, channel_axis: int) -> ArrayFile:
+    """See what is in a .npy or .npz file, and whether all of it is there.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, DTypeError
+        It is not such a file, is cut short, or holds what has no statistics.
+    """
+    member = None
+    with reading(path):
+        if path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                member = _member(path, archive, array)
+                available = archive.getinfo(member).file_size
+                with archive.open(member) as file:
+                    shape, fortran_order, dtype, offset = _header(path, file)
+        else:
+            if array is not None:
+                raise ArgumentError(
+                    f"{path}: array names one in a .npz file, got {array!r} for a .npy file. "
+                    "Leave it out."
+                )
+            available = path.stat().st_size
+            with path.open("rb") as file:
+                shape, fortran_order, dtype, offset = _header(path, file)
+    label = str(path) if member is None else f"{path} ({member[:-4]})"
+    if dtype == np.dtype("V2"):  # how numpy.save writes bfloat16, a type of which it knows nothing
+        dtype = np.dtype(need("ml_dtypes", "data", "bfloat16 arrays").bfloat16)
+    if not (dtype.kind in "iub" or native.is_supported(dtype.newbyteorder("="))):
+        raise DTypeError(
+            f"{label}: must hold real numbers (float16, bfloat16, float32, float64, integers or "
+            f"booleans), got {dtype}. Save it as one of these."
+        )
+    if len(shape) < 2:
+        raise ShapeError(
+            f"{label}: must have at least 2 axes, (N, C) or (N, C, *S), got shape {shape}. "
+            "Save a single feature as x[:, None]."
+        )
+    if not -len(shape) <= channel_axis < len(shape):
+        raise ShapeError(
+            f"{label}: has no axis {channel_axis}, its shape is {shape}. Choose a channel_axis "
+            f"from {-len(shape)} to {len(shape) - 1}."
+        )
+    size = math.prod(shape) * dtype.itemsize
+    if available < offset + size:
+        raise ArgumentError(
+            f"{label}: must have {offset + size} bytes for shape {shape} of {dtype}, got "
+            f"{available}. It has been cut short; write or copy it again."
+        )
+    return ArrayFile(
+        path=str(path),
+        member=member,
+        offset=offset,
+        shape=shape,
+        dtype=dtype,
+        fortran_order=fortran_order,
+        channel_axis=channel_axis % len(shape),
+        block_bytes=BLOCK_BYTES,
+    )
+
+
+def _member(path: Path, archive: zipfile.ZipFile, array: str | None) -> str:
+    arrays = [name for name in archive.namelist() if name.endswith(".npy")]
+    listed = ", ".join(name[:-4] for name in arrays) or "none"
+    if array is not None:
+        if f"{array}.npy" not in arrays:
+            raise ArgumentError(f"{path}: has no array {array!r}. It holds: {listed}.")
+        return f"{array}.npy"
+    if len(arrays) != 1:
+        raise ArgumentError(
+            f"{path}: must hold one array, or array must name one of those in it, got "
+            f"{len(arrays)}: {listed}. Choose by array=NAME, --array NAME."
+        )
+    return arrays[0]
+
+
+def _header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    counted = _Counted(file)
+    try:
+        version = np.lib.format.read_magic(counted)  # type: ignore[arg-type]
+        if version == (1, 0):
+            header = np.lib.format.read_array_header_1_0(counted)  # type: ignore[arg-type]
+        elif version == (2, 0):
+            header = np.lib.format.read_array_header_2_0(counted)  # type: ignore[arg-type]
+        else:
+            raise ValueError(f"version {version} of the format")
+    except (ValueError, EOFError) as error:
+        raise ArgumentError(
+            f"{path}: must be an array in NumPy's format, and is not ({error}). "
+            "Write it with numpy.save."
+        ) from None
+    shape, fortran_order, dtype = header
+    return shape, fortran_order, dtype, counted.position
+
+
+class _Counted:
+    """A stream that knows how much was read from it, where `tell` may not."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.position = file, 0
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.position += len(data)
+        return data
+
+
+@contextlib.contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Name the file in what the system says about it."""
+    try:
+        yield
+    except OSError as error:
+        raise ArgumentError(
+            f"{path}: cannot be read ({error.strerror or error}). Check its name and permissions."
+        ) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ArgumentError(
+            f"{path}: must be a .npz file, and is not or is damaged ({error}). "
+            "Write it with numpy.savez."
+        ) from error
+
+
+# ---- arrays in memory ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayInMemory:
+    """An array, or one mapped to memory by NumPy, of any strides."""
+
+    values: Array
+    channel_axis: int
+    block_bytes: int
+    label: str = "x"
+
+    names = None
+    block_count = None
+
+    @property
+    def features(self) -> int:
+        """Length of the channel axis."""
+        return int(self.values.shape[self.channel_axis])
+
+    @property
+    def nbytes(self) -> int:
+        """Of the elements."""
+        return self.values.nbytes
+
+    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[Block]:
+        """Slices along the axis that is slowest in memory."""
+        x = self.values
+        if x.size == 0:
+            return
+        cut = max(range(x.ndim), key=lambda k: (x.shape[k] > 1, abs(x.strides[k])))
+        step = max(1, self.block_bytes * x.shape[cut] // max(x.nbytes, 1))
+        for start in islice(range(0, x.shape[cut], step), first, last):
+            part = slice(start, min(start + step, x.shape[cut]))
+            values = x[(slice(None),) * cut + (part,)]
+            channels = part if cut == self.channel_axis else slice(0, self.features)
+
+            def where(index: tuple[int, ...], start: int = start) -> str:
+                return f"index {tuple(int(i) + start * (k == cut) for k, i in enumerate(index))}"
+
+            yield Block(values, self.channel_axis, channels, where, values.nbytes)
+
+
+def of_memory(x: Any, channel_axis: int) -> ArrayInMemory:
+    """An array as a source."""
+    values = np.asanyarray(x)
+    if values.dtype.kind not in "iub" and not native.is_supported(values.dtype.newbyteorder("=")):
+        native.as_values(values)  # raises
+    axis = native.channel_axis_of(values, channel_axis)
+    return ArrayInMemory(np.asarray(values), axis, BLOCK_BYTES)
+
+
+# ---- paths --------------------------------------------------------------------------------------
+
+
+def find(paths: Sequence[str | Path], apart_from: Path | None = None) -> list[Path]:
+    """The files that are meant: those given, and in folders all of a known kind, by name.
+
+    Parameters
+    ----------
+    paths
+        In the order in which they are to be read.
+    apart_from
+        Never found in a folder: what is about to be written.
+
+    Raises
+    ------
+    ArgumentError
+        Something is not there, is of another kind, is named twice, or a folder holds nothing.
+    """
+    found: list[Path] = []
+    for given in map(Path, paths):
+        if given.is_dir():
+            inside = [
+                path
+                for path in sorted(given.rglob("*"))
+                if path.suffix in ARRAYS + TABLES
+                and not any(part[0] in "._" for part in path.relative_to(given).parts)
+                and path.is_file()
+                and path != apart_from
+            ]
+            if not inside:
+                raise ArgumentError(
+                    f"{given}: must hold {_kinds()} files, and holds none. Name another folder."
+                )
+            found += inside
+        elif not given.exists():
+            raise ArgumentError(f"{given}: there is no such file or folder. Check its name.")
+        elif given.suffix not in ARRAYS + TABLES:
+            raise ArgumentError(
+                f"{given}: must be a {_kinds()} file or a folder of them, got "
+                f"{given.suffix or 'no suffix'}. Convert it, or rename it if it is one of these."
+            )
+        else:
+            found.append(given)
+    seen: dict[str, Path] = {}
+    for path in found:
+        real = os.path.realpath(path)
+        if real in seen:
+            raise ArgumentError(
+                f"{path}: is named twice, and its values would count twice. Name it once."
+            )
+        seen[real] = path
+    if not found:
+        raise ArgumentError("there must be at least one file, got none.")
+    return found
+
+
+def _kinds() -> str:
+    return ", ".join((*ARRAYS, TABLES[0])) + f" or {TABLES[1]}"
+
+
+def open_source(
+    path: Path,
+    *,
+    channel_axis: int,
+    columns: Sequence[str] | None,
+    header: bool,
+    array: str | None,
+) -> Source:
+    """See what a file holds.
+
+    Raises
+    ------
+    BatchNormError
+        What it holds has no statistics, or is not what its name says.
+    """
+    if path.suffix in ARRAYS:
+        if columns is not None:
+            raise ArgumentError(
+                f"{path}: arrays have no named columns, got columns {', '.join(columns)}. "
+                "Leave columns out."
+            )
+        return open_array(path, array=array, channel_axis=channel_axis)
+    from . import tables
+
+    if array is not None:
+        raise ArgumentError(f"{path}: array names one in a .npz file, got {array!r}. Leave it out.")
+    if channel_axis not in (1, -1):
+        raise ArgumentError(
+            f"{path}: the features of a table are its columns, channel_axis 1, got "
+            f"{channel_axis}. Leave it out."
+        )
+    return tables.open_table(path, columns=columns, header=header)
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, the next being made in a thread while one is worked on."""
+    done = object()
+    with ThreadPoolExecutor(1, "batchnorm-read") as thread:
+        try:
+            pending = thread.submit(next, items, done)
+            while (item := pending.result()) is not done:
+                pending = thread.submit(next, items, done)
+                yield item  # type: ignore[misc]
+        finally:
+            # The generator is closed by who runs it: files and readers are its own.
+            pending.cancel()
+            close = getattr(items, "close", None)
+            if close is not None:
+                thread.submit(close).result()

@@ -1,0 +1,198 @@
+"""Statistics: what a data set's features are normalized by, as a value and as a small file."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..atomic import replacing
+from ..errors import ArgumentError, ShapeError
+from ..moments import Moments
+from ..native import Float64
+
+#: Written into every file, and asked for in every file that is read.
+FORMAT = "batchnorm statistics 1"
+SUFFIXES = (".npz", ".json")
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Moments of each feature of a data set, and how many of its values are missing.
+
+    Parameters
+    ----------
+    moments : Moments
+        Of the values that are there. `count` is () where all features have the same, else (C,).
+    missing : (C,)
+        Values that are not there: NaN, and null in tables.
+    names : C names, or None
+        Of the columns of a table.
+    channel_axis : int
+        The axis of the features in the arrays that were measured.
+    files : tuple of str
+        What was measured, in the order in which it was merged.
+    """
+
+    moments: Moments
+    missing: NDArray[np.int64]
+    names: tuple[str, ...] | None = None
+    channel_axis: int = 1
+    files: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Own a read-only copy of `missing`, of the shape of the moments."""
+        missing = np.array(self.missing, np.int64)
+        shape = self.moments.mean.shape
+        if missing.shape != shape or len(shape) != 1:
+            raise ShapeError(f"missing must have shape (C,) = {shape}, got {missing.shape}.")
+        if self.names is not None and len(self.names) != missing.size:
+            raise ShapeError(
+                f"names must be one for each of {missing.size} features, got {len(self.names)}."
+            )
+        missing.flags.writeable = False
+        object.__setattr__(self, "missing", missing)
+
+    @property
+    def features(self) -> int:
+        """Their number, C."""
+        return self.moments.mean.size
+
+    @property
+    def count(self) -> Float64:
+        """Number of values of each feature: (C,)."""
+        return np.broadcast_to(self.moments.count, self.moments.mean.shape)
+
+    @property
+    def mean(self) -> Float64:
+        """Mean of each feature: (C,); zero where nothing was seen."""
+        return self.moments.mean
+
+    def var(self, ddof: float = 0) -> Float64:
+        """Variance of each feature: (C,); NaN where count ≤ ddof."""
+        return self.moments.var(ddof)
+
+    def std(self, ddof: float = 0) -> Float64:
+        """Standard deviation of each feature: (C,)."""
+        return self.moments.std(ddof)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether moments, missing values, names, axis and files are the same."""
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        return (
+            self.moments == other.moments
+            and np.array_equal(self.missing, other.missing)
+            and (self.names, self.channel_axis, self.files)
+            == (other.names, other.channel_axis, other.files)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        """Features, values and missing values, in numbers."""
+        return (
+            f"Statistics({self.features} features, {int(self.count.sum())} values, "
+            f"{int(self.missing.sum())} missing)"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write to a .npz or .json file, by the suffix; every digit is kept.
+
+        The file holds count, mean, m2, missing, names, channel_axis and files, and the biased
+        variance for readers that have only NumPy.
+
+        Raises
+        ------
+        ArgumentError
+            The suffix is another, or the file cannot be written.
+        """
+        path = Path(path)
+        check_suffix(path)
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "channel_axis": self.channel_axis,
+            "count": self.moments.count,
+            "mean": self.moments.mean,
+            "m2": self.moments.m2,
+            "var": self.moments.var(),
+            "missing": self.missing,
+            "files": list(self.files),
+        }
+        if self.names is not None:
+            content["names"] = list(self.names)
+        try:
+            with replacing(path) as beside, beside.open("wb") as file:
+                if path.suffix == ".json":
+                    file.write((json.dumps(content, default=_listed, indent=1) + "\n").encode())
+                else:
+                    np.savez(file, **content)
+        except OSError as error:
+            raise ArgumentError(
+                f"{path}: cannot be written ({error.strerror or error}). Make room, or name "
+                "another file."
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what `save` has written.
+
+        Raises
+        ------
+        ArgumentError
+            There is no such file, or it does not hold statistics.
+        """
+        path = Path(path)
+        check_suffix(path, "statistics")
+        try:
+            if path.suffix == ".json":
+                content = json.loads(path.read_text(encoding="utf-8"))
+            else:
+                with np.load(path, allow_pickle=False) as file:
+                    content = {name: file[name] for name in file.files}
+            if str(content.get("format")) != FORMAT:
+                raise ValueError("no mark of its format")
+            names = content.get("names")
+            return cls(
+                Moments(*(_numbers(content[name]) for name in ("count", "mean", "m2"))),
+                np.asarray(content["missing"], np.int64).reshape(-1),
+                None if names is None else tuple(map(str, names)),
+                int(content["channel_axis"]),
+                tuple(map(str, content["files"])),
+            )
+        except OSError as error:
+            raise ArgumentError(
+                f"{path}: cannot be read ({error.strerror or error}). Name a file that "
+                "`batchnorm stats --out` or Statistics.save has written."
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            raise ArgumentError(
+                f"{path}: must hold statistics, and does not ({error}). Name a file that "
+                "`batchnorm stats --out` or Statistics.save has written."
+            ) from error
+
+
+def check_suffix(path: Path, what: str = "out") -> None:
+    """Refuse what is neither .npz nor .json."""
+    if path.suffix not in SUFFIXES:
+        raise ArgumentError(
+            f"{what} must be a file that ends in .npz or .json, got {str(path)!r}. "
+            f"Name it {path.with_suffix('.npz').name or 'stats.npz'!r}."
+        )
+
+
+def _numbers(value: Any) -> Float64:
+    # JSON has no NaN: what is null there is a variance that nothing reads back.
+    return np.asarray(value, np.float64)
+
+
+def _listed(value: Any) -> Any:
+    """Arrays for JSON, whose numbers Python writes with as many digits as they need."""
+    if np.isnan(value).any():
+        return [None if np.isnan(v) else v for v in value.tolist()]
+    return value.tolist()

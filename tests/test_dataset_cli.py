@@ -1,0 +1,202 @@
+"""batchnorm stats and batchnorm normalize: exit statuses, one line for bad input, whole files."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from batchnorm import cli, dataset
+from batchnorm.dataset import Statistics
+
+# Files are read in blocks of 256 bytes; `at` is called with the name of each before it is summed.
+BEGIN = """
+import os, signal, sys
+from batchnorm import cli
+from batchnorm.dataset import block, sources
+sources.BLOCK_BYTES, sources.BLOCK_ROWS = 256, 1
+measure_block, seen = block.measure_block, []
+def stopping(*given, label, **more):
+    seen.append(label)
+    if seen.count(label) > 3 and label.endswith("b.npy"):
+        os.kill(os.getpid(), signal.{signal})
+    return measure_block(*given, label=label, **more)
+block.measure_block = stopping
+sys.exit(cli.main(["stats", "data", "--out", "s.npz"]))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, rng):
+    """The working directory, with a folder of two arrays, a table and statistics."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        np.save(tmp_path / "data" / f"{name}.npy", rng.normal(1e4, 1.0, (200, 3)))
+    gaps = np.ones((9, 3))
+    gaps[4, 1] = np.nan
+    np.save(tmp_path / "gaps.npy", gaps)
+    np.savez(tmp_path / "two.npz", x=gaps, y=gaps)
+    (tmp_path / "text.npy").write_text("text")
+    dataset.measure("data/a.npy", out="stats.npz")
+    return tmp_path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_stats_prints_a_line_for_each_feature_and_saves(folder, capsys):
+    assert cli.main(["stats", "data", "--out", "s.json"]) == cli.DONE
+    output, errors = capsys.readouterr()
+    assert errors == ""
+    lines = output.splitlines()
+    assert sum(line.split()[1:3] == ["400", "0"] for line in lines) == 3
+    assert "wrote s.json" in lines
+    assert Statistics.load("s.json") == dataset.measure("data")
+
+
+def test_stats_writes_nothing_without_out(folder):
+    before = names(folder)
+    assert cli.main(["stats", "data/a.npy"]) == cli.DONE
+    assert names(folder) == before
+
+
+def test_stats_shows_the_first_of_many_features(folder, capsys):
+    np.save("wide.npy", np.ones((2, 50)))
+    assert cli.main(["stats", "wide.npy"]) == cli.DONE
+    assert "and 30 features more" in capsys.readouterr().out
+
+
+def test_stats_passes_its_options_on(folder, capsys):
+    assert cli.main(["stats", "two.npz", "--array", "x", "--missing", "skip"]) == cli.DONE
+    assert ["1", "8", "1"] in [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert cli.main(["stats", "gaps.npy", "--missing", "skip", "--channel-axis", "0"]) == cli.DONE
+    assert ["4", "2", "1"] in [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_stats_takes_columns_and_tables_without_names(folder, capsys):
+    pytest.importorskip("pyarrow")
+    (folder / "t.csv").write_text("1,x,3\n3,y,5\n")
+    assert cli.main(["stats", "t.csv", "--no-header", "--columns", "f0, f2"]) == cli.DONE
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["f0", "2", "0", "2", "1"] in rows
+    assert ["f2", "2", "0", "4", "1"] in rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["stats"], "Missing argument"),
+        (["stats", "none.npy"], "none.npy: there is no such file"),
+        (["stats", "text.npy"], "text.npy: must be an array in NumPy's format"),
+        (["stats", "gaps.npy"], "gaps.npy: no value may be missing, got NaN in feature 1"),
+        (["stats", "gaps.npy", "--missing", "drop"], "'refuse' or 'skip', got 'drop'"),
+        (["stats", "gaps.npy", "--channel-axis", "2"], "gaps.npy: has no axis 2"),
+        (["stats", "two.npz"], "--array NAME"),
+        (["stats", "two.npz", "--array", "z"], "two.npz: has no array 'z'. It holds: x, y."),
+        (["stats", "data", "gaps.npy", "data"], "named twice"),
+        (["stats", "data", "--out", "s.txt"], "'s.npz'"),
+        (["stats", "data", "--out", "none/s.npz"], "Create the directory first"),
+        (["stats", "data", "--columns", ","], "no named columns"),
+        (["normalize", "data/a.npy", "--out", "y.npy"], "Missing option '--stats'"),
+        (["normalize", "data/a.npy", "--stats", "stats.npz"], "Missing option '--out'"),
+        (["normalize", "data/a.npy", "--stats", "no.npz", "--out", "y.npy"], "cannot be read"),
+        (["normalize", "data/a.npy", "--stats", "two.npz", "--out", "y.npy"], "hold statistics"),
+        (["normalize", "data/a.npy", "--stats", "stats.npz", "--out", "data/a.npy"], "not be the"),
+        (["normalize", "text.npy", "--stats", "stats.npz", "--out", "y.npy"], "NumPy's format"),
+        (
+            ["normalize", "data/a.npy", "--stats", "stats.npz", "--out", "y.npy", "--dtype", "i4"],
+            "dtype must be",
+        ),
+        (
+            ["normalize", "data/a.npy", "--stats", "stats.npz", "--out", "y.npy", "--eps=-1"],
+            "eps must be",
+        ),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_bad_input_is_one_line_and_status_2(arguments, said, folder, capsys):
+    before = names(folder)
+    assert cli.main(arguments) == cli.UNUSABLE
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("batchnorm: ")
+    assert errors.count("\n") == 1
+    assert said in errors
+    assert names(folder) == before
+
+
+def test_normalize_writes_what_the_function_gives(folder, capsys):
+    arguments = ["data/b.npy", "--stats", "stats.npz", "--out", "y.npy", "--eps", "0.1"]
+    assert cli.main(["normalize", *arguments, "--dtype", "float32"]) == cli.DONE
+    assert capsys.readouterr() == ("wrote y.npy\n", "")
+    found = Statistics.load("stats.npz")
+    expected = dataset.normalize(np.load("data/b.npy"), found, eps=0.1, dtype=np.float32)
+    np.testing.assert_array_equal(np.load("y.npy"), expected)
+
+
+def test_normalize_takes_a_folder(folder):
+    assert cli.main(["normalize", "data", "--stats", "stats.npz", "--out", "out"]) == cli.DONE
+    assert names(folder / "out") == ["a.npy", "b.npy"]
+
+
+def run_until(name, folder):
+    return subprocess.run(
+        [sys.executable, "-c", BEGIN.replace("{signal}", name)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_stats_interrupted_has_status_130_and_goes_on_when_run_again(folder, capsys):
+    done = run_until("SIGINT", folder)
+    assert (done.returncode, done.stderr) == (cli.INTERRUPTED, "batchnorm: interrupted\n")
+    assert "s.npz" not in names(folder)
+    assert len((folder / "s.npz.partial").read_text().splitlines()) == 2
+    # The same blocks, or it would be another computation.
+    again = subprocess.run(
+        [sys.executable, "-c", BEGIN.replace("> 3", "> 1e9").replace("{signal}", "SIGINT")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert again.returncode == cli.DONE
+    assert again.stderr.startswith("batchnorm: 1 of 2 files were measured by a run that was inter")
+    assert "s.npz.partial" not in names(folder)
+
+
+def test_stats_killed_goes_on_and_has_the_same_bits(folder, monkeypatch):
+    done = run_until("SIGKILL", folder)
+    assert done.returncode == -signal.SIGKILL
+    entry = json.loads((folder / "s.npz.partial").read_text().splitlines()[1])
+    monkeypatch.setattr(dataset.sources, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(dataset.sources, "BLOCK_ROWS", 1)
+    assert entry["mean"] == dataset.measure("data/a.npy").mean.tolist()
+    notes = []
+    found = dataset.measure("data", out="s.npz", note=notes.append)
+    assert len(notes) == 1
+    assert found == dataset.measure("data")
+    assert Statistics.load("s.npz") == found
+
+
+@pytest.mark.parametrize("command", ["stats", "normalize"])
+def test_help_is_on_stdout(command, capsys):
+    assert cli.main([command, "--help"]) == cli.DONE
+    assert f"Usage: batchnorm {command}" in capsys.readouterr().out
+
+
+def test_dask_needs_its_package(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert cli.main(["stats", "data", "--dask", "tcp://localhost:1"]) == cli.UNUSABLE
+    assert "pip install 'batchnorm[dask]'" in capsys.readouterr().err
