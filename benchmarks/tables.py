@@ -193,12 +193,86 @@ def sync_step(results: Path) -> str:
     return "\n".join([caption, "", *lines])
 
 
+WAYS = {
+    "forward pass": "a forward pass in evaluation",
+    "running averages": "running averages, 20 passes at momentum 0.1",
+    "update_bn": "`torch.optim.swa_utils.update_bn`",
+    "fvcore": "fvcore's `update_bn_stats`",
+    "precise": '`recalibrate`, "precise"',
+    "exact": '`recalibrate`, "exact"',
+    "exact, 256 MB": '`recalibrate`, "exact", 256 MiB',
+    "exact, no memory": '`recalibrate`, "exact", no memory',
+}
+
+
+def recalibrate(results: Path) -> str:
+    """What recalibration costs: `benchmarks/recalibrate.py`."""
+    rows = _rows(results / "recalibrate.csv", by="way")
+    about = json.loads((results / "recalibrate.json").read_text())
+    lines = [
+        f"ResNet-18, {rows[0]['batches']} batches of {rows[0]['batch']} images of "
+        f"{rows[0]['image']}², processor time, median of {rows[0]['rounds']} rounds. "
+        f"{about['cpu']}, one thread; PyTorch {about['versions']['torch']}.",
+        "",
+        "| | time, in forward passes | extra memory | forwards begun |",
+        "|:--|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {WAYS[row['way']]} | {float(row['ratio']):.2f} "
+        f"| {int(row['extra_bytes']) / 2**20:,.0f} MiB | {row['forwards']} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def recalibrate_errors(results: Path) -> str:
+    """How far from brute force the statistics are: `benchmarks/recalibrate.py --errors`."""
+    rows = _rows(results / "recalibrate_errors.csv", by="estimator")
+    shown = ("1", "2", "4", "8")
+    lines = ["| | " + " | ".join(f"layer {k}" for k in shown) + " |", "|:--|" + "--:|" * 4]
+    for name in dict.fromkeys(row["estimator"] for row in rows):
+        found = {row["layer"]: float(row["error"]) for row in rows if row["estimator"] == name}
+        cells = (f"{found[k]:.2f}" if found[k] >= 0.1 else _plain(found[k]) for k in shown)
+        lines.append(f"| {WAYS[name]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def dataset_stats(results: Path) -> str:
+    """A file larger than memory: `benchmarks/dataset_stats.py`."""
+    rows = _rows(results / "dataset_stats.csv")
+    about = json.loads((results / "dataset_stats.json").read_text())
+    first = rows[0]
+    lines = [
+        f"float32 ({int(first['rows']):,}, {first['features']}), "
+        f"{int(first['bytes']) / 1e9:.0f} GB, at mean 10,000 and deviation 1; "
+        f"median of {first['rounds']} interleaved rounds, file not "
+        f"in the system's cache. {about['cpu']}, {about['threads']} threads; scikit-learn "
+        f"{about['versions']['scikit-learn']}.",
+        "",
+        "| | time | throughput | most memory | error of mean | error of variance |",
+        "|:--|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        cells = ["", "", ""]
+        if row["peak_bytes"]:
+            cells = [f"{int(row['peak_bytes']) / 1e6:,.0f} MB"]
+            cells += [_plain(float(row[what])) for what in ("mean_error", "var_error")]
+        lines.append(
+            f"| `{row['provider']}` | {float(row['p50_s']):.1f} s, {float(row['ratio']):.2f} × cat "
+            f"| {float(row['gb_per_s']):.2f} GB/s | " + " | ".join(cells) + " |"
+        )
+    return "\n".join(lines)
+
+
 #: Name of a table to the page that holds it and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Path], str]]] = {
     "speed": ("README.md", speed),
     "resnet_step": ("docs/torch.md", resnet_step),
     "resnet_profile": ("docs/torch.md", resnet_profile),
     "sync_step": ("docs/howto/distributed.md", sync_step),
+    "recalibrate": ("docs/statistics.md", recalibrate),
+    "recalibrate_errors": ("docs/statistics.md", recalibrate_errors),
+    "dataset_stats": ("docs/howto/large-data.md", dataset_stats),
 }
 END = "<!-- /benchmark -->"
 

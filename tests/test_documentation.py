@@ -18,6 +18,8 @@ MODULES = [
     "batchnorm.functional",
     "batchnorm.layer",
     "batchnorm.folding",
+    "batchnorm.dataset",
+    "batchnorm.dataset.measuring",
 ]
 TORCH_MODULES = [
     "batchnorm.torch",

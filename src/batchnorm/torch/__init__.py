@@ -24,6 +24,8 @@ from .modules import BatchNorm1d as BatchNorm1d
 from .modules import BatchNorm2d as BatchNorm2d
 from .modules import BatchNorm3d as BatchNorm3d
 from .parameters import parameter_groups as parameter_groups
+from .population import Recalibration as Recalibration
+from .population import recalibrate as recalibrate
 from .sync import SyncBatchNorm as SyncBatchNorm
 from .sync import SynchronizationError as SynchronizationError
 
@@ -32,6 +34,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "NonFiniteError",
+    "Recalibration",
     "SyncBatchNorm",
     "SynchronizationError",
     "accumulate",
@@ -40,6 +43,7 @@ __all__ = [
     "freeze",
     "functional",
     "parameter_groups",
+    "recalibrate",
     "revert",
     "unfreeze",
 ]

@@ -1,0 +1,7 @@
+"""Population statistics: what batch norms use at test time, measured over a data set."""
+
+from .report import LayerShift as LayerShift
+from .report import Recalibration as Recalibration
+from .session import recalibrate as recalibrate
+
+__all__ = ["LayerShift", "Recalibration", "recalibrate"]

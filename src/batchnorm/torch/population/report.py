@@ -1,0 +1,108 @@
+"""What `recalibrate` returns."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# Rows of a printed report.
+_ROWS = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShift:
+    """How far the statistics of one layer have moved.
+
+    A standard deviation is √(variance + eps), by which the layer divides.
+
+    Attributes
+    ----------
+    name : str
+        Of the layer in the model.
+    kind : str
+        Its class.
+    batches : int
+        Calls that were measured.
+    count : float
+        Values per channel; under a mask, their weight.
+    shift : float
+        Distance of the new mean from the old in new standard deviations, the largest over the
+        channels; infinite where the old statistics were not finite.
+    channel : int
+        Where it is largest.
+    rms_shift : float
+        Root of the mean square of it over the channels.
+    std_ratio : float
+        Old over new standard deviation, in the channel where it is farthest from one.
+    """
+
+    name: str
+    kind: str
+    batches: int
+    count: float
+    shift: float
+    channel: int
+    rms_shift: float
+    std_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recalibration:
+    """What `recalibrate` has done; `print` it.
+
+    Attributes
+    ----------
+    method : str
+    examples, batches : int
+        Seen, by all processes together. Examples are counted along the first axis of the first
+        tensor of a batch.
+    forwards : int
+        Forwards begun, in all processes: a batch that is run again up to some layer counts again.
+    seconds : float
+    layers : tuple of LayerShift
+        The farthest moved first.
+    skipped : dict
+        Why, by the name of each layer that was left alone.
+    notes : tuple of str
+        What was out of the ordinary.
+    """
+
+    method: str
+    examples: int
+    batches: int
+    forwards: int
+    seconds: float
+    layers: tuple[LayerShift, ...]
+    skipped: dict[str, str]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as dicts, lists, strings and numbers."""
+        return {**asdict(self), "layers": [asdict(s) for s in self.layers], "notes": [*self.notes]}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.layers)} batch norms recalibrated, {self.method}: {self.examples:,} "
+            f"examples, {self.batches:,} batches, {self.forwards:,} forwards, {self.seconds:.1f} s"
+        ]
+        if self.layers:
+            rows = [("layer", "class", "values", "shift", "channel", "rms shift", "std old/new")]
+            rows += [
+                (
+                    s.name, s.kind, f"{s.count:,.10g}", f"{s.shift:.3g}", f"{s.channel}",
+                    f"{s.rms_shift:.3g}", f"{s.std_ratio:.3g}",
+                )
+                for s in self.layers[:_ROWS]
+            ]  # fmt: skip
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            for row in rows:
+                cells = [
+                    cell.ljust(width) if i < 2 else cell.rjust(width)
+                    for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+                ]
+                lines.append("  " + "  ".join(cells).rstrip())
+            if len(self.layers) > _ROWS:
+                lines.append(f"  … and {len(self.layers) - _ROWS} that moved less")
+        lines += [f"left alone: {name}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
