@@ -1,5 +1,7 @@
 """Fixtures of the core's tests: every instruction set, every layout, one seed."""
 
+import signal
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -8,6 +10,9 @@ from batchnorm import _core
 
 settings.register_profile("core", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("core")
+
+# What a shell starts in the background ignores interrupts, and Python leaves it at that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=_core.instruction_sets())
