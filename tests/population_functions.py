@@ -53,14 +53,15 @@ def shares(method: str = "exact") -> list[list[Tensor]]:
     ]
 
 
-def failing(batches: list[Tensor]) -> Iterator[Tensor]:
-    yield from batches
-    raise ValueError("no more")
+class Failing:
+    """Batches, and an error instead of the next one."""
 
+    def __init__(self, batches: list[Tensor], error: type[BaseException]) -> None:
+        self.batches, self.error = batches, error
 
-class Failing(list[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
-        return failing(list(super().__iter__()))
+        yield from self.batches
+        raise self.error("no more")
 
 
 def measured(method: str, memory: float) -> dict[str, Any]:
@@ -71,14 +72,19 @@ def measured(method: str, memory: float) -> dict[str, Any]:
     return {"state": model.state_dict(), "report": report.to_dict()}
 
 
-def with_a_failing_process(method: str) -> Any:
+def with_a_failing_process(method: str, how: str = "data") -> Any:
     """What is raised where another process fails, and whether anything changed."""
     model = net()
+    data: Any = shares(method)[dist.get_rank()]
+    if dist.get_rank() == 2:
+        if how == "writing":  # the last buffer cannot be written to
+            model.last.num_batches_tracked = torch.zeros(1, dtype=torch.int64).expand(4)
+        else:
+            data = Failing(data, KeyboardInterrupt if how == "interrupt" else ValueError)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    data = shares(method)[dist.get_rank()]
     try:
-        recalibrate(model, Failing(data) if dist.get_rank() == 2 else data, method=method)
-    except Exception as error:
+        recalibrate(model, data, method=method)
+    except BaseException as error:
         same = all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         return type(error).__name__, str(error), same
     return None
@@ -88,11 +94,16 @@ def without_data(method: str) -> None:
     recalibrate(net(), [], method=method)
 
 
-def with_another_model() -> None:
-    model = net()
+def with_another_model(what: str) -> None:
+    model, method = net(), "precise"
     if dist.get_rank() == 1:
-        model.rare = nn.BatchNorm1d(WIDTH + 1)
-    recalibrate(model, shares("precise")[dist.get_rank()])
+        if what == "width":
+            model.rare = nn.BatchNorm1d(WIDTH + 1)
+        elif what == "order":
+            model._modules["rare"] = model._modules.pop("rare")  # now the last
+        else:
+            method = "exact"
+    recalibrate(model, shares("precise")[dist.get_rank()], method=method)
 
 
 def in_a_group() -> Any:

@@ -75,12 +75,9 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
 
     process_group: Any = None
     reproducible: bool = False
-    _synchronized: bool = True  # `recalibrate` has its own exchange
     _alone: type[nn.Module] | None = None  # what `convert` has made this of
 
-    EXTRAS: ClassVar[tuple[str, ...]] = (
-        *Layer.EXTRAS, "reproducible", "_synchronized", "_alone",
-    )  # fmt: skip
+    EXTRAS: ClassVar[tuple[str, ...]] = (*Layer.EXTRAS, "reproducible", "_alone")
 
     def __init__(
         self,
@@ -118,7 +115,7 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
     def _group(self) -> Group | None:
         """Whom to exchange statistics with; None: nobody."""
         name = self._name or f"{type(self).__name__}({self.num_features})"
-        if self._synchronized and dist.is_available() and dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             size = dist.get_world_size(self.process_group)
             if size > 1:
                 return Group(size, self.process_group, name)

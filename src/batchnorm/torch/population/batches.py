@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +29,10 @@ class Source:
         self.varies = False
         self._marks: list[Any] = []
 
+    def renew(self) -> None:
+        """Take the next pass for the first: a loader that keeps its workers begins otherwise."""
+        self.varies, self._marks = False, []
+
     def batches(self) -> Iterator[Any]:
         """One pass."""
         first, seen = self.number == 0, 0
@@ -37,7 +43,7 @@ class Source:
             if first:
                 self.examples, self.number = seen, index + 1
             if self.again:
-                mark = _mark(batch)
+                mark = mark_of(batch)
                 if index == len(self._marks):
                     self._marks.append(mark)
                 elif self._marks[index] != mark:
@@ -54,33 +60,40 @@ def _examples(batch: Any, needed: bool) -> int:
             "samples needs batches with tensors, whose first axis is counted, got "
             f"{type(batch).__name__} without any. Leave samples out, and pass fewer batches."
         )
-    return 0 if first is None else first.shape[0]
+    return 0 if first is None else first.size(0)
 
 
-def _mark(batch: Any) -> list[tuple[Any, str]]:
+def mark_of(batch: Any) -> list[tuple[Any, str]]:
     """What tells one batch from another."""
     return [
-        (t.shape, str(t.sum(dtype=torch.float64).item()) if is_dense(t) else "")
+        (t.shape, str(t.sum(dtype=torch.float64).item())) if is_dense(t) else (t.layout, "")
         for t in tensors_in(batch)
         if not t.is_complex()
     ]
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in tuples, lists and dicts."""
+    """The tensors in tuples, lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
+        return
+    if is_dataclass(value) and not isinstance(value, type):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return
+    for item in value:
+        yield from tensors_in(item)
 
 
 def is_dense(t: Tensor) -> bool:
     """Whether its values lie in memory of its own, and nothing but torch says what they are."""
-    return t.layout is torch.strided and not t.is_meta and type(t) in (Tensor, nn.Parameter)
+    return (
+        t.layout is torch.strided
+        and type(t) in (Tensor, nn.Parameter)
+        and not (t.is_meta or t.is_nested or t.is_quantized)
+    )
 
 
 def place(t: Tensor) -> int:
@@ -92,13 +105,21 @@ def sent(value: Any, device: torch.device) -> Any:
     """A batch on a device."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
+    if callable(getattr(value, "to", None)):  # a PackedSequence, a batch of tokens
+        return value.to(device)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(sent(item, device) for item in value))
-    if type(value) in (tuple, list):
+    if isinstance(value, (tuple, list)):
         return type(value)(sent(item, device) for item in value)
-    if type(value) is dict:
-        return {key: sent(item, device) for key, item in value.items()}
-    return value.to(device) if callable(getattr(value, "to", None)) else value
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update((key, sent(item, device)) for key, item in value.items())
+        return copied
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{f.name: sent(getattr(value, f.name), device) for f in fields(value)}
+        )
+    return value
 
 
 def first_item(model: nn.Module, batch: Any) -> Any:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import itertools
 import math
 import threading
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ from torch.utils._device import DeviceContext
 
 from ...errors import ArgumentError
 from ...moments import Moments
-from .batches import is_dense, place, tensors_in
+from .batches import is_dense, mark_of, place, tensors_in
 from .state import Rng, give_back_memory, seed, uses_cuda
 from .target import Input, Target, Visit
 
@@ -35,8 +38,14 @@ _THREADS = 1024
 _GIVE_BACK = 1 << 25
 
 
-# Why a sweep over the layers has to be made once more.
-_ORDER, _DATA = 1, 2
+# Why a sweep over the layers has to be made once more: layers do not run in the order that was
+# thought, or batches cannot wait.
+_ORDER, _VARIES, _OVERWRITES, _GLOBALS = 1, 2, 3, 4
+_REASONS = {
+    _VARIES: "the data differ from pass to pass",
+    _OVERWRITES: "the data overwrite a batch when they give the next",
+    _GLOBALS: "the forward changes settings of the process between layers",
+}
 
 
 class _Left(BaseException):  # not to be caught on the way
@@ -81,7 +90,7 @@ class Exact:
         self.session, self.ranks, self.source = session, session.ranks, session.source
         self.targets = session.targets
         self.memory = session.memory if _may_wait() else 0.0
-        self.most = max(1, _THREADS // max(1, torch.get_num_threads()))
+        self.most = max(1, _room_for_threads() // max(1, torch.get_num_threads()))
         self.runs: list[_Run] = []
         self.order: dict[int, int] | None = None  # rank of each target, once it had to be found out
         self.ahead: set[Target] = set()  # targets measured by running past them
@@ -89,6 +98,8 @@ class Exact:
         self.witness: tuple[_Run, Any, dict[Target, Moments]] | None = None
         self._active = _Run(-1)
         self._back = threading.Semaphore(0)
+        self._settings = _settings()
+        self._noted = False
         self._held = self._expected = self._waiting = self._seen = 0
         self._surroundings = _Surroundings(session.model)
         tensors = itertools.chain(session.model.parameters(), session.model.buffers())
@@ -97,19 +108,29 @@ class Exact:
 
     def measure(self) -> None:
         """Find the statistics of all targets."""
+        renewed = False
         while True:
             trouble = self._sweep()
             if trouble == _ORDER:
                 self._find_order()
-            elif trouble == _DATA:
-                self._keep_nothing("the data differ from pass to pass")
+            elif trouble == _VARIES and not renewed:
+                renewed = True
+                self.source.renew()
+            elif trouble:
+                self._keep_nothing(_REASONS[trouble])
             elif self.ranks.any(self.ranks.together(self._is_mixed_up)):
                 self._keep_nothing("the forward keeps something between layers")
             else:
-                return
+                break
+        if self.ranks.any(self.source.varies) and not self._noted:
+            self._note_passes(_REASONS[_VARIES])
 
     def _keep_nothing(self, why: str) -> None:
         self.memory = 0.0
+        self._note_passes(why)
+
+    def _note_passes(self, why: str) -> None:
+        self._noted = True
         self.session.notes.append(
             f"{why}; no batch has waited for a layer therefore, and each layer has taken a pass "
             "over the layers before it"
@@ -153,14 +174,18 @@ class Exact:
     def _begin(self) -> None:
         """Run every batch up to its first layer."""
         self.runs, self._expected = [], 0
+        last, mark = None, None
         for index, batch in enumerate(self.source.batches()):
             self._check_source()
+            if mark is not None and mark_of(last) != mark:
+                self.trouble = _OVERWRITES
             run = _Run(index)
             self.runs.append(run)
             self._start(run, batch)
             self.session.show("first layer, batch", index + 1, self.source.length)
             if self.trouble:
                 return
+            last, mark = batch, None if run.thread is None else mark_of(batch)
 
     def _advance(self, target: Target) -> None:
         """Run every batch that waits before a layer, now settled, up to the next one."""
@@ -190,7 +215,7 @@ class Exact:
 
     def _check_source(self) -> None:
         if self.source.varies and self.memory:
-            self.trouble = _DATA
+            self.trouble = _VARIES
 
     # ---- running a batch
 
@@ -218,10 +243,11 @@ class Exact:
                 with suppress(_Left):
                     self.session.call(batch)
             return
+        copied = _copy(batch) if self.witness is None else None  # the forward may change it
         self._switch(run)
         if run.thread is not None and self.witness is None and run.at is not None:
             assert run.last is not None
-            self.witness = run, batch, {run.at: run.last}
+            self.witness = run, copied, {run.at: run.last}
 
     def _resume(self, run: _Run) -> None:
         self._held -= run.bytes
@@ -249,6 +275,9 @@ class Exact:
         if run.error is not None:
             error, run.error = run.error, None
             raise error
+        if run.at is not None and _settings() != self._settings:
+            # Another batch would begin with these, and leave them behind when it ends.
+            self.trouble = _GLOBALS
         if run.at is None or self.trouble:  # it has come to an end
             self._end(run)
             return
@@ -305,21 +334,21 @@ class Exact:
 
     # ---- at a layer
 
-    def _visit(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _visit(self, target: Target, x: Tensor, mask: Tensor | None) -> Input | None:
         run = self._active
-        if run.leaves:
+        if run.leaves or (run.thread is None and run.at is not None):  # caught on the way
             raise _Left
         run.calls[target] += 1
-        if target.found is not None:
+        if target.settled:
             if target not in self.ahead and (
                 run.calls[target] > 1 or run.index not in target.seen_in
             ):
                 self._missed(target)
             run.passed += 1
-            return
-        seen = target.measure(args, kwargs)
+            return None
+        seen = target.measure(x, mask)
         if seen is None:
-            return
+            return None
         target.add(seen.moments, run.index)
         run.at, run.last = target, seen.moments
         if self.witness is not None and self.witness[0] is run:
@@ -332,6 +361,7 @@ class Exact:
             raise _Left
         run.at = None
         run.passed += 1
+        return None
 
     def _missed(self, target: Target) -> None:
         """Something comes to a layer that was thought to be finished."""
@@ -353,20 +383,17 @@ class Exact:
                 self.session.call(batch)
             after()
         self.session.visit = self._visit
-        for target in self.targets:
-            if target.found is None:
-                target.take_back()
 
     def _look_ahead(self, target: Target) -> None:
         """Measure a layer over all its calls; what is not settled normalizes by the batch."""
 
-        def visit(other: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if other.found is None and (seen := other.measure(args, kwargs)) is not None:
-                if other is target:
-                    target.add(seen.moments)
-                other.lend_batch(seen)
+        def visit(other: Target, x: Tensor, mask: Tensor | None) -> Input | None:
+            seen = None if other.settled else other.measure(x, mask)
+            if seen is not None and other is target:
+                target.add(seen.moments)
+            return seen
 
-        target.parts, target.batches = [], 0
+        target.parts, target.calls = [], 0
         self._whole(visit)
 
     def _find_order(self) -> None:
@@ -382,10 +409,9 @@ class Exact:
         before, again = np.zeros((n, n)), np.zeros(n)
         calls: Counter[int] = Counter()
 
-        def visit(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def visit(target: Target, x: Tensor, mask: Tensor | None) -> Input | None:
             calls[target.index] += 1
-            if (seen := target.measure(args, kwargs)) is not None:
-                target.lend_batch(seen)
+            return target.measure(x, mask)
 
         def after() -> None:
             sequence = list(calls)  # in the order of first calls
@@ -420,13 +446,12 @@ class Exact:
         run, batch, recorded = self.witness
         same = True
 
-        def visit(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def visit(target: Target, x: Tensor, mask: Tensor | None) -> None:
             nonlocal same
             moments = recorded.get(target)
-            if moments is None or target in self.ahead or not same:
-                return
-            seen = target.measure(args, kwargs)
-            same = seen is not None and _agree(seen, moments)
+            if moments is not None and target not in self.ahead and same:
+                seen = target.measure(x, mask)
+                same = seen is not None and _agree(seen, moments)
 
         self.session.visit, self._active = visit, _Run(-1)
         with self._random_of(_Run(run.index)):
@@ -436,11 +461,10 @@ class Exact:
 
     # ---- what a waiting batch holds
 
-    def _note(self, inputs: Any, outputs: Any) -> None:
+    def _note(self, *values: Any) -> None:
         """Remember the tensors that go into modules and come out, as long as they live."""
         if self._active.thread is not None:
-            for t in itertools.chain(tensors_in(inputs), tensors_in(outputs)):
-                self._active.tensors.append(weakref.ref(t))
+            self._active.tensors += map(weakref.ref, tensors_in(values))
 
     def _weight(self, run: _Run) -> int:
         """Bytes of the tensors of a batch that are still alive."""
@@ -465,6 +489,46 @@ def _agree(seen: Input, recorded: Moments) -> bool:
     var = np.abs(seen.moments.m2 - recorded.m2) <= allowed * recorded.m2
     same = np.array_equal(seen.moments.count, recorded.count)
     return bool(seen.moments == recorded or (same and mean.all() and var.all()))
+
+
+def _copy(batch: Any) -> Any:
+    try:
+        return copy.deepcopy(batch)
+    except (
+        RuntimeError,
+        TypeError,
+        NotImplementedError,
+    ):  # what cannot be copied is taken as it is
+        return batch
+
+
+def _room_for_threads() -> int:
+    """How many threads may be there at once: an eighth of what the system allows, or _THREADS."""
+    limits = [8 * _THREADS]
+    with suppress(ImportError, OSError, ValueError):  # not on Windows
+        import resource
+
+        limits.append(resource.getrlimit(resource.RLIMIT_NPROC)[0])
+    for name in ("/sys/fs/cgroup/pids.max", "/sys/fs/cgroup/pids/pids.max"):
+        with suppress(OSError, ValueError):  # "max"
+            limits.append(int(Path(name).read_text()))
+    return min(limit for limit in limits if limit > 0) // 8
+
+
+def _settings() -> tuple[Any, ...]:
+    """What a forward may set for the while, and what holds for all threads."""
+    cudnn, cuda = torch.backends.cudnn, cast(Any, torch.backends.cuda)
+    return (
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.mkldnn.enabled,
+        (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        tuple(warnings.filters),
+    )
 
 
 def _may_wait() -> bool:

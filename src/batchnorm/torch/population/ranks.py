@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -40,10 +41,6 @@ class Ranks:
         gathered: NDArray[np.float64] = torch.stack(parts).cpu().numpy()
         return gathered
 
-    def sum(self, number: int) -> int:
-        """The sum over all processes."""
-        return int(self.gather([number]).sum())
-
     def any(self, flag: bool) -> bool:
         """Whether it is so in any process."""
         return bool(self.gather([flag]).any())
@@ -52,10 +49,10 @@ class Ranks:
         """Do something in every process; if it fails in one, raise in all."""
         if self.size == 1:
             return work()
-        error: Exception | None = None
+        error: BaseException | None = None  # an interrupt, too, or the others would wait
         try:
             result = work()
-        except Exception as raised:
+        except BaseException as raised:
             error = raised
         failed = np.flatnonzero(self.gather([error is not None])[:, 0])
         if error is not None:
@@ -76,12 +73,15 @@ class Ranks:
         parts = (Moments(*row[:-1].reshape(3, channels)) for row in rows)
         return Moments.merge(parts), int(rows[:, -1].sum())
 
-    def compare(self, targets: list[Target]) -> None:
-        """Refuse models that differ."""
-        found = self.gather([len(targets), sum(target.channels for target in targets)])
+    def compare(self, targets: list[Target], method: str) -> None:
+        """Refuse models and methods that differ."""
+        about = repr([method, *((target.name, target.channels) for target in targets)])
+        digest = hashlib.sha256(about.encode()).digest()[:6]  # a float64 holds so much exactly
+        found = self.gather([int.from_bytes(digest, "big"), len(targets)])
         if (found != found[0]).any():
             raise ArgumentError(
-                "model must have the same batch norms to measure in every process, got "
-                f"{', '.join(str(int(n)) for n in found[:, 0])} of them. Freeze the same layers, "
-                "and use the same mode, everywhere."
+                "model must have the same batch norms to measure in every process, by name, order "
+                "and channels, and method be the same, got different ones "
+                f"({', '.join(str(int(n)) for n in found[:, 1])} batch norms). Make the same "
+                "model, freeze the same layers, and use the same mode, everywhere."
             )

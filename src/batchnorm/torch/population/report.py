@@ -21,8 +21,8 @@ class LayerShift:
         Of the layer in the model.
     kind : str
         Its class.
-    batches : int
-        Calls that were measured.
+    calls : int
+        Calls of the layer that were measured.
     count : float
         Values per channel; under a mask, their weight.
     shift : float
@@ -38,7 +38,7 @@ class LayerShift:
 
     name: str
     kind: str
-    batches: int
+    calls: int
     count: float
     shift: float
     channel: int

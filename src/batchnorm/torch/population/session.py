@@ -14,8 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
-from functools import partial
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from .exact import Exact
 from .ranks import Ranks
 from .report import Recalibration
 from .state import Rng, generators_of, undisturbed
-from .target import Target, Visit
+from .target import Input, Target, Visit
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -81,7 +81,7 @@ def recalibrate(
     memory : int
         Bytes that "exact" may keep in activations of batches that wait for a layer to be measured.
         A batch that has no room is run again from the start, up to the next layer. ``math.inf``
-        keeps all, 0 none.
+        keeps all; 0 none, and runs all in the calling thread.
     process_group : ProcessGroup
         Whose processes measure together, each its own share of the data, if `torch.distributed` is
         initialized; None for the default group. All end with the same bits.
@@ -113,15 +113,19 @@ def recalibrate(
 
     "exact" runs each batch in a thread of its own, one at a time, up to the first layer that has
     not been measured; there it waits for the other batches. So all costs one forward pass over the
-    data, and, for each batch that waits, the activations that are alive at that layer. Without
-    memory each layer costs a pass over the layers before it: about half as many passes as there are
-    layers. A forward that keeps something between two layers outside its own variables, as an
-    attribute of a module, would find that of another batch. One batch is therefore run again at
-    the end, and if it does not give the same, the work is done once more without waiting batches,
-    and the report says so.
+    data, and, for each batch that waits, the activations that are alive at that layer. Counted
+    against `memory` are tensors that go into modules and come out of them; the batch that is
+    running comes on top. Without memory each layer costs a pass over the layers before it.
+
+    What a forward keeps between two layers outside its own variables, as an attribute of a module,
+    would be found by another batch. One batch is therefore run again at the end, and if it does not
+    give the same, the work is done once more without waiting batches, and the report says so. So it
+    is where a forward changes settings of the process for a part of the model, and where data
+    overwrite a batch with the next. A lock held over a layer would stop all for good, and what is
+    kept for each thread is not found in another: use ``memory=0``, which needs no threads.
 
     Passes over the data begin with the same random numbers, so that a loader shuffles and augments
-    alike each time if it draws them in this process. Where passes differ all the same, no batch
+    alike each time, in workers too unless they persist. Where passes differ all the same, no batch
     waits, each layer is measured over another pass, and the report says so.
 
     A layer that runs several times in a forward is measured over all its calls. As its statistics
@@ -149,7 +153,7 @@ def recalibrate(
     session = ranks.together(
         lambda: Session(model, data, method, forward, samples, device, memory, ranks, progress)
     )
-    ranks.compare(session.targets)
+    ranks.compare(session.targets, method)
     try:
         # Twice: the first may be interrupted before it holds interrupts back.
         try:
@@ -186,15 +190,12 @@ class Session:
         self._show: Show = _nothing
         self.notes: list[str] = []
         self.forwards = 0
-        if device is None:
-            tensors = itertools.chain(self.model.parameters(), self.model.buffers())
-            device = next((t.device for t in tensors), None)
-        self.device = None if device is None else torch.device(device)
+        self.device = _device_of(device, self.model)
         self.forward = first_item if forward is None else forward
         self.rng = Rng(generators_of(data))
         self.source = Source(data, samples, self.rng, method == "exact")
         self.visit: Visit = self._visit
-        self.note: Callable[[Any, Any], None] = lambda inputs, outputs: None
+        self.note: Callable[..., None] = lambda *values: None
         self.close: Callable[[], None] = lambda: None
         self._modes = [(module, module.training) for module in self.model.modules()]
         self._entered: ExitStack | None = None
@@ -216,12 +217,15 @@ class Session:
                     module.require_forward_param_sync = False
             if self.method == "exact" and self.memory:
                 for module, _ in self._modes:
-                    stack.callback(module.register_forward_pre_hook(self._pass_on).remove)
-                    stack.callback(module.register_forward_hook(self._pass_on).remove)
+                    if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                        stack.callback(
+                            module.register_forward_pre_hook(self._pass_on, with_kwargs=True).remove
+                        )
+                        stack.callback(
+                            module.register_forward_hook(self._pass_on, with_kwargs=True).remove
+                        )
             for target in self.targets:
-                hook = partial(self._look, target)
-                handle = target.layer.register_forward_pre_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
+                target.watch(self._look, stack)
             if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
                 # A compiled part of the model would not see the hooks.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -234,8 +238,8 @@ class Session:
                 with stack:
                     self.close()
 
-    def _pass_on(self, module: nn.Module, inputs: Any, outputs: Any = None) -> None:
-        self.note(inputs, outputs)
+    def _pass_on(self, module: nn.Module, *values: Any) -> None:
+        self.note(*values)
 
     def _restore(self) -> None:
         for target in self.targets:
@@ -243,10 +247,8 @@ class Session:
         for module, mode in self._modes:
             module.training = mode
 
-    def _look(
-        self, target: Target, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self.visit(target, args, kwargs)
+    def _look(self, target: Target, x: Tensor, mask: Tensor | None) -> Input | None:
+        return self.visit(target, x, mask)
 
     def call(self, batch: Any) -> None:
         """Run the model on a batch."""
@@ -274,23 +276,23 @@ class Session:
             self.call(batch)
             self.show("batch", number, self.source.length)
 
-    def _visit(self, target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen = target.measure(args, kwargs)
+    def _visit(self, target: Target, x: Tensor, mask: Tensor | None) -> Input | None:
+        seen = target.measure(x, mask)
         if seen is None:
-            return
+            return None
         target.add(seen.moments)
         if seen.values == 1 and getattr(target.layer, "on_single", "raise") != "population":
             raise ShapeError(
                 "recalibrate with method='precise' needs batches of more than one value per "
-                f"channel, got input {tuple(seen.x.shape)} at the layer '{target.name}'. Use "
-                "larger batches or leave the last one out; or use method='exact', or layers with "
+                f"channel, got input {tuple(x.shape)} at the layer '{target.name}'. Use larger "
+                "batches or leave the last one out; or use method='exact', or layers with "
                 "on_single='population', which take a batch of one."
             )
-        target.lend_batch(seen)
+        return seen
 
     def check_data(self) -> None:
         """Refuse no data, in all processes together."""
-        if self.ranks.sum(self.source.number) == 0:
+        if not self.ranks.any(self.source.number > 0):
             raise ArgumentError(
                 "data must give at least one batch, got none. A generator that has been used up "
                 "gives nothing more."
@@ -298,23 +300,21 @@ class Session:
 
     def settle(self, target: Target) -> None:
         """Merge what all processes have measured of one layer."""
-        moments, batches = self.ranks.merge(
-            Moments.merge(target.parts), target.batches, target.channels
+        moments, calls = self.ranks.merge(
+            Moments.merge(target.parts), target.calls, target.channels
         )
         target.parts = []
-        if batches:
-            target.settle(moments, batches)
+        target.settle(moments, calls)
 
     def write(self) -> Recalibration:
-        """Write all new statistics into the layers, or none."""
-        examples, batches, forwards = (
-            self.ranks.sum(n) for n in (self.source.examples, self.source.number, self.forwards)
-        )
+        """Write all new statistics into the layers, in all processes, or none."""
+        numbers = [self.source.examples, self.source.number, self.forwards]
+        examples, batches, forwards = map(int, self.ranks.gather(numbers).sum(0))
         found = [target for target in self.targets if target.found is not None]
         skipped = dict(self.skipped)
         for target in self.targets:
             if target.found is None:
-                skipped[target.name] = "never reached by the data"
+                skipped[target.name] = target.problem or "never reached by the data"
         report = Recalibration(
             method=self.method,
             examples=examples,
@@ -328,8 +328,7 @@ class Session:
         with undisturbed(), torch.no_grad():
             before = [(t, t.clone()) for target in found for t in target.own()]
             try:
-                for target in found:
-                    target.write()
+                self.ranks.together(lambda: list(map(Target.write, found)))
             except BaseException:
                 for t, old in before:
                     t.copy_(old)
@@ -348,7 +347,8 @@ def _check_arguments(
         raise ArgumentError(f"recalibrate takes a torch.nn.Module, got {type(model).__name__}.")
     if method not in _METHODS:
         raise ArgumentError(f"method must be one of {', '.join(_METHODS)}, got {method!r}.")
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+    once_more = hasattr(type(data), "__iter__") or hasattr(type(data), "__getitem__")
+    if isinstance(data, (Tensor, str)) or not once_more:
         raise ArgumentError(
             f"data must be an iterable of batches, got {type(data).__name__}. Pass a DataLoader or "
             "a list; for one tensor, tensor.split(batch_size)."
@@ -358,12 +358,26 @@ def _check_arguments(
             "data must be iterable more than once for method='exact', got an iterator of type "
             f"{type(data).__name__}. Pass the loader itself or list(data), or use method='precise'."
         )
-    if samples is not None and (samples != int(samples) or samples < 1):
+    if samples is not None and not (isinstance(samples, Integral) and samples >= 1):
         raise ArgumentError(f"samples must be a positive integer or None, got {samples!r}.")
-    if not memory >= 0:
+    if not (isinstance(memory, Real) and memory >= 0):
         raise ArgumentError(
             f"memory must be a number of bytes, 0 for none and math.inf for all, got {memory!r}."
         )
+
+
+def _device_of(given: Any, model: nn.Module) -> torch.device | None:
+    """Where batches are sent."""
+    if given is None:
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        return next((t.device for t in tensors), None)
+    try:
+        return torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        said = str(error).splitlines()[0]
+        raise ArgumentError(
+            f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {given!r} ({said})."
+        ) from error
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -381,6 +395,7 @@ def _targets(model: nn.Module) -> tuple[list[Target], dict[str, str]]:
     """The layers to measure, and why others are not."""
     found: list[Target] = []
     skipped: dict[str, str] = {}
+    inference = torch.is_inference_mode_enabled()
     for name, module in model.named_modules():
         own = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
         for t in own:
@@ -392,6 +407,8 @@ def _targets(model: nn.Module) -> tuple[list[Target], dict[str, str]]:
                     "or run it once, first."
                 )
         if not isinstance(module, _BatchNorm):
+            if "BatchNorm" in getattr(module, "original_name", ""):
+                skipped[name] = "it is compiled by TorchScript"
             continue
         if getattr(module, "stats_frozen", False):
             skipped[name] = "its statistics are frozen"
@@ -399,6 +416,13 @@ def _targets(model: nn.Module) -> tuple[list[Target], dict[str, str]]:
             module._buffers.get("running_var") is None
         ):
             skipped[name] = "it has no running statistics"
+        elif module.num_features == 0:
+            skipped[name] = "it has no channels"
+        elif cast(Tensor, module.running_mean).is_inference() and not inference:
+            raise ArgumentError(
+                f"recalibrate takes a model that can be written to, got '{name}' made in "
+                "torch.inference_mode. Make it outside, or call recalibrate inside."
+            )
         elif model.training and not module.training:
             skipped[name] = "it is in evaluation mode while the model is in training mode"
         else:

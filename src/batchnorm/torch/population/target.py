@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,15 +18,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...errors import ShapeError
 from ...moments import Moments
 from .. import functional, kernels
-from ..kernels import NonFiniteError
+from ..kernels import Form, NonFiniteError
 from ..modules import Layer
 from .report import LayerShift
 
-#: Told of each call of a layer, with its arguments.
-Visit = Callable[["Target", tuple[Any, ...], dict[str, Any]], None]
+#: Told of each tensor that a layer is about to normalize, with its mask; says what was seen in it
+#: where the layer is to normalize by the batch.
+Visit = Callable[["Target", Tensor, "Tensor | None"], "Input | None"]
 
 # Moments of one layer are merged pairwise in blocks of so many batches.
 _BLOCK = 256
+
+
+Pair = tuple[Tensor, Tensor]
 
 
 class Input:
@@ -40,13 +47,6 @@ class Input:
             self.values = int(torch.count_nonzero(functional.as_weights(mask, x)))
 
 
-class _Reached(BaseException):  # not to be caught on the way
-    """A layer's forward has come to the tensor that it normalizes."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-
 class Target:
     """A layer to measure: its own statistics, those it is lent, and those found."""
 
@@ -56,35 +56,93 @@ class Target:
         assert mean is not None
         assert var is not None
         self._mean, self._var, self.channels = mean, var, mean.numel()
-        self.parts: list[Moments] = []
-        self.batches = 0
-        self.seen_in: set[int] = set()  # batches, by their number
-        self.found: tuple[Tensor, Tensor] | None = None
-        self.count = 0.0
-        # Whether what the layer is called with is what it normalizes; None: to be found out.
-        forward = type(layer).forward
-        self._direct = True if forward in _FORWARDS else None
+        self._has_others = False  # statistics
+        self.problem = ""  # why it could not be measured
+        self.forget()
 
     def forget(self) -> None:
         """Begin anew."""
-        self.parts, self.batches, self.seen_in, self.found = [], 0, set(), None
+        self.parts: list[Moments] = []
+        self.calls = 0
+        self.seen_in: set[int] = set()  # batches, by their number
+        self.settled = False
+        self.found: Pair | None = None
+        self.count = 0.0
         self.take_back()
 
     # ---- measuring
 
-    def measure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Input | None:
-        """The moments of an input; None where the layer will refuse it, and says best why."""
-        x = self._normalized(args, kwargs)
-        if not (
-            isinstance(x, Tensor)
-            and x.is_floating_point()
-            and x.dim() >= 2
-            and x.shape[1] == self.channels
-        ):
+    def watch(self, visit: Visit, stack: ExitStack) -> None:
+        """Tell `visit` of what the layer normalizes, and let it use what it is to, until the end.
+
+        Ours hand input and mask to `_layer`. torch's begin with `_check_input_dim`, which shows the
+        input as a subclass has changed it, and look for their statistics after that. A subclass
+        whose forward does without the one it inherits is taken by its first argument.
+        """
+        if not _goes_on(self.layer):
+            hook = partial(self._before_call, visit)
+            handle = self.layer.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+            return
+        name = "_layer" if isinstance(self.layer, Layer) else "_check_input_dim"
+        look = self._instead_of_layer if isinstance(self.layer, Layer) else self._after_check
+        own, inner = self.layer.__dict__.get(name), getattr(self.layer, name)
+        self.layer.__dict__[name] = partial(look, visit, inner)
+        stack.callback(self._restore, name, own)
+
+    def _restore(self, name: str, own: Any) -> None:
+        self.layer.__dict__.pop(name, None)
+        if own is not None:
+            self.layer.__dict__[name] = own
+
+    def _instead_of_layer(
+        self,
+        visit: Visit,
+        inner: Callable[..., Any],
+        x: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        batch: bool,
+        form: Form,
+        residual: Tensor | None,
+        mask: Tensor | None,
+    ) -> Any:
+        seen = visit(self, x, mask)
+        rest = form, residual, mask
+        if seen is not None and seen.values > 1 and form.group_size:
+            return inner(x, mean, var, weight, bias, True, *rest)
+        pair = self._to_use(seen, wide=kernels.fits(x)) or (mean, var)
+        return inner(x, *pair, weight, bias, False, *rest)
+
+    def _after_check(self, visit: Visit, inner: Callable[[Tensor], None], x: Tensor) -> None:
+        inner(x)
+        self._lend(self._to_use(visit(self, x, None), wide=False))
+
+    def _before_call(
+        self,
+        visit: Visit,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        bound = inspect.signature(layer.forward).bind(*args, **kwargs)
+        x = next(iter(bound.arguments.values()), None)
+        if isinstance(x, Tensor):
+            self._lend(self._to_use(visit(self, x, None), wide=False))
+
+    def measure(self, x: Tensor, mask: Tensor | None) -> Input | None:
+        """The moments of an input; None where the layer will refuse it, and says best why.
+
+        Raises
+        ------
+        NonFiniteError
+            They are not finite.
+        """
+        if not (x.is_floating_point() and x.dim() >= 2 and x.shape[1] == self.channels):
+            self.problem = f"its input, {tuple(x.shape)}, is not (N, {self.channels}, …)"
             return None
-        mask = None
-        if isinstance(self.layer, Layer):
-            mask = args[2] if len(args) > 2 else kwargs.get("mask")
         seen = Input(x, mask)
         bad = np.flatnonzero(~(np.isfinite(seen.moments.mean) & np.isfinite(seen.moments.m2)))
         if len(bad):
@@ -95,57 +153,44 @@ class Target:
             )
         return seen
 
-    def _normalized(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The tensor that the layer will normalize.
-
-        A subclass may change its input before it passes it on to the forward it inherits. That one
-        begins with `_check_input_dim`, in torch as here, which shows the tensor.
-        """
-        if not self._direct:
-
-            def check(x: Any) -> None:
-                raise _Reached(x)
-
-            self.layer.__dict__["_check_input_dim"] = check
-            try:
-                self.layer.forward(*args, **kwargs)
-                self._direct = True
-            except _Reached as reached:
-                self._direct = False
-                return reached.x
-            finally:
-                del self.layer.__dict__["_check_input_dim"]
-        return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-
     def add(self, moments: Moments, batch: int = 0) -> None:
         """Take up one call's moments."""
         self.seen_in.add(batch)
-        self.batches += bool(np.any(moments.count))
+        self.calls += bool(np.any(moments.count))
         self.parts.append(moments)
         if len(self.parts) == _BLOCK:
             self.parts = [Moments.merge(self.parts)]
 
     # ---- statistics
 
-    def lend_batch(self, seen: Input) -> None:
-        """Let the layer normalize this input by its own statistics, where it has a variance."""
-        if seen.values <= 1:
-            self.take_back()
-            return
+    def _to_use(self, seen: Input | None, wide: bool) -> Pair | None:
+        """By what the layer is to normalize: the batch, what was found, or None for its own."""
+        if seen is None or seen.values <= 1:
+            return self.found
         # Ours take wider statistics than their input.
-        wide = getattr(type(self.layer), "forward", None) is Layer.forward and kernels.fits(seen.x)
-        mean, var = seen.moments.mean, seen.moments.var()
-        self._lend(*self._in_buffers(mean, var, torch.float64 if wide else None))
+        dtype = torch.float64 if wide else None
+        return self._in_buffers(seen.moments.mean, seen.moments.var(), dtype)
 
-    def _lend(self, mean: Tensor, var: Tensor) -> None:
-        self.layer._buffers["running_mean"], self.layer._buffers["running_var"] = mean, var
+    def _lend(self, pair: Pair | None) -> None:
+        """Put other statistics in the place of the layer's own, or take them back."""
+        if pair is not None or self._has_others:
+            buffers = self.layer._buffers
+            buffers["running_mean"], buffers["running_var"] = pair or (self._mean, self._var)
+            self._has_others = pair is not None
 
     def take_back(self) -> None:
         """Give the layer its own statistics again."""
-        self._lend(self._mean, self._var)
+        self._has_others = True
+        self._lend(None)
 
-    def settle(self, moments: Moments, batches: int) -> None:
-        """Let the layer use the population statistics from here on."""
+    def settle(self, moments: Moments, calls: int) -> None:
+        """Let the layer use the population statistics from here on; its own if there are none."""
+        self.settled = True
+        if not calls:
+            self.problem = self.problem or (
+                "only empty inputs reached it" if self.seen_in else "never reached by the data"
+            )
+            return
         var = moments.var(ddof=1)
         count = float(np.max(moments.count, initial=0.0))
         if not np.all(moments.count > 1):
@@ -153,13 +198,12 @@ class Target:
                 "recalibrate needs more than one value per channel to tell a variance, got "
                 f"{count:g} in all for the layer '{self.name}'. Give it more data."
             )
-        self.count, self.batches = count, batches
+        self.count, self.calls = count, calls
         self.found = self._in_buffers(moments.mean, var, None)
-        self._lend(*self.found)
 
     def _in_buffers(
         self, mean: NDArray[np.float64], var: NDArray[np.float64], dtype: torch.dtype | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Pair:
         """Statistics as the layer's buffers hold them, or in `dtype`."""
         tensors = []
         for what, values, own in (("mean", mean, self._mean), ("var", var, self._var)):
@@ -183,7 +227,7 @@ class Target:
     def write(self) -> None:
         """Make what was found the layer's own."""
         assert self.found is not None
-        for own, new in zip(self.own(), (*self.found, self.batches), strict=False):
+        for own, new in zip(self.own(), (*self.found, self.calls), strict=False):
             own.copy_(torch.as_tensor(new))
 
     def shift(self) -> LayerShift:
@@ -195,20 +239,24 @@ class Target:
         with np.errstate(all="ignore"):
             std = np.sqrt(var + self.layer.eps)
             shift = np.nan_to_num(np.abs(mean - old_mean) / std, nan=math.inf, posinf=math.inf)
-            ratio = np.sqrt(old_var + self.layer.eps) / std
-            farthest = np.nan_to_num(np.abs(np.log(ratio)), nan=math.inf, posinf=math.inf)
-        some = len(shift) > 0
+            ratio = np.nan_to_num(np.sqrt(old_var + self.layer.eps) / std, nan=math.inf)
+            farthest = np.abs(np.log(ratio))
         return LayerShift(
             name=self.name,
             kind=type(self.layer).__name__,
-            batches=self.batches,
+            calls=self.calls,
             count=self.count,
-            shift=float(shift.max()) if some else 0.0,
-            channel=int(shift.argmax()) if some else 0,
-            rms_shift=float(np.sqrt(np.mean(shift**2))) if some else 0.0,
-            std_ratio=float(ratio[farthest.argmax()]) if some else 1.0,
+            shift=float(shift.max()),
+            channel=int(shift.argmax()),
+            rms_shift=float(np.sqrt(np.mean(shift**2))),
+            std_ratio=float(ratio[farthest.argmax()]),
         )
 
 
-# Forwards that normalize what they are called with.
-_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, Layer.forward)
+def _goes_on(layer: nn.Module) -> bool:
+    """Whether the forward of a layer calls the one it inherits, or begins as that one does."""
+    if "forward" in layer.__dict__:  # something around the layer's own
+        return True
+    forward = inspect.unwrap(layer.forward)
+    code = getattr(forward, "__code__", None)
+    return code is None or not {"forward", "_check_input_dim"}.isdisjoint(code.co_names)
