@@ -1,9 +1,10 @@
 """batchnorm stats and batchnorm normalize: exit statuses, one line for bad input, whole files."""
 
-import json
+import base64
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ def test_stats_takes_columns_and_tables_without_names(folder, capsys):
         (["stats", "none.npy"], "none.npy: there is no such file"),
         (["stats", "text.npy"], "text.npy: must be an array in NumPy's format"),
         (["stats", "gaps.npy"], "gaps.npy: no value may be missing, got NaN in feature 1"),
-        (["stats", "gaps.npy", "--missing", "drop"], "'refuse' or 'skip', got 'drop'"),
+        (["stats", "gaps.npy", "--missing", "drop"], "'drop' is not one of 'refuse', 'skip'"),
         (["stats", "gaps.npy", "--channel-axis", "2"], "gaps.npy: has no axis 2"),
         (["stats", "two.npz"], "--array NAME"),
         (["stats", "two.npz", "--array", "z"], "two.npz: has no array 'z'. It holds: x, y."),
@@ -104,11 +105,15 @@ def test_stats_takes_columns_and_tables_without_names(folder, capsys):
         (["stats", "data", "--out", "s.txt"], "'s.npz'"),
         (["stats", "data", "--out", "none/s.npz"], "Create the directory first"),
         (["stats", "data", "--columns", ","], "no named columns"),
+        (["stats", ""], "got an empty name"),
         (["normalize", "data/a.npy", "--out", "y.npy"], "Missing option '--stats'"),
         (["normalize", "data/a.npy", "--stats", "stats.npz"], "Missing option '--out'"),
         (["normalize", "data/a.npy", "--stats", "no.npz", "--out", "y.npy"], "cannot be read"),
         (["normalize", "data/a.npy", "--stats", "two.npz", "--out", "y.npy"], "hold statistics"),
-        (["normalize", "data/a.npy", "--stats", "stats.npz", "--out", "data/a.npy"], "not be the"),
+        (
+            ["normalize", "data/a.npy", "--stats", "stats.npz", "--out", "data/a.npy"],
+            "not be a file",
+        ),
         (["normalize", "text.npy", "--stats", "stats.npz", "--out", "y.npy"], "NumPy's format"),
         (
             ["normalize", "data/a.npy", "--stats", "stats.npz", "--out", "y.npy", "--dtype", "i4"],
@@ -139,6 +144,56 @@ def test_normalize_writes_what_the_function_gives(folder, capsys):
     found = Statistics.load("stats.npz")
     expected = dataset.normalize(np.load("data/b.npy"), found, eps=0.1, dtype=np.float32)
     np.testing.assert_array_equal(np.load("y.npy"), expected)
+
+
+def test_normalize_keeps_the_statistics_it_is_given(folder, capsys):
+    np.savez("x.npz", x=np.eye(3))
+    before = Statistics.load("stats.npz")
+    arguments = ["normalize", "x.npz", "--stats", "stats.npz", "--out", "stats.npz"]
+    assert cli.main(arguments) == cli.UNUSABLE
+    assert "must not be saved statistics" in capsys.readouterr().err
+    assert Statistics.load("stats.npz") == before
+
+
+def test_stats_says_which_statistics_it_left_out(folder, capsys):
+    assert cli.main(["stats", "data", "--out", "data/s.npz"]) == cli.DONE
+    assert cli.main(["stats", "data", "--out", "data/s.npz"]) == cli.DONE
+    left_out = "batchnorm: data/s.npz holds statistics and no data: left out\n"
+    assert capsys.readouterr().err == left_out
+
+
+def test_stats_prints_names_as_they_are(folder, capsys):
+    pytest.importorskip("pyarrow")
+    (folder / "t.csv").write_text('":smile:,[b]x",b\n1,2\n')
+    assert cli.main(["stats", "t.csv", "--columns", '":smile:,[b]x"']) == cli.DONE
+    assert ":smile:,[b]x  " in capsys.readouterr().out
+
+
+def run(arguments, **options):
+    return subprocess.run(
+        f"{sys.executable} -m batchnorm {arguments}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
+    )
+
+
+def test_stats_ends_quietly_when_its_reader_has_gone(folder):
+    done = run("stats data | true; exit ${PIPESTATUS[0]}")
+    assert (done.returncode, done.stderr) == (cli.DONE, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+def test_stats_says_that_its_output_cannot_be_written(folder):
+    for command in ("stats data", "--version"):
+        done = run(f"{command} > /dev/full")
+        assert done.returncode == cli.UNUSABLE
+        said = "batchnorm: standard output cannot be written (No space left on device). "
+        assert done.stderr.startswith(said)
+        assert done.stderr.count("\n") == 1
 
 
 def test_normalize_takes_a_folder(folder):
@@ -179,10 +234,11 @@ def test_stats_interrupted_has_status_130_and_goes_on_when_run_again(folder, cap
 def test_stats_killed_goes_on_and_has_the_same_bits(folder, monkeypatch):
     done = run_until("SIGKILL", folder)
     assert done.returncode == -signal.SIGKILL
-    entry = json.loads((folder / "s.npz.partial").read_text().splitlines()[1])
+    mean = (folder / "s.npz.partial").read_text().splitlines()[1].split("\t")[3]
     monkeypatch.setattr(dataset.sources, "BLOCK_BYTES", 256)
     monkeypatch.setattr(dataset.sources, "BLOCK_ROWS", 1)
-    assert entry["mean"] == dataset.measure("data/a.npy").mean.tolist()
+    expected = dataset.measure("data/a.npy").mean
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(mean)), expected)
     notes = []
     found = dataset.measure("data", out="s.npz", note=notes.append)
     assert len(notes) == 1

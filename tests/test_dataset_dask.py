@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -21,6 +22,7 @@ ROUNDING = 1e-12
 @pytest.fixture(scope="module")
 def workers():
     """Three worker processes, each of which is started again if it dies."""
+    before = dict(os.environ)  # the cluster has processes that it starts run one thread each
     with (
         # A task that has outlived two workers is given up.
         dask.config.set({"distributed.scheduler.allowed-failures": 1}),
@@ -34,6 +36,8 @@ def workers():
         distributed.Client(local, set_as_default=False) as client,
     ):
         yield client
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def chunked(x, chunks):
@@ -129,9 +133,50 @@ def test_dask_arrays_that_cannot_be_measured_are_refused(x):
         Moments.of(Bag())
 
 
-def test_dask_arrays_are_told_without_dask(x):
-    assert "dask" in sys.modules
-    assert Moments.of(chunked(x, (7, 6, 8))).mean.shape == (6,)
+def test_arrays_and_files_are_measured_without_importing_dask(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((2, 2)))
+    code = (
+        "import sys, numpy as np; from batchnorm import Moments, dataset; "
+        f"Moments.of(np.ones((2, 2))); found = dataset.measure({str(tmp_path / 'x.npy')!r}); "
+        "dataset.normalize(np.ones((2, 2)), found); "
+        "print(sorted({'dask', 'distributed', 'pyarrow'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_measure_takes_masked_chunks(x, rng):
+    mask = rng.random(x.shape) < 0.2
+    array = da.ma.masked_array(chunked(x, (7, 4, 3)), chunked(mask, (7, 4, 3)))
+    found = dataset.measure(array, missing="skip")
+    np.testing.assert_array_equal(found.missing, mask.sum((0, 2)))
+    y = dataset.normalize(array, found).compute()
+    np.testing.assert_array_equal(np.isnan(y), mask)
+    with pytest.raises(ArgumentError, match="NaN in feature"):
+        dataset.measure(array)
+
+
+def test_measure_refuses_integers_that_float64_rounds():
+    with pytest.raises(ArgumentError, match="x: integers must be below"):
+        dataset.measure(da.from_array(np.full((4, 2), 2**53 + 1), chunks=2))
+
+
+def test_measure_refuses_squares_that_overflow_between_chunks():
+    array = da.from_array(np.repeat([[1e200], [-1e200]], 4, axis=0), chunks=4)
+    with pytest.raises(ArgumentError, match="x: values are too large, the squares of feature 0"):
+        dataset.measure(array)
+
+
+def test_measure_refuses_a_delayed_value():
+    with pytest.raises(DTypeError, match=r"x must be an array, got dask\.delayed"):
+        dataset.measure(dask.delayed(1))
+
+
+def test_measure_of_an_array_says_that_workers_died(workers):
+    workers.wait_for_workers(3)
+    array = da.ones((4, 2), chunks=4).map_blocks(lambda block: os._exit(1), meta=np.ones((0, 0)))
+    with pytest.raises(BatchNormError, match="x: given up, since one worker after another died"):
+        dataset.measure(array, client=workers)
 
 
 # ---- files on a cluster -------------------------------------------------------------------------
@@ -185,6 +230,35 @@ def test_measure_on_a_cluster_raises_what_a_worker_raises(files, workers):
         dataset.measure(files / "0.npy", client=workers)
 
 
+def test_measure_on_a_cluster_takes_paths_from_here(files, workers, monkeypatch):
+    expected = dataset.measure(files, missing="skip")
+    monkeypatch.chdir(files.parent)
+    found = dataset.measure(files.name, missing="skip", client=workers)
+    assert found.moments == expected.moments
+
+
+def test_measure_on_a_cluster_says_that_workers_must_reach_the_files(files, workers):
+    source = sources.open_source(
+        files / "2.npy", channel_axis=1, columns=None, header=True, array=None
+    )
+    told = []
+    with pytest.raises(
+        ArgumentError, match=r"there is no such file.* Workers must reach it by the"
+    ):
+        cluster.measure_files(
+            workers, {0: source.elsewhere("/none/2.npy")}, "skip", lambda *_: None, told.append
+        )
+    assert told == []
+
+
+def test_measure_on_a_cluster_refuses_a_file_that_changed_meanwhile(files, workers):
+    def change(name, done, whole):
+        os.utime(files / "2.npy", ns=(0, 0))
+
+    with pytest.raises(ArgumentError, match=r"2\.npy: changed while it was read"):
+        dataset.measure(files / "2.npy", missing="skip", client=workers, progress=change)
+
+
 def test_measure_on_a_cluster_goes_on_after_an_interruption(files, workers, tmp_path):
     out = tmp_path / "stats.npz"
     paths = [files / f"{k}.npy" for k in (2, 0)]
@@ -203,7 +277,7 @@ def test_measure_on_a_cluster_goes_on_after_an_interruption(files, workers, tmp_
 
 def test_measure_on_a_cluster_gives_up_when_workers_keep_dying(files, workers, monkeypatch):
     workers.wait_for_workers(3)
-    monkeypatch.setattr(cluster, "measure_source", lambda *_: os._exit(1))
+    monkeypatch.setattr(cluster, "measure_piece", lambda *_: os._exit(1))
     with pytest.raises(BatchNormError, match=r"2\.npy: given up, since one worker") as caught:
         dataset.measure(files / "2.npy", missing="skip", client=workers)
     assert "\n" not in str(caught.value)
@@ -233,6 +307,7 @@ def test_connect_says_that_there_are_no_workers():
         cluster.connect(empty.scheduler_address, timeout=0.5)
 
 
-def test_connect_refuses_what_is_no_address():
+@pytest.mark.parametrize("address", ["nonsense://", "tls://127.0.0.1:9"])
+def test_connect_refuses_what_is_no_address(address):
     with pytest.raises(ArgumentError, match="must be the address of a scheduler"):
-        cluster.connect("nonsense://", timeout=0.5)
+        cluster.connect(address, timeout=0.5)

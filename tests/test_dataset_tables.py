@@ -1,12 +1,13 @@
 """Statistics of CSV and Parquet files, and what is written of them."""
 
+import gzip
 import sys
 
 import numpy as np
 import pytest
 
 from batchnorm import dataset
-from batchnorm.dataset import sources, tables
+from batchnorm.dataset import normalizing, tables
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 
 pa = pytest.importorskip("pyarrow")
@@ -85,7 +86,7 @@ def test_measure_refuses_a_column_of_text_and_names_it(table):
 
 def test_measure_refuses_a_column_that_is_not_there(table):
     path = table({"a": [1.0, 3.0]})
-    with pytest.raises(ArgumentError, match=r"has no column 'c'\. It has 'a'\."):
+    with pytest.raises(ArgumentError, match=r"has no column 'c'\. It has 'a'\. Choose of these\."):
         dataset.measure(path, columns=["c"])
     with pytest.raises(ArgumentError, match="named once each"):
         dataset.measure(path, columns=["a", "a"])
@@ -165,7 +166,7 @@ def test_measure_takes_every_type_of_number_that_parquet_has(tmp_path):
         "half": pa.array(np.array([1, 3], np.float16)),
         "single": pa.array(np.array([1, 3], np.float32)),
         "whole": pa.array([1, 3], pa.int8()),
-        "large": pa.array([2**62, 2**62], pa.uint64()),
+        "large": pa.array([2**52, 2**52], pa.uint64()),
         "truth": pa.array([True, False]),
         "gaps": pa.array([None, 3], pa.int32()),
         "decimal": pa.array([1, 3], pa.decimal128(10, 2)),
@@ -173,8 +174,110 @@ def test_measure_takes_every_type_of_number_that_parquet_has(tmp_path):
     }
     parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
     found = dataset.measure(tmp_path / "t.parquet", missing="skip")
-    assert found.mean.tolist() == [2, 2, 2, 2.0**62, 0.5, 3, 2, 0]
+    assert found.mean.tolist() == [2, 2, 2, 2.0**52, 0.5, 3, 2, 0]
     assert found.missing.tolist() == [0, 0, 0, 0, 0, 1, 0, 2]
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint64()])
+def test_measure_refuses_integers_that_float64_rounds(kind, table):
+    path = table({"a": pa.array([1.0, 2.0]), "b": pa.array([None, 2**53 + 1], kind)})
+    said = r"column 'b': integers must be below 2\*\*53.* got 900719925474099[23]"
+    with pytest.raises(ArgumentError, match=said):
+        dataset.measure(path, missing="skip")
+
+
+def test_measure_keeps_empty_lines_of_a_single_column_as_missing(tmp_path):
+    path = written(tmp_path / "t.csv", "a\n1\n\n3\n\n")
+    found = dataset.measure(path, missing="skip")
+    assert (found.count.tolist(), found.missing.tolist()) == ([2], [2])
+    dataset.normalize(path, found, tmp_path / "y.csv", eps=0.0)
+    assert (tmp_path / "y.csv").read_text() == '"a"\n-1\n\n1\n\n'
+    again = dataset.measure(tmp_path / "y.csv", missing="skip")
+    assert (again.count.tolist(), again.missing.tolist()) == ([2], [2])
+
+
+@pytest.mark.parametrize("text", ["1,2\n3,4\n", "1,1\n3,4\n", "0.5,,nan\n1,2,3\n"])
+def test_measure_refuses_a_first_row_of_numbers_for_names(text, tmp_path):
+    path = written(tmp_path / "t.csv", text)
+    with pytest.raises(ArgumentError, match="must begin with a line of names.*--no-header"):
+        dataset.measure(path)
+    dataset.measure(path, header=False, missing="skip")
+
+
+def test_measure_takes_names_that_are_numbers_if_they_are_given(tmp_path):
+    path = written(tmp_path / "t.csv", "1,2\n3,4\n5,6\n")
+    found = dataset.measure(path, columns=["1", "2"])
+    assert found.count.tolist() == [2, 2]
+    dataset.normalize(path, found, tmp_path / "y.csv", eps=0.0)
+    assert (tmp_path / "y.csv").read_text() == '"1","2"\n-1,-1\n1,1\n'
+
+
+def test_measure_takes_what_csv_files_have_for_missing_values(tmp_path):
+    texts = ["", "NA", "N/A", "n/a", "#N/A", "NULL", "null", "NaN", "nan", "-nan", "-NaN", "#NA"]
+    path = written(tmp_path / "t.csv", "a,b\n" + "".join(f"1,{text}\n" for text in texts))
+    assert dataset.measure(path, missing="skip").missing.tolist() == [0, len(texts)]
+
+
+def test_measure_compares_names_with_the_first_table_and_keeps_them(tmp_path):
+    np.save(tmp_path / "x.npy", np.ones((2, 2)))
+    written(tmp_path / "y.csv", "a,b\n1,2\n")
+    assert dataset.measure(tmp_path).names == ("a", "b")
+    written(tmp_path / "z.csv", "b,a\n1,2\n")
+    with pytest.raises(ShapeError, match=r"z\.csv.* columns of .*y\.csv.*got 'b' for 'a'"):
+        dataset.measure(tmp_path)
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_measure_says_that_values_are_separated_by_commas(separator, tmp_path):
+    path = written(tmp_path / "t.csv", f"a{separator}b\n1{separator}2\n")
+    with pytest.raises(DTypeError, match="single column: values must be separated by commas"):
+        dataset.measure(path)
+    with pytest.raises(ArgumentError, match="single column: values must be separated by commas"):
+        dataset.measure(path, columns=["a"])
+
+
+def test_measure_says_of_text_in_parquet_nothing_about_lines_of_names(tmp_path):
+    parquet.write_table(pa.table({"a": ["x"], "b,c": [1.0]}), tmp_path / "t.parquet")
+    with pytest.raises(DTypeError, match='--columns \'?"b,c"') as caught:
+        dataset.measure(tmp_path / "t.parquet")
+    assert "header" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["ä,b\n1,2\n".encode("latin-1"), gzip.compress(b"a,b\n1,2\n")], ids=["latin", "gzip"]
+)
+def test_measure_refuses_text_that_is_not_utf8(content, tmp_path):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(ArgumentError, match=r"t\.csv: .*UTF-8.*Decompress or convert"):
+        dataset.measure(tmp_path / "t.csv")
+
+
+def test_measure_reads_short_columns_of_parquet_together(tmp_path):
+    names = [f"c{k}" for k in range(200)]
+    parquet.write_table(pa.table(dict.fromkeys(names, np.ones(10))), tmp_path / "t.parquet")
+    file = tables.open_table(tmp_path / "t.parquet", columns=None, header=True)
+    assert len(list(file.blocks())) == 1
+
+
+def test_measure_takes_many_columns_of_parquet(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(tables, "PARQUET_COLUMNS", 3)
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 1 << 10)
+    x = rng.normal(1e4, 1.0, (500, 8))
+    x[3, 7] = np.nan
+    names = [f"c{k}" for k in range(8)]
+    parquet.write_table(pa.table(dict(zip(names, x.T, strict=True))), tmp_path / "t.parquet")
+    told = []
+    found = dataset.measure(
+        tmp_path / "t.parquet",
+        missing="skip",
+        columns=names[::-1],
+        progress=lambda _, done, whole: told.append(done / whole),
+    )
+    np.testing.assert_allclose(found.mean, np.nanmean(x[:, ::-1], axis=0), rtol=1e-12)
+    assert found.missing.tolist() == [1] + [0] * 7
+    assert 0.9 < told[-1] <= 1
+    with pytest.raises(ArgumentError, match=r"NaN in feature 7 \('c7'\) at row 3 "):
+        dataset.measure(tmp_path / "t.parquet")
 
 
 def test_measure_names_the_package_that_it_lacks(tmp_path, monkeypatch):
@@ -253,5 +356,62 @@ def test_normalize_names_a_column_that_the_file_lacks(table, tmp_path):
         dataset.normalize(table({"a": [1.0]}, "one"), found, tmp_path / "y.parquet")
 
 
-def test_blocks_of_tables_stay_below_what_a_block_may_take():
-    assert tables.BLOCK_BYTES == sources.BLOCK_BYTES
+def test_blocks_of_tables_stay_below_what_a_block_may_take(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 1 << 14)
+    columns = {f"c{k}": rng.standard_normal(3000) for k in range(4)}
+    columns |= {"text": ["x" * 500] * 3000, "words": [f"{k:05}" for k in range(3000)]}
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pa.table(columns), path)
+    file = tables.open_table(path, columns=["c0", "c1", "c2"], header=True)
+    sizes = [block.values.nbytes for block in file.blocks()]
+    assert 1 << 13 < max(sizes) <= 1 << 14
+    assert sum(sizes) == 3 * 3000 * 8
+    batches = [batch for batch, _ in file.batches(file.columns)]
+    assert sum(batch.num_rows for batch in batches) == 3000
+    assert max(batch.get_total_buffer_size() for batch in batches[1:-1]) <= 1 << 14
+
+
+@pytest.mark.parametrize(
+    "column", [pa.array([[1], [2]]), pa.array([{"x": 1}, {"x": 2}])], ids=["list", "struct"]
+)
+def test_normalize_says_what_a_csv_file_cannot_hold(column, tmp_path):
+    parquet.write_table(pa.table({"a": [1.0, 2.0], "other": column}), tmp_path / "t.parquet")
+    found = dataset.measure(tmp_path / "t.parquet", columns=["a"])
+    with pytest.raises(ArgumentError, match=r"y\.csv: cannot hold all columns.*\.parquet"):
+        dataset.normalize(tmp_path / "t.parquet", found, tmp_path / "y.csv")
+    assert not (tmp_path / "y.csv").exists()
+    dataset.normalize(tmp_path / "t.parquet", found, tmp_path / "y.parquet")
+    assert parquet.read_table(tmp_path / "y.parquet")["other"].to_pylist() == column.to_pylist()
+
+
+@pytest.mark.parametrize("name", ["y.csv", "y.parquet"])
+def test_normalize_names_the_table_that_cannot_be_written(name, tmp_path, monkeypatch):
+    class Full:
+        def write_batch(self, batch):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            pass
+
+    path = written(tmp_path / "t.csv", SMALL)
+    found = dataset.measure(path, columns=["a"])
+    monkeypatch.setattr(normalizing, "_table_writer", lambda *_: Full())
+    with pytest.raises(ArgumentError, match=rf"{name}: cannot be written \(No space.*Make room"):
+        dataset.normalize(path, found, tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+def test_normalize_refuses_bfloat16_for_tables(tmp_path):
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    path = written(tmp_path / "t.csv", "a\n1\n2\n")
+    with pytest.raises(DTypeError, match=r"t\.csv: dtype must be float16, float32 or float64"):
+        dataset.normalize(path, dataset.measure(path), tmp_path / "y.csv", dtype=bfloat16)
+
+
+def test_normalize_refuses_columns_that_exceed_their_type(tmp_path):
+    values = pa.array([3e38, 0.0], pa.float32())
+    parquet.write_table(pa.table({"a": values}), tmp_path / "t.parquet")
+    found = dataset.measure(np.array([[0.0], [1e-30]]))
+    with pytest.raises(ArgumentError, match=r"column 'a': .*fit into float32.*--dtype"):
+        dataset.normalize(tmp_path / "t.parquet", found, tmp_path / "y.parquet")
+    dataset.normalize(tmp_path / "t.parquet", found, tmp_path / "y.parquet", dtype="float64")

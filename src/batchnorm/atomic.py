@@ -1,4 +1,8 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Files that are whole or not there, if what writes them raises or is interrupted.
+
+A process that is killed, by SIGTERM as by SIGKILL, leaves ``.NAME.PID.partial`` beside the file,
+and nothing waits for the disk: what a loss of power does is up to the file system.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,21 @@ from pathlib import Path
 
 from .errors import ArgumentError
 
-__all__ = ["check_place", "replacing", "write_all"]
+__all__ = ["check_place", "replacing", "write_all", "writing"]
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in what the system says when it cannot be written."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # the reader of a pipe has gone: nothing is wrong with a file
+    except OSError as error:
+        raise ArgumentError(
+            f"{path}: cannot be written ({error.strerror or error}). Make room, or name another "
+            "file."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -50,14 +68,16 @@ def check_place(out: Path, kind: str, example: str) -> None:
     ArgumentError
         It is not a file, its folder does not exist, or nothing can be written there.
     """
-    if out.exists() and not out.is_file():
-        found = "a directory" if out.is_dir() else "neither a file nor free"
+    # os.path, since pathlib raises where a name is too long or a directory may not be searched.
+    is_dir = os.path.isdir(out)
+    if os.path.exists(out) and not os.path.isfile(out):
+        found = "a directory" if is_dir else "neither a file nor free"
         raise ArgumentError(
             f"out must be the path of {kind} to write, got {str(out)!r}, which is {found}. "
-            f"Name a file, such as {str(out / example if out.is_dir() else example)!r}."
+            f"Name a file, such as {str(out / example if is_dir else example)!r}."
         )
     parent = out.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         raise ArgumentError(
             f"out must lie in an existing directory, got {str(out)!r}, but {str(parent)!r} is "
             "none. Create the directory first, or name another."
@@ -67,10 +87,11 @@ def check_place(out: Path, kind: str, example: str) -> None:
     try:
         trial.touch(exist_ok=False)
         trial.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ArgumentError(
-            f"out must lie in a writable directory, got {str(out)!r}, but nothing can be written "
-            f"in {str(parent)!r} ({error.strerror}). Change its permissions, or name another."
+            f"out must lie in a writable directory, got {str(out)!r}, but it cannot be written in "
+            f"{str(parent)!r} ({getattr(error, 'strerror', None) or error}). Change its "
+            "permissions, or name another."
         ) from error
 
 

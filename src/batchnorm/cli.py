@@ -7,11 +7,13 @@ Exit status: 0 done; 1 the command ran and found something wrong; 2 the call or 
 unusable; 130 interrupted.
 """
 
+import csv
+import enum
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from batchnorm.errors import BatchNormError
 
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from batchnorm.dataset import Statistics
+
+
+class Missing(str, enum.Enum):
+    """What `stats` may do about NaN and null."""
+
+    refuse = "refuse"
+    skip = "skip"
+
 
 DONE, FOUND_WRONG, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
@@ -43,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         return _refuse(
             f"the command line needs {error.name}, which is not installed. "
-            f"pip install 'batchnorm[demo]' adds it."
+            f"pip install 'batchnorm[cli]' adds it."
         )
     app = application()
     try:
@@ -52,14 +62,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog_name="batchnorm",
             standalone_mode=False,
         )
+        sys.stdout.flush()  # while there is still something to be said about it
     except BatchNormError as error:
         return _refuse(str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except BrokenPipeError:
-        # The reader of a pipe has seen enough. Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # the reader of a pipe has seen enough
         return DONE
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _drop_output()
+        return _refuse(
+            f"standard output cannot be written ({error.strerror or error}). Send it elsewhere."
+        )
     except Exception as error:
         # typer brings click's exceptions from one place or another, depending on its version.
         explain = getattr(error, "format_message", None)
@@ -115,17 +132,34 @@ def version_line() -> str:
     )
 
 
+def _drop_output() -> None:
+    """Have nothing more written: Python would complain once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _console(**options: Any) -> "Console":
+    """Make a console that takes text as it is, and raises when the reader of a pipe has gone."""
+    from rich.console import Console
+
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would exit with 1
+
+    return Piped(emoji=False, **options)
+
+
 def _refuse(message: str) -> int:
     print(f"batchnorm: {' '.join(message.split())}", file=sys.stderr)
     return UNUSABLE
 
 
 def _names(text: str | None) -> list[str] | None:
-    """Split what is given as ``a,b,c``."""
+    """Split what is given as ``a,b,c``; quotes hold together what has commas."""
     if text is None:
         return None
     # Nothing but commas is a mistake, and is to be refused as one name that there is not.
-    return [part.strip() for part in text.split(",") if part.strip()] or [""]
+    parts = next(csv.reader([text], skipinitialspace=True), [])
+    return [part.strip() for part in parts if part.strip()] or [""]
 
 
 def _demo(app: "typer.Typer") -> None:
@@ -141,11 +175,9 @@ def _demo(app: "typer.Typer") -> None:
         quick: Annotated[bool, typer.Option("--quick", help="Train for a few steps only.")] = False,
     ) -> None:
         """Train a small network with and without batch norm and show what it changes."""
-        from rich.console import Console
-
         import batchnorm.demo
 
-        batchnorm.demo.run(out=out, seed=seed, steps=steps, quick=quick, console=Console())
+        batchnorm.demo.run(out=out, seed=seed, steps=steps, quick=quick, console=_console())
 
 
 def _bench(app: "typer.Typer") -> None:
@@ -194,7 +226,6 @@ def _bench(app: "typer.Typer") -> None:
         """Time forward, inference and backward beside NumPy, PyTorch, JAX and a plain copy."""
         from dataclasses import replace
 
-        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeElapsedColumn as Elapsed
 
@@ -221,7 +252,7 @@ def _bench(app: "typer.Typer") -> None:
         if out is not None:
             benchmark.prepare_directory(out)
 
-        console, errors = Console(), Console(stderr=True)
+        console, errors = _console(), _console(stderr=True)
         progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -254,7 +285,7 @@ def _stats(app: "typer.Typer") -> None:
     @app.command()
     def stats(
         files: Annotated[
-            list[Path],
+            list[str],
             typer.Argument(help=".npy, .npz, .csv or .parquet files, or folders of them."),
         ],
         out: Annotated[
@@ -268,10 +299,15 @@ def _stats(app: "typer.Typer") -> None:
             int, typer.Option(help="Axis of the features in arrays; -1 is the last.")
         ] = 1,
         missing: Annotated[
-            str, typer.Option(help="What to do about NaN and null: refuse or skip.")
-        ] = "refuse",
+            Missing, typer.Option(help="What to do about NaN and null.")
+        ] = Missing.refuse,
         columns: Annotated[
-            str | None, typer.Option(help="Columns of tables; all if left out.", metavar="A,B")
+            str | None,
+            typer.Option(
+                help="Columns of tables; all if left out. Quote names that hold commas, as in "
+                "'\"a,b\",c'.",
+                metavar="A,B",
+            ),
         ] = None,
         header: Annotated[
             bool, typer.Option(help="Whether .csv files begin with a line of names.")
@@ -288,11 +324,12 @@ def _stats(app: "typer.Typer") -> None:
             ),
         ] = None,
     ) -> None:
-        """Measure count, mean and deviation of each feature of files larger than memory."""
+        """Measure count, mean and deviation of each feature of files larger than memory.
+
+        For example: batchnorm stats train/ --missing skip --out stats.npz
+        """
         import contextlib
         import time
-
-        from rich.console import Console
 
         from batchnorm import dataset
         from batchnorm.progress import bar
@@ -308,17 +345,17 @@ def _stats(app: "typer.Typer") -> None:
             found = dataset.measure(
                 files,
                 channel_axis=channel_axis,
-                missing=missing,
+                missing=missing.value,
                 columns=_names(columns),
                 header=header,
                 array=array,
                 out=out,
                 client=client,
                 progress=progress,
-                note=lambda text: print(f"batchnorm: {text}", file=sys.stderr),
+                note=_note,
             )
         seconds = time.perf_counter() - begin
-        console = Console(highlight=False, markup=False)
+        console = _console(highlight=False, markup=False)
         _show_statistics(found, console)
         console.print(f"{_many(len(found.files), 'file')} in {seconds:.1f} s", soft_wrap=True)
         if out is not None:
@@ -331,11 +368,16 @@ def _normalize(app: "typer.Typer") -> None:
     @app.command()
     def normalize(
         file: Annotated[
-            Path, typer.Argument(help="A .npy, .npz, .csv or .parquet file, or a folder of them.")
+            str, typer.Argument(help="A .npy, .npz, .csv or .parquet file, or a folder of them.")
         ],
         stats: Annotated[Path, typer.Option(help="Statistics that 'batchnorm stats' has saved.")],
         out: Annotated[Path, typer.Option(help="The file to write, or the folder for a folder.")],
-        eps: Annotated[float, typer.Option(help="Added to the variance, inside the root.")] = 1e-5,
+        eps: Annotated[
+            float,
+            typer.Option(
+                help="Added to the variance, inside the root; at 0, constant features are refused."
+            ),
+        ] = 1e-5,
         dtype: Annotated[
             str | None,
             typer.Option(help="float16, float32 or float64; that of the data if left out."),
@@ -350,7 +392,10 @@ def _normalize(app: "typer.Typer") -> None:
             str | None, typer.Option(help="Which array of a .npz file.", metavar="NAME")
         ] = None,
     ) -> None:
-        """Subtract the mean of each feature and divide by its deviation, as measured by stats."""
+        """Subtract the mean of each feature and divide by its deviation, as measured by stats.
+
+        For example: batchnorm normalize test.npy --stats stats.npz --out test_normalized.npy
+        """
         from batchnorm import dataset
         from batchnorm.progress import bar
 
@@ -366,8 +411,13 @@ def _normalize(app: "typer.Typer") -> None:
                 header=header,
                 array=array,
                 progress=progress,
+                note=_note,
             )
         print(f"wrote {out}")
+
+
+def _note(text: str) -> None:
+    print(f"batchnorm: {text}", file=sys.stderr)
 
 
 def _show_statistics(found: "Statistics", console: "Console") -> None:

@@ -101,10 +101,10 @@ class Moments:
         DTypeError
             `x` or `weights` are not real numbers.
         """
-        if hasattr(x, "__dask_graph__"):
-            from .dataset.measuring import moments_of_dask
+        if is_dask(x):
+            from .dataset.cluster import moments_of_array
 
-            return moments_of_dask(x, channel_axis, weights)
+            return moments_of_array(x, channel_axis, weights)
         values = native.aligned(native.as_values(x))
         axis = native.channel_axis_of(values, channel_axis)
         w = None if weights is None else native.as_weights(weights, values, axis)
@@ -186,6 +186,11 @@ class Moments:
         if self.mean.size <= 4:
             return f"Moments(count={self.count}, mean={self.mean}, m2={self.m2})"
         return f"Moments(count={self.count}, {self.mean.size} channels)"
+
+
+def is_dask(x: object) -> bool:
+    """Whether this is one of Dask's collections; Dask is not needed to tell."""
+    return hasattr(x, "__dask_graph__")
 
 
 def measured(count: float, mean: Float64, m2: Float64) -> Moments:

@@ -23,7 +23,7 @@ def bar(*, in_bytes: bool = False) -> Iterator[Show]:
     except ImportError:
         yield lambda text, done, total: None
         return
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)  # a file may be called :smile:.npy
     columns: list[progress.ProgressColumn] = [
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),

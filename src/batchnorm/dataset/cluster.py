@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,16 +13,35 @@ import numpy as np
 from .. import native
 from ..errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 from ..moments import Moments
-from .block import Measured, measure_block, measure_source, merged, native_order
+from .block import Measured, Sums, measure_block, measure_piece, merged, side_by_side, total_of
 from .packages import need
-from .sources import Source
+from .sources import File, Unreadable, check_width, plain
 
-#: Blocks of a file that are one task. A power of two, for then the moments of a file have the same
-#: bits as without a cluster: `Moments.merge` would have merged just these with one another.
+#: Blocks of a file that are one task.
 TASK_BLOCKS = 16
 
-#: Parts that are merged in one task.
+#: Parts that are merged in one task. A power of two, for then they are merged in the same pairs.
 MERGED = 16
+
+
+@contextlib.contextmanager
+def on_workers(label: str) -> Iterator[None]:
+    """Say in one line what happened to the workers."""
+    distributed = need("distributed", "dask", "Dask clusters")
+    try:
+        yield
+    except Unreadable as error:
+        raise ArgumentError(f"{error} Workers must reach it by the same path.") from error
+    except distributed.KilledWorker as error:
+        raise BatchNormError(
+            f"{label}: given up, since one worker after another died on it "
+            f"({str(error).splitlines()[0]}). See the workers' logs; perhaps they lack memory."
+        ) from error
+    except (OSError, distributed.CancelledError) as error:
+        raise BatchNormError(
+            f"{label}: the cluster could not measure it ({type(error).__name__}: {error}). "
+            "Workers must reach the files by the same paths, and the scheduler must stay."
+        ) from error
 
 
 # ---- arrays -------------------------------------------------------------------------------------
@@ -54,23 +76,24 @@ def measure_array(
     if client is None:
         found = dask.compute(*columns)
     else:
-        found = [future.result() for future in client.compute(columns)]
-    counts = [np.broadcast_to(part.moments.count, part.moments.mean.shape) for part in found]
-    count, mean, m2, gone = (
-        np.concatenate(values)
-        for values in (
-            counts,
-            [part.moments.mean for part in found],
-            [part.moments.m2 for part in found],
-            [part.missing for part in found],
+        with on_workers("x"):
+            found = client.gather(client.compute(columns))
+    return side_by_side(found)
+
+
+def moments_of_array(x: Any, channel_axis: int, weights: Any) -> Moments:
+    """`Moments.of` a Dask array: NaN makes its feature NaN, as it does for NumPy's arrays."""
+    if weights is not None:
+        raise BatchNormError(
+            "weights must be None for a Dask array, whose chunks are measured apart. "
+            "Give missing values as NaN to batchnorm.dataset.measure(x, missing='skip')."
         )
-    )
-    total = Moments(count, mean, m2)
-    return Measured(merged([total], mean.size), gone)
+    return measure_array(x, channel_axis, None).moments
 
 
 def _axis_of(x: Any, channel_axis: int) -> int:
-    if not hasattr(x, "to_delayed") or not hasattr(x, "chunks"):
+    # A delayed value has every attribute that it is asked for.
+    if not isinstance(x, need("dask.array", "dask", "Dask arrays").Array):
         raise DTypeError(
             f"x must be an array, got {type(x).__module__}.{type(x).__name__}. "
             "A Dask DataFrame becomes one by x.to_dask_array(lengths=True)."
@@ -83,16 +106,17 @@ def _axis_of(x: Any, channel_axis: int) -> int:
             f"x must have a known number of features, got shape {x.shape}. "
             "Call x.compute_chunk_sizes() first."
         )
+    check_width("x", x.shape[axis])
     return axis
 
 
 def _measure_chunk(
     chunk: Any, axis: int, missing: str | None, first: int, index: tuple[int, ...]
 ) -> Measured:
-    values = native_order(np.asarray(chunk))
+    values = plain(np.asanyarray(chunk), "x")
     if missing is None:
         moments = Moments.of(values, channel_axis=axis)
-        return Measured(moments, np.zeros(moments.mean.size, np.int64))
+        return Measured(moments, values.size // max(1, values.shape[axis]))
     at = (*index[:axis], 0, *index[axis:])
     return measure_block(
         values,
@@ -105,8 +129,7 @@ def _measure_chunk(
 
 
 def _merge(parts: list[Measured]) -> Measured:
-    moments = Moments.merge(part.moments for part in parts)
-    return Measured(moments, np.sum([part.missing for part in parts], axis=0))
+    return merged(parts, parts[0].moments.mean.size)
 
 
 def normalize_array(x: Any, affine: Any, channel_axis: int) -> Any:
@@ -139,7 +162,7 @@ def normalize_array(x: Any, affine: Any, channel_axis: int) -> Any:
 
 def _normalize_chunk(chunk: Any, index: Any, *, affine: Any, axis: int) -> Any:
     channels = slice(int(index.flat[0]), int(index.flat[-1]) + 1) if index.size else slice(0, 0)
-    return affine(native_order(np.asarray(chunk)), axis, channels)
+    return affine(np.asanyarray(chunk), axis, channels, label="x")
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -156,15 +179,16 @@ def connect(address: str, timeout: float = 10.0) -> Any:
     distributed = need("distributed", "dask", "Dask clusters")
     try:
         client = distributed.Client(address, timeout=timeout, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
+    except (OSError, asyncio.TimeoutError, ValueError, TypeError, RuntimeError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArgumentError(
             f"dask must be the address of a scheduler, such as tcp://host:8786, got {address!r}, "
-            f"where none answers within {timeout:g} s ({str(error).splitlines()[0]}). "
+            f"where none answers within {timeout:g} s ({said}). "
             "Start one with `dask scheduler`."
         ) from error
     try:
         client.wait_for_workers(1, timeout=timeout)
-    except (OSError, TimeoutError) as error:
+    except (OSError, asyncio.TimeoutError) as error:  # Python 3.10 has two of them
         client.close()
         raise ArgumentError(
             f"dask must be the address of a scheduler with workers, got {address!r}, which has "
@@ -175,7 +199,7 @@ def connect(address: str, timeout: float = 10.0) -> Any:
 
 def measure_files(
     client: Any,
-    files: Mapping[int, Source],
+    files: Mapping[int, File],
     missing: str,
     advance: Callable[[str, int], None],
     finished: Callable[[int, Measured], None],
@@ -191,44 +215,25 @@ def measure_files(
         As without a cluster; or so many workers died on one task, or the cluster went away.
     """
     distributed = need("distributed", "dask", "Dask clusters")
-    parts: dict[int, dict[int, Measured]] = {}
-    tasks: dict[Any, tuple[int, int]] = {}
-    expected: dict[int, int] = {}
-    for k, source in files.items():
-        count = source.block_count
-        ranges = [(0, None)] if not count else _ranges(count)
-        expected[k], parts[k] = len(ranges), {}
-        for number, (first, last) in enumerate(ranges):
-            task = client.submit(measure_source, source, missing, None, first, last, pure=False)
-            tasks[task] = (k, number)
+    sums: dict[int, Sums] = {}
+    tasks: dict[Any, int] = {}
+    left: dict[int, int] = {}
+    for k, file in files.items():
+        # Workers are started in folders of their own.
+        pieces = file.elsewhere(os.path.abspath(file.path)).pieces(TASK_BLOCKS)
+        sums[k], left[k] = Sums(), len(pieces)
+        for piece in pieces:
+            tasks[client.submit(measure_piece, piece, missing, pure=False)] = k
+    shares = {k: files[k].nbytes // left[k] for k in files}
     try:
         for task in distributed.as_completed(list(tasks), loop=client.loop):
-            k, number = tasks[task]
-            try:
-                parts[k][number] = task.result()
-            except distributed.KilledWorker as error:
-                raise BatchNormError(
-                    f"{files[k].label}: given up, since one worker after another died on it "
-                    f"({str(error).splitlines()[0]}). See the workers' logs; perhaps they lack "
-                    "memory."
-                ) from error
-            except (OSError, distributed.CancelledError) as error:
-                raise BatchNormError(
-                    f"{files[k].label}: the cluster could not measure it "
-                    f"({type(error).__name__}: {error}). Workers must reach the files by the same "
-                    "paths, and the scheduler must stay."
-                ) from error
+            k = tasks[task]
+            with on_workers(files[k].label):
+                sums[k].update(task.result())
             task.release()
-            advance(files[k].label, files[k].nbytes // expected[k])
-            if len(parts[k]) == expected[k]:
-                done = [parts[k][n] for n in range(expected[k])]
-                gone = np.sum([part.missing for part in done], axis=0)
-                moments = merged((part.moments for part in done), files[k].features)
-                del parts[k]
-                finished(k, Measured(moments, gone))
+            left[k] -= 1
+            advance(files[k].label, shares[k])
+            if not left[k]:
+                finished(k, total_of(sums.pop(k), files[k]))
     finally:
         client.cancel(list(tasks))
-
-
-def _ranges(count: int) -> list[tuple[int, int | None]]:
-    return [(k, min(k + TASK_BLOCKS, count)) for k in range(0, count, TASK_BLOCKS)]

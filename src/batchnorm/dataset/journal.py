@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
-from ..atomic import replacing
-from ..errors import ArgumentError
+from ..atomic import replacing, writing
 from ..moments import Moments
 from .block import Measured
-from .sources import Source
+from .sources import File, Identity
 
-FORMAT = "batchnorm journal 1"
+FORMAT = "batchnorm journal 2"
 
 
 class Journal:
-    """One line of JSON for each file that has been measured, below a line with the options.
+    """One line for each file that has been measured, below a line with the options.
 
-    A file counts as measured if the line names its path, size and time of change, and the options
-    are the same. A line that was being written when the run ended is no line.
+    A line holds, between tabs, the file's identity in JSON, the number of its values, and count,
+    mean and m2 as the base64 of their bytes. A file counts as measured if its identity and the
+    options are the same. A line that was being written when the run ended is no line.
 
     Parameters
     ----------
@@ -35,69 +36,81 @@ class Journal:
 
     def __init__(self, out: Path, options: dict[str, Any]) -> None:
         self.path = out.with_name(f"{out.name}.partial")
-        self._first = json.dumps({"format": FORMAT, **options}, sort_keys=True)
-        self._done: dict[str, str] = {}
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-            if lines[0] == self._first:
-                for line in lines[1:-1]:  # what follows the last line's end is not whole
-                    with contextlib.suppress(ValueError, KeyError, TypeError):
-                        self._done[_key(json.loads(line)["file"])] = line
-        self._begun = False
+        self._first = json.dumps({"format": FORMAT, **options}, sort_keys=True).encode() + b"\n"
+        self._old: IO[bytes] | None = None
+        self._new: IO[bytes] | None = None
+        #: Where a file's line begins: lines are long, and there may be many.
+        self._lines: dict[bytes, int] = {}
+        with contextlib.suppress(OSError):
+            self._old = self.path.open("rb")
+            at = len(first := self._old.readline())
+            for line in self._old if first == self._first else ():
+                if line.endswith(b"\n"):
+                    self._lines[line.partition(b"\t")[0]] = at
+                at += len(line)
 
-    def find(self, source: Source) -> Measured | None:
+    def find(self, source: File) -> Measured | None:
         """What a file was measured to be, if it has not changed since."""
-        line = self._done.get(_key(_identity(source)))
-        if line is None:
+        at = self._lines.get(_key(source.identity))
+        if at is None or self._old is None:
             return None
+        self._old.seek(at)
         try:
-            kept = json.loads(line)
-            moments = Moments(*(np.asarray(kept[name]) for name in ("count", "mean", "m2")))
-            missing = np.asarray(kept["missing"], np.int64)
-        except (ValueError, KeyError, TypeError):
+            _, seen, *arrays = self._old.readline().split(b"\t")
+            count, mean, m2 = (np.frombuffer(base64.b64decode(text), "<f8") for text in arrays)
+            moments = Moments(count[0] if count.size == 1 else count, mean, m2)
+            measured = Measured(moments, int(seen))
+        except ValueError:
             return None
-        if moments.mean.shape != (source.features,) or missing.shape != moments.mean.shape:
-            return None
-        return Measured(moments, missing)
+        return measured if mean.size == source.features else None
 
-    def add(self, source: Source, measured: Measured) -> None:
+    def add(self, source: File, measured: Measured) -> None:
         """Keep what a file was measured to be."""
-        identity = _identity(source)
-        line = json.dumps(
-            {
-                "file": identity,
-                "count": measured.moments.count.tolist(),
-                "mean": measured.moments.mean.tolist(),
-                "m2": measured.moments.m2.tolist(),
-                "missing": measured.missing.tolist(),
-            }
-        )
-        self._done[_key(identity)] = line
-        try:
-            if not self._begun:  # afresh: without what was torn, or of other options
-                with replacing(self.path) as beside:
-                    beside.write_text("\n".join([self._first, *self._done.values(), ""]))
-                self._begun = True
-                return
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            raise ArgumentError(
-                f"{self.path}: cannot be written ({error.strerror or error}). Make room, or name "
-                "another file."
-            ) from error
+        moments = measured.moments
+        fields = [_key(source.identity), str(measured.seen).encode()]
+        for values in (moments.count, moments.mean, moments.m2):
+            fields.append(base64.b64encode(values.astype("<f8").tobytes()))
+        with writing(self.path):
+            if self._new is None:
+                self._begin()
+            assert self._new is not None
+            self._new.write(b"\t".join(fields) + b"\n")
+            self._new.flush()
+
+    def _begin(self) -> None:
+        """Begin afresh: without what was torn, or of other options.
+
+        The file stays open. Another run with the same `out` puts its own in the place of this one,
+        and neither writes into the other's.
+        """
+        with replacing(self.path) as beside:
+            file = beside.open("wb")
+            try:
+                file.write(self._first)
+                for at in self._lines.values():
+                    assert self._old is not None
+                    self._old.seek(at)
+                    file.write(self._old.readline())
+                file.flush()
+            except BaseException:
+                file.close()
+                raise
+        self._new = file
 
     def remove(self) -> None:
-        """Forget everything: the run is done."""
-        self.path.unlink(missing_ok=True)
+        """Forget everything, for the run is done; unless it is another run's by now."""
+        file = self._new or self._old
+        with contextlib.suppress(OSError):
+            if file is not None and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                self.path.unlink()
+
+    def close(self) -> None:
+        """Close the files; what was kept stays."""
+        for file in (self._old, self._new):
+            if file is not None:
+                with contextlib.suppress(OSError):  # of a full disk, which was said before
+                    file.close()
 
 
-def _identity(source: Source) -> list[Any]:
-    """Path, array, size and time of change."""
-    path = os.path.realpath(getattr(source, "path", ""))
-    about = os.stat(path)
-    return [path, getattr(source, "member", None), about.st_size, about.st_mtime_ns]
-
-
-def _key(identity: Any) -> str:
-    return json.dumps(identity)
+def _key(identity: Identity) -> bytes:
+    return json.dumps(identity).encode()

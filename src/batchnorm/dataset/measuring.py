@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import native
 from ..atomic import check_place
-from ..errors import ArgumentError, BatchNormError, ShapeError
-from ..moments import Moments
+from ..errors import ArgumentError, ShapeError
+from ..moments import is_dask
 from . import sources
-from .block import Measured, check_policy, measure_source, merged
+from .block import Measured, Sums, check_policy, check_squares, measure_source
 from .journal import Journal
 from .sources import Source
 from .statistics import Statistics, check_suffix
@@ -38,13 +40,15 @@ def measure(
     Parameters
     ----------
     source : path, list of paths, (N, C, *S) array, or Dask array
-        Files end in .npy, .npz, .csv or .parquet; of a folder, all such files in it are meant, in
-        the order of their names. Files need not fit in memory, and are merged in the order given.
+        Files end in .npy, .npz, .csv or .parquet; of a folder, all such files in it and below are
+        meant, in the order of their names, but not what begins with a dot or an underscore, folders
+        that are links, or saved statistics. Files need not fit in memory, and are merged in the
+        order given.
     channel_axis : int
         The axis whose entries are features. Columns are the features of a table.
     missing : {"refuse", "skip"}
-        What to do about NaN, and null in tables: raise, or leave each out of its own feature.
-        Infinity is always refused.
+        What to do about NaN, masked values, and null in tables: raise, or leave each out of its own
+        feature. Infinity is always refused.
     columns : names
         The columns of tables that are features; all of them if None.
     header : bool
@@ -52,12 +56,12 @@ def measure(
     array : str
         Which array of .npz files; needed where they hold several.
     out : path
-        Where to save the statistics, .npz or .json. Of a run that was interrupted, files that were
-        done and have not changed since are not read again.
+        Where to save the statistics, .npz or .json; not one of the files that are read. Of a run
+        that was interrupted, files that were done and have not changed since are not read again.
     client : distributed.Client
         A cluster to run on. Its workers read the files themselves, by the same paths.
     progress : callable
-        Called with a name, the bytes done, and the bytes in all.
+        Called with a name, the bytes done, and the bytes in all. Not for Dask arrays.
     note : callable
         Called with what else is worth saying.
 
@@ -65,7 +69,8 @@ def measure(
     -------
     Statistics
         As exact as `Moments.of` all values at once, and the same to the last bit each time, on any
-        number of threads, after an interruption, and for files on a cluster.
+        number of threads, after an interruption, and for files on a cluster, if the machines have
+        the same instruction set.
 
     Raises
     ------
@@ -81,105 +86,173 @@ def measure(
     >>> found.mean, found.var(), found.count
     (array([ 2., 20.]), array([  1., 100.]), array([2., 2.]))
     """
+    axis = sources.as_axis(channel_axis)
     check_policy(missing)
-    if isinstance(columns, str):
-        raise ArgumentError(f"columns must be a list of names, got {columns!r}. Put it in a list.")
-    target = None if out is None else Path(out)
-    if target is not None:
+    if columns is not None and (isinstance(columns, str) or not list(columns)):
+        raise ArgumentError(
+            f"columns must be a list of names, got {columns!r}. Put names in a list, or leave "
+            "columns out for all."
+        )
+    paths = as_paths(source)
+    reading: dict[str, Any] = {
+        "columns": columns and list(columns),
+        "header": header,
+        "array": array,
+    }
+    if not paths:
+        check_in_memory(**reading, client=None if is_dask(source) else client)
+    target = journal = None
+    if out is not None:
+        target = Path(out)
         check_suffix(target)
         check_place(target, "a .npz or .json file", "stats.npz")
-    if is_dask(source):
-        from .cluster import measure_array
-
-        measured = measure_array(source, channel_axis, missing, client=client)
-        found = Statistics(*measured, channel_axis=channel_axis)
-    elif not (paths := as_paths(source)):
-        data = sources.of_memory(source, channel_axis)
-        found = Statistics(*measure_source(data, missing), channel_axis=channel_axis)
-    else:
-        files = sources.find(paths, target)
-        opened = [
-            sources.open_source(
-                path, channel_axis=channel_axis, columns=columns, header=header, array=array
+    if target is not None and paths:
+        options = {**reading, "channel_axis": axis, "missing": missing}
+        options |= {
+            "block_bytes": sources.BLOCK_BYTES,
+            "native": native.show_config()["instruction_set"],
+        }
+        journal = Journal(target, options)
+    with contextlib.closing(journal) if journal is not None else contextlib.nullcontext():
+        if paths:
+            found = _measure_paths(
+                paths, axis, missing, reading, target, journal, client, progress, note
             )
-            for path in files
-        ]
-        check_alike(opened)
-        journal = None
-        if target is not None and len(opened) > 1:
-            options = {"channel_axis": channel_axis, "missing": missing, "columns": columns}
-            options |= {"header": header, "array": array, "block_bytes": sources.BLOCK_BYTES}
-            journal = Journal(target, options)
-        parts = _measure_files(opened, missing, journal, client, progress, note)
-        total = merged((part.moments for part in parts), opened[0].features)
-        found = Statistics(
-            total,
-            sum(part.missing for part in parts),  # type: ignore[arg-type]
-            opened[0].names,
-            channel_axis,
-            tuple(map(str, files)),
-        )
+        else:
+            found = _measure_array(source, axis, missing, client, progress)
         if target is not None:
             found.save(target)
         if journal is not None:
             journal.remove()
-        return found
-    if target is not None:
-        found.save(target)
     return found
 
 
-def _measure_files(
-    opened: Sequence[Source],
+def check_in_memory(
+    *,
+    columns: Sequence[str] | None = None,
+    header: bool = True,
+    array: str | None = None,
+    client: Any = None,
+) -> None:
+    """Refuse what can be said of files only."""
+    said = {
+        "columns": columns is not None,
+        "header": not header,
+        "array": array is not None,
+        "client": client is not None,
+    }
+    for name, given in said.items():
+        if given:
+            raise ArgumentError(
+                f"{name} must be left out for arrays in memory: it is about files"
+                f"{' and Dask arrays' if name == 'client' else ''}."
+            )
+
+
+def _measure_array(
+    source: Any, axis: int, missing: str, client: Any, progress: Progress | None
+) -> Statistics:
+    """An array in memory, or of Dask."""
+    if is_dask(source):
+        from .cluster import measure_array
+
+        measured = measure_array(source, axis, missing, client=client)
+        check_squares(measured.moments, "x", lambda k: f"feature {k}")
+    else:
+        data = sources.of_memory(source, axis)
+        measured = measure_source(data, missing, Told([data], progress).by(data))
+    return Statistics(measured.moments, measured.missing, channel_axis=axis)
+
+
+class Told:
+    """How far the work is, for who wants to know."""
+
+    def __init__(self, of: Sequence[Source], progress: Progress | None) -> None:
+        self._whole, self._done, self._progress = sum(s.nbytes for s in of), 0, progress
+
+    def skip(self, nbytes: int) -> None:
+        """Count bytes that were done before."""
+        self._done += nbytes
+
+    def __call__(self, label: str, nbytes: int = 0) -> None:
+        """Say that something with this name went on by some bytes."""
+        self._done = min(self._done + nbytes, self._whole)
+        if self._progress is not None:
+            self._progress(label, self._done, self._whole)
+
+    def by(self, source: Source) -> Callable[[int], None]:
+        """What to call with bytes of a source that begins now."""
+        self(source.label)
+        return partial(self, source.label)
+
+
+def _measure_paths(
+    paths: Sequence[str | Path],
+    axis: int,
     missing: str,
+    reading: dict[str, Any],
+    target: Path | None,
     journal: Journal | None,
     client: Any,
     progress: Progress | None,
     note: Callable[[str], None] | None,
-) -> list[Measured]:
-    """Each file's own moments, those that the journal knows from there."""
-    whole = sum(source.nbytes for source in opened)
-    done = 0
-    parts: dict[int, Measured] = {}
+) -> Statistics:
+    """All files, merged as they are done; those that the journal knows from there."""
+    files = sources.find(paths, note)
+    if target is not None:
+        check_apart(target, files)
+    opened = [sources.open_source(path, channel_axis=axis, **reading) for path in files]
+    names = check_alike(opened)
+    told, sums, todo = Told(opened, progress), Sums(), dict(enumerate(opened))
     for k, source in enumerate(opened):
         known = None if journal is None else journal.find(source)
         if known is not None:
-            parts[k] = known
-            done += source.nbytes
-    if parts and note is not None and journal is not None:
+            sums.add(0, k, known)
+            del todo[k]
+            told.skip(source.nbytes)
+    if len(todo) < len(opened) and note is not None and journal is not None:
         note(
-            f"{len(parts)} of {len(opened)} files were measured by a run that was interrupted, "
-            f"and have not changed since ({journal.path})"
+            f"{len(opened) - len(todo)} of {len(opened)} files were measured by a run that was "
+            f"interrupted, and have not changed since ({journal.path})"
         )
 
-    def advance(label: str, nbytes: int) -> None:
-        nonlocal done
-        done = min(done + nbytes, whole)
-        if progress is not None:
-            progress(label, done, whole)
-
     def finished(k: int, measured: Measured) -> None:
-        parts[k] = measured
-        if journal is not None and len(parts) < len(opened):
+        sources.check_unchanged(opened[k])
+        sums.add(0, k, measured)
+        del todo[k]
+        if journal is not None and todo:
             journal.add(opened[k], measured)
 
-    todo = [k for k in range(len(opened)) if k not in parts]
-    if todo:
-        advance(opened[todo[0]].label, 0)
-    if client is not None:
+    if client is None:
+        for k, source in list(todo.items()):
+            finished(k, measure_source(source, missing, told.by(source)))
+    elif todo:
         from .cluster import measure_files
 
-        measure_files(client, {k: opened[k] for k in todo}, missing, advance, finished)
-    else:
-        for k in todo:
-            source = opened[k]
-            advance(source.label, 0)
-            finished(k, measure_source(source, missing, partial(advance, source.label)))
-    return [parts[k] for k in range(len(opened))]
+        told(next(iter(todo.values())).label)
+        measure_files(client, dict(todo), missing, told, finished)
+    total = sums.total(opened[0].features)
+    check_squares(
+        total.moments,
+        f"{files[0]} … {files[-1]}",
+        lambda k: f"feature {k}{f' ({names[k]!r})' if names else ''}",
+    )
+    return Statistics(total.moments, total.missing, names, axis, tuple(map(str, files)))
 
 
-def check_alike(opened: Sequence[Source]) -> None:
-    """See that all files have the same features.
+def check_apart(out: Path, files: Sequence[Path]) -> None:
+    """Refuse to write over what is read."""
+    written = sources.same_file(out)
+    for file in files:
+        if sources.same_file(file) == written:
+            raise ArgumentError(
+                f"out must not be a file that is read, got {str(out)!r}, which is {str(file)!r}. "
+                "Name another."
+            )
+
+
+def check_alike(opened: Sequence[Source]) -> tuple[str, ...] | None:
+    """The names of the features, after seeing that all files have the same.
 
     Raises
     ------
@@ -187,45 +260,36 @@ def check_alike(opened: Sequence[Source]) -> None:
         Numbers or names differ; two files are named.
     """
     first = opened[0]
-    for other in opened[1:]:
+    named = next((source for source in opened if source.names is not None), first)
+    for other in opened:
         if other.features != first.features:
             raise ShapeError(
                 f"{other.label}: must have as many features as {first.label}, {first.features}, "
                 f"got {other.features}. Measure them apart, or choose channel_axis or columns."
             )
-        if other.names != first.names and other.names is not None and first.names is not None:
-            at = next(k for k, n in enumerate(other.names) if n != first.names[k])
+        if other.names is not None and named.names is not None and other.names != named.names:
+            at = next(k for k, n in enumerate(other.names) if n != named.names[k])
             raise ShapeError(
-                f"{other.label}: must have the columns of {first.label} in the same order, got "
-                f"{other.names[at]!r} for {first.names[at]!r}. Name them in one order by "
+                f"{other.label}: must have the columns of {named.label} in the same order, got "
+                f"{other.names[at]!r} for {named.names[at]!r}. Name them in one order by "
                 "columns=[...], --columns A,B."
             )
+    return named.names
 
 
 def as_paths(source: Any) -> list[str | Path]:
     """The paths that `source` is; none if it is an array."""
     if isinstance(source, (str, Path)):
         return [source]
-    if isinstance(source, (list, tuple)) and any(isinstance(s, (str, Path)) for s in source):
-        for s in source:
-            if not isinstance(s, (str, Path)):
-                raise ArgumentError(f"source must be paths or one array, got {type(s).__name__}.")
-        return list(source)
+    if isinstance(source, (list, tuple)):
+        if not source:
+            raise ArgumentError("source must be at least one file or folder, got none.")
+        if any(isinstance(s, (str, Path)) for s in source):
+            for s in source:
+                if not isinstance(s, (str, Path)):
+                    raise ArgumentError(
+                        f"source must be paths or one array, got {type(s).__name__} beside paths. "
+                        "Save it to a file, or measure it apart."
+                    )
+            return list(source)
     return []
-
-
-def is_dask(x: Any) -> bool:
-    """Whether this is one of Dask's collections; Dask is not needed to tell."""
-    return hasattr(x, "__dask_graph__")
-
-
-def moments_of_dask(x: Any, channel_axis: int, weights: Any) -> Moments:
-    """`Moments.of` a Dask array: NaN makes its feature NaN, as it does for NumPy's arrays."""
-    from .cluster import measure_array
-
-    if weights is not None:
-        raise BatchNormError(
-            "weights must be None for a Dask array, whose chunks are measured apart. "
-            "Give missing values as NaN to batchnorm.dataset.measure(x, missing='skip')."
-        )
-    return measure_array(x, channel_axis, None).moments

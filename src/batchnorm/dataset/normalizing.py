@@ -6,6 +6,7 @@ import contextlib
 import os
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,15 +14,15 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .. import functional, native
-from ..atomic import check_place, replacing
+from ..atomic import check_place, replacing, writing
 from ..errors import ArgumentError, DTypeError, ShapeError
+from ..moments import is_dask
 from ..native import Array
 from . import sources
-from .block import native_order
-from .measuring import Progress, as_paths, is_dask
-from .sources import ARRAYS, TABLES, ArrayFile, ahead
-from .statistics import Statistics
-from .tables import TableFile, arrow, as_float64, reading_table
+from .measuring import Progress, Told, as_paths, check_in_memory
+from .sources import ARRAYS, TABLES, ArrayFile, ahead, kind_of, plain, same_file
+from .statistics import Statistics, is_statistics
+from .tables import TableFile, arrow, by_name
 
 
 def normalize(
@@ -35,6 +36,7 @@ def normalize(
     header: bool = True,
     array: str | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Any:
     """Normalize each feature by the mean and biased variance of a data set.
 
@@ -47,7 +49,8 @@ def normalize(
         Of C features; those of tables are found by their names.
     out : path
         The file to write: .npy or .npz for arrays, .csv or .parquet for tables. For a folder, a
-        folder; files in it keep their names. Not for arrays in memory, nor Dask arrays.
+        folder; files in it keep their names. Never one of the files that are read, nor statistics.
+        Not for arrays in memory, nor Dask arrays.
     eps : float
         Added to the variance, inside the root.
     dtype : floating type
@@ -58,6 +61,8 @@ def normalize(
         As in `measure`.
     progress : callable
         Called with a name, the bytes done, and the bytes in all.
+    note : callable
+        Called with what else is worth saying.
 
     Returns
     -------
@@ -69,62 +74,60 @@ def normalize(
     Raises
     ------
     BatchNormError
-        Features do not match the statistics, eps is 0 and a feature constant, or a file cannot be
-        read or written. No file is left half-written.
+        Features do not match the statistics, eps is 0 and a feature constant, a result exceeds its
+        type, or a file cannot be read or written. No file is left half-written.
 
     References
     ----------
     Ioffe & Szegedy (2015), Algorithm 2, step 11.
     """
-    axis = statistics.channel_axis if channel_axis is None else channel_axis
-    wanted = _floating(dtype)
-    affine = _Affine(statistics, eps, wanted)
+    if not isinstance(statistics, Statistics):
+        raise ArgumentError(
+            f"statistics must be Statistics, got {type(statistics).__name__}. measure returns "
+            "them, Statistics.load reads them from a file."
+        )
+    axis = statistics.channel_axis if channel_axis is None else sources.as_axis(channel_axis)
+    affine = _Affine(statistics, eps, _floating(dtype))
     paths = as_paths(source)
     if not paths:
         if out is not None:
             raise ArgumentError("out must be None for arrays; save what is returned.")
+        check_in_memory(header=header, array=array)
         if is_dask(source):
             from .cluster import normalize_array
 
             return normalize_array(source, affine, axis)
-        values = native_order(np.asarray(source))
-        at = native.channel_axis_of(values, axis)
-        _check_features("x", values.shape[at], statistics)
-        return affine(values, at)
+        memory = sources.of_memory(source, axis)
+        _check_features("x", memory.features, statistics)
+        told = Told([memory], progress).by(memory)
+        y = affine(memory.values, memory.channel_axis, label="x")
+        told(memory.nbytes)
+        return y
     if len(paths) > 1:
         raise ArgumentError(f"source must be one file or folder, got {len(paths)}.")
     if out is None:
         raise ArgumentError("out must be the file to write, got None.")
-    given, target = Path(paths[0]), Path(out)
-    jobs = _jobs(given, target)
-    opened: list[tuple[ArrayFile | TableFile, Path]] = []
-    for path, destination in jobs:
-        opened.append((_open(path, statistics, axis, header, array), destination))
+    target = Path(out)
+    files = sources.find(paths, note)
+    is_folder = os.path.isdir(paths[0])
+    if is_folder:
+        _check_folder(Path(paths[0]), target)
+    read = {same_file(path): path for path in files}
+    jobs: list[tuple[ArrayFile | TableFile, Path]] = []
+    for path in files:
+        destination = target / path.relative_to(paths[0]) if is_folder else target
+        jobs.append((_open(path, affine, axis, header, array), destination))
         _check_kind(path, destination)
-        _check_apart(path, destination)
-        if not given.is_dir():
+        _check_free(destination, read)
+        if not is_folder:
             check_place(destination, f"a {destination.suffix} file", f"normalized{path.suffix}")
-    done, whole = 0, sum(file.nbytes for file, _ in opened)
-    for file, destination in opened:
-
-        def advance(nbytes: int, label: str = file.label) -> None:
-            nonlocal done
-            done = min(done + nbytes, whole)
-            if progress is not None:
-                progress(label, done, whole)
-
-        advance(0)
-        try:
-            with replacing(destination) as beside:
-                if isinstance(file, ArrayFile):
-                    _write_array(file, affine, beside, destination.suffix, advance)
-                else:
-                    _write_table(file, affine, beside, destination.suffix, advance)
-        except OSError as error:
-            raise ArgumentError(
-                f"{destination}: cannot be written ({error.strerror or error}). Make room, or name "
-                "another file."
-            ) from error
+    tell = Told([file for file, _ in jobs], progress)
+    for file, destination in jobs:
+        with writing(destination), replacing(destination) as beside:
+            if isinstance(file, ArrayFile):
+                _write_array(file, affine, beside, destination, tell.by(file))
+            else:
+                _write_table(file, affine, beside, destination, tell.by(file))
     return None
 
 
@@ -154,9 +157,12 @@ class _Affine:
             return self.dtype
         return np.dtype(np.float64) if dtype.kind in "iub" else dtype.newbyteorder("=")
 
-    def __call__(self, values: Array, axis: int, channels: slice = slice(None)) -> Array:
-        """Normalize values in the byte order of this machine."""
+    def __call__(
+        self, values: Array, axis: int, channels: slice = slice(None), *, label: str
+    ) -> Array:
+        """Normalize values; `label` is what messages call them."""
         result = self.result_type(values.dtype)
+        values = plain(values, label)
         if values.dtype.kind in "iub":
             values = values.astype(np.float64)
         elif result.itemsize > values.dtype.itemsize:
@@ -167,7 +173,20 @@ class _Affine:
         unseen = self.unseen[channels]
         if unseen.any():
             np.moveaxis(y, axis, 0)[unseen] = np.nan
-        return y.astype(result, copy=False)
+        return narrowed(y, result, values, label)
+
+
+def narrowed(y: Array, dtype: np.dtype[Any], values: Array, label: str) -> Array:
+    """Normalized values in the type asked for, which must hold all that come of finite ones."""
+    with np.errstate(over="ignore"):
+        y = y.astype(dtype, copy=False)
+    infinite = np.isinf(y)
+    if infinite.any() and np.isfinite(values[infinite]).any():
+        raise ArgumentError(
+            f"{label}: normalized values must fit into {dtype}, and some exceed it. Pass a larger "
+            "dtype=, --dtype, such as float64, or a larger eps."
+        )
+    return y
 
 
 def _floating(dtype: DTypeLike | None) -> np.dtype[Any] | None:
@@ -191,26 +210,32 @@ def _check_features(label: str, features: int, statistics: Statistics) -> None:
 
 
 def _open(
-    path: Path, statistics: Statistics, axis: int, header: bool, array: str | None
+    path: Path, affine: _Affine, axis: int, header: bool, array: str | None
 ) -> ArrayFile | TableFile:
-    is_table = path.suffix in TABLES
+    is_table = kind_of(path) in TABLES
     file = sources.open_source(
         path,
         channel_axis=1 if is_table else axis,
-        columns=statistics.names if is_table else None,
+        columns=affine.statistics.names if is_table else None,
         header=header,
         array=array,
     )
-    assert isinstance(file, (ArrayFile, TableFile))
-    _check_features(file.label, file.features, statistics)
+    _check_features(file.label, file.features, affine.statistics)
+    if isinstance(file, ArrayFile):
+        # What is read, what it is widened to, and the result.
+        wide = affine.result_type(file.dtype).itemsize
+        element = file.dtype.itemsize + 2 * max(file.element_bytes, wide)
+        return replace(file, element_bytes=element)
+    assert isinstance(file, TableFile)
+    if affine.dtype is not None and native.is_bfloat16(affine.dtype):
+        raise DTypeError(
+            f"{path}: dtype must be float16, float32 or float64 for tables, got bfloat16."
+        )
     return file
 
 
-def _jobs(given: Path, target: Path) -> list[tuple[Path, Path]]:
-    """What to read and where to write it."""
-    if not given.is_dir():
-        return [(path, target) for path in sources.find([given])]
-    if target.exists() and not target.is_dir():
+def _check_folder(given: Path, target: Path) -> None:
+    if os.path.exists(target) and not os.path.isdir(target):
         raise ArgumentError(
             f"out must be a folder, as {str(given)!r} is, got the file {str(target)!r}."
         )
@@ -219,23 +244,28 @@ def _jobs(given: Path, target: Path) -> list[tuple[Path, Path]]:
         raise ArgumentError(
             f"out must lie outside the folder that is read, {str(given)!r}, got {str(target)!r}."
         )
-    return [(path, target / path.relative_to(given)) for path in sources.find([given])]
 
 
 def _check_kind(path: Path, destination: Path) -> None:
-    kinds = ARRAYS if path.suffix in ARRAYS else TABLES
-    if destination.suffix not in kinds:
+    kinds = ARRAYS if kind_of(path) in ARRAYS else TABLES
+    if kind_of(destination) not in kinds:
         raise ArgumentError(
             f"out must end in {' or '.join(kinds)} for {str(path)!r}, got {str(destination)!r}. "
             f"Name it {destination.with_suffix(path.suffix).name!r}."
         )
 
 
-def _check_apart(path: Path, destination: Path) -> None:
-    if destination.exists() and os.path.samefile(path, destination):
+def _check_free(destination: Path, read: dict[Any, Path]) -> None:
+    """Refuse to write over what is read, were it another file of the folder, and statistics."""
+    if (path := read.get(same_file(destination))) is not None:
         raise ArgumentError(
-            f"out must not be the file that is read, got {str(destination)!r} for both. "
-            "Name another."
+            f"out must not be a file that is read, got {str(destination)!r}, which is "
+            f"{str(path)!r}. Name another."
+        )
+    if is_statistics(destination):
+        raise ArgumentError(
+            f"out must not be saved statistics, got {str(destination)!r}, which holds some. Name "
+            "another, or remove it."
         )
 
 
@@ -243,11 +273,15 @@ def _check_apart(path: Path, destination: Path) -> None:
 
 
 def _write_array(
-    file: ArrayFile, affine: _Affine, beside: Path, suffix: str, advance: Callable[[int], None]
+    file: ArrayFile,
+    affine: _Affine,
+    beside: Path,
+    destination: Path,
+    advance: Callable[[int], None],
 ) -> None:
     """Blocks follow one another in the file, so what is written is what was read, in its place."""
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(_array_stream(file, beside, suffix))
+        stream = stack.enter_context(_array_stream(file, beside, kind_of(destination)))
         native_type = file.dtype.newbyteorder("=")
         header = {
             "descr": np.lib.format.dtype_to_descr(_storable(affine.result_type(native_type))),
@@ -258,7 +292,7 @@ def _write_array(
         blocks = ahead(file.blocks())
         stack.callback(blocks.close)  # type: ignore[attr-defined]
         for block in blocks:
-            y = affine(native_order(block.values), block.axis, block.channels)
+            y = affine(block.values, block.axis, block.channels, label=file.label)
             stream.write(np.ascontiguousarray(y).view(np.uint8).reshape(-1).data)
             advance(block.nbytes)
 
@@ -290,30 +324,49 @@ def _array_stream(file: ArrayFile, beside: Path, suffix: str) -> Iterator[IO[byt
 
 
 def _write_table(
-    file: TableFile, affine: _Affine, beside: Path, suffix: str, advance: Callable[[int], None]
+    file: TableFile,
+    affine: _Affine,
+    beside: Path,
+    destination: Path,
+    advance: Callable[[int], None],
 ) -> None:
     pa = arrow()
-    order = file.columns
-    writer: Any = None
     with contextlib.ExitStack() as stack:
+        writer: Any = None
         for batch, nbytes in _or_nothing(file):
-            values = np.empty((file.features, batch.num_rows))
+            values = file.values(batch, file.names)
+            y = affine(values, 0, label=file.label)
+            columns = by_name(batch)
             for k, name in enumerate(file.names):
-                values[k] = as_float64(batch.column(name))
-            y = affine(values, 0)
-            columns = {
-                name: _column(pa, y[k], batch.column(name), affine.dtype)
-                for k, name in enumerate(file.names)
-            }
-            columns |= {name: batch.column(name) for name in file.others}
-            result = pa.record_batch([columns[name] for name in order], names=list(order))
-            if writer is None:
-                writer = stack.enter_context(
-                    _table_writer(beside, suffix, result.schema, file.header)
+                columns[name] = _column(
+                    pa,
+                    y[k],
+                    columns[name],
+                    affine.dtype,
+                    values[k],
+                    f"{file.path}: column {name!r}",
                 )
-            with reading_table(str(beside)):
+            result = pa.record_batch(
+                [columns[name] for name in file.columns], names=list(file.columns)
+            )
+            with _writing_table(destination):
+                if writer is None:
+                    writer = _table_writer(beside, kind_of(destination), result.schema, file.header)
+                    stack.callback(writer.close)
                 writer.write_batch(result)
             advance(nbytes)
+
+
+@contextlib.contextmanager
+def _writing_table(destination: Path) -> Iterator[None]:
+    try:
+        yield
+    except arrow().ArrowException as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ArgumentError(
+            f"{destination}: cannot hold all columns ({said}). Name a .parquet file, which takes "
+            "every type."
+        ) from error
 
 
 def _or_nothing(file: TableFile) -> Iterator[tuple[Any, int]]:
@@ -332,14 +385,16 @@ def _or_nothing(file: TableFile) -> Iterator[tuple[Any, int]]:
         )
 
 
-def _column(pa: Any, y: Array, before: Any, dtype: np.dtype[Any] | None) -> Any:
+def _column(
+    pa: Any, y: Array, before: Any, dtype: np.dtype[Any] | None, values: Array, label: str
+) -> Any:
     """A normalized column; null where it was null, in the floating type that it had."""
     if dtype is not None:
         kind = pa.from_numpy_dtype(dtype)
     else:
         kind = before.type if pa.types.is_floating(before.type) else pa.float64()
     mask = before.is_null().to_numpy(zero_copy_only=False)
-    return pa.array(y.astype(kind.to_pandas_dtype()), kind, mask=mask)
+    return pa.array(narrowed(y, np.dtype(kind.to_pandas_dtype()), values, label), kind, mask=mask)
 
 
 def _table_writer(beside: Path, suffix: str, schema: Any, header: bool) -> Any:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import operator
 import os
+import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
@@ -26,6 +28,7 @@ from .. import native
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..native import Array
 from .packages import need
+from .statistics import is_statistics
 
 #: Bytes of a block. Two are in memory at a time, one read while the other is summed: large enough
 #: that starting threads costs nothing, small enough to stay far below what a machine has.
@@ -34,7 +37,13 @@ BLOCK_BYTES = 1 << 25
 #: Rows of a block, where that takes more memory, up to WIDEST times as much: merging costs as much
 #: as some rows do.
 BLOCK_ROWS = 32
-WIDEST = 4
+WIDEST = 2
+
+#: Bytes that are read together: a file in a .npz gives them out in memory of its own.
+READ_BYTES = 1 << 22
+
+#: Features of an array at the most. Memory grows with their number, by some hundred bytes each.
+MOST_FEATURES = 10_000_000
 
 ARRAYS = (".npy", ".npz")
 TABLES = (".csv", ".parquet")
@@ -53,7 +62,9 @@ class Block:
     axis : int
         Of the features in `values`.
     channels : slice
-        Which of the source's features these are.
+        Which of the source's features these are. Two blocks share all features or none.
+    number : int
+        Of the block among those with the same features, from 0: the order in which they merge.
     where : callable
         Says in words where an index of `values` is in the source.
     nbytes : int
@@ -63,6 +74,7 @@ class Block:
     values: Array
     axis: int
     channels: slice
+    number: int
     where: Callable[[tuple[int, ...]], str]
     nbytes: int
 
@@ -86,12 +98,62 @@ class Source(Protocol):
     def nbytes(self) -> int:
         """How much there is to read."""
 
-    @property
-    def block_count(self) -> int | None:
-        """Number of blocks, where each can be read without those before it."""
+    def blocks(self) -> Iterator[Block]:
+        """Its values, in order."""
 
-    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[Block]:
-        """The blocks from `first` to before `last`, in order."""
+
+#: Path without links, name of the array in it, size in bytes and time of change in nanoseconds.
+Identity = tuple[str, "str | None", int, int]
+
+
+class File(Source, Protocol):
+    """A source that is a file, and can be read again by another process or at another time."""
+
+    @property
+    def path(self) -> str:
+        """Where it is."""
+
+    @property
+    def identity(self) -> Identity:
+        """What it was when it was opened."""
+
+    def pieces(self, blocks: int) -> list[Source]:
+        """The same in parts of so many blocks, where each can be read without those before it."""
+
+    def elsewhere(self, path: str) -> File:
+        """The same by another path."""
+
+
+def identify(path: str | Path, member: str | None = None) -> Identity:
+    """What tells a file from another, or from what it is after a change."""
+    with reading(path):
+        about = os.stat(path)
+        return os.path.realpath(path), member, about.st_size, about.st_mtime_ns
+
+
+def check_unchanged(source: File) -> None:
+    """Refuse a file that is no longer the one that was opened."""
+    if identify(source.path, source.identity[1]) != source.identity:
+        raise ArgumentError(
+            f"{source.label}: changed while it was read. Measure it again when it is complete."
+        )
+
+
+def as_axis(channel_axis: Any) -> int:
+    """An axis as a plain integer."""
+    try:
+        return operator.index(channel_axis)
+    except TypeError:
+        raise ArgumentError(f"channel_axis must be an integer, got {channel_axis!r}.") from None
+
+
+def check_width(label: str, features: int) -> None:
+    """Refuse more features than there is memory for."""
+    if features > MOST_FEATURES:
+        raise ShapeError(
+            f"{label}: must have at most {MOST_FEATURES:,} features, got {features:,}. "
+            "channel_axis, --channel-axis, names their axis; perhaps it is another."
+        )
 
 
 # ---- arrays in files ----------------------------------------------------------------------------
@@ -104,6 +166,7 @@ class Cut:
     start: int
     shape: tuple[int, int, int]
     channel: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -112,19 +175,24 @@ class ArrayFile:
 
     Attributes
     ----------
-    path, member
-        `member` is the name of the file inside a .npz, None for a .npy.
+    path, identity
+        Where and what it is.
+    member
+        Name of the file inside a .npz, None for a .npy.
     offset
         Of the first element from the beginning of the file or member, in bytes.
     shape, dtype, fortran_order
         As the header has them.
     channel_axis
         From the front.
-    block_bytes
-        What a block may take.
+    block_bytes, element_bytes
+        What a block may take, and an element takes while it is worked on.
+    first, last
+        Blocks from `first` to before `last` are read.
     """
 
     path: str
+    identity: Identity
     member: str | None
     offset: int
     shape: tuple[int, ...]
@@ -132,6 +200,9 @@ class ArrayFile:
     fortran_order: bool
     channel_axis: int
     block_bytes: int
+    element_bytes: int
+    first: int = 0
+    last: int | None = None
 
     names = None
 
@@ -150,11 +221,16 @@ class ArrayFile:
         """Of the elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    @property
-    def block_count(self) -> int | None:
-        """Number of blocks; None in a .npz file."""
-        # To reach what is compressed, one must read what comes before it.
-        return sum(1 for _ in self.cuts()) if self.member is None else None
+    def pieces(self, blocks: int) -> list[Source]:
+        """Runs of blocks of a .npy file; a .npz file must be read from its beginning."""
+        if self.member is not None:
+            return [self]
+        count = sum(1 for _ in self.cuts())
+        return [replace(self, first=k, last=k + blocks) for k in range(0, max(count, 1), blocks)]
+
+    def elsewhere(self, path: str) -> ArrayFile:
+        """The same by another path."""
+        return replace(self, path=path)
 
     def layout(self) -> tuple[int, int, int]:
         """(outer, channels, inner) as they lie in the file: Fortran order is C order backwards."""
@@ -169,27 +245,26 @@ class ArrayFile:
         row = channels * inner
         if outer * row == 0:
             return
-        # Integers are summed as float64, which takes more memory than they do.
-        per_element = 8 if self.dtype.kind in "iub" else self.dtype.itemsize
-        usual = max(1, self.block_bytes // per_element)
+        usual = max(1, self.block_bytes // self.element_bytes)
         room = min(max(usual, BLOCK_ROWS * row), WIDEST * usual)
         if row <= room:
             step = room // row
-            for o in range(0, outer, step):
-                yield Cut(o * row, (min(step, outer - o), channels, inner), 0)
+            for number, o in enumerate(range(0, outer, step)):
+                yield Cut(o * row, (min(step, outer - o), channels, inner), 0, number)
             return
         for o in range(outer):
             if inner <= room:
                 step = room // inner
                 for c in range(0, channels, step):
-                    yield Cut(o * row + c * inner, (1, min(step, channels - c), inner), c)
+                    yield Cut(o * row + c * inner, (1, min(step, channels - c), inner), c, o)
             else:
+                runs = range(0, inner, room)
                 for c in range(channels):
-                    for i in range(0, inner, room):
+                    for number, i in enumerate(runs, o * len(runs)):
                         start = o * row + c * inner + i
-                        yield Cut(start, (1, 1, min(room, inner - i)), c)
+                        yield Cut(start, (1, 1, min(room, inner - i)), c, number)
 
-    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[Block]:
+    def blocks(self) -> Iterator[Block]:
         """The blocks from `first` to before `last`, read into two pieces of memory in turn.
 
         Read, not mapped: pages of a mapping count as memory of this process until the system takes
@@ -199,13 +274,13 @@ class ArrayFile:
         buffers: list[bytearray | None] = [None, None]
         with reading(self.path), contextlib.ExitStack() as stack:
             file: IO[bytes] | None = None
-            for number, cut in enumerate(islice(self.cuts(), first, last)):
+            for number, cut in enumerate(islice(self.cuts(), self.first, self.last)):
                 if file is None:
                     file = self._open(stack)
                     if self.member is None:
                         file.seek(self.offset + cut.start * itemsize)
-                    else:
-                        _skip(file, self.offset)
+                    elif len(file.read(self.offset)) < self.offset:
+                        raise EOFError("ended within its header")
                 size = math.prod(cut.shape) * itemsize
                 buffer = buffers[number % 2]
                 if buffer is None or len(buffer) < size:
@@ -218,7 +293,7 @@ class ArrayFile:
                     )
                 values = np.frombuffer(view, self.dtype).reshape(cut.shape)
                 channels = slice(cut.channel, cut.channel + cut.shape[1])
-                yield Block(values, 1, channels, self._where(cut), size)
+                yield Block(values, 1, channels, cut.number, self._where(cut), size)
 
     def _open(self, stack: contextlib.ExitStack) -> IO[bytes]:
         if self.member is None:
@@ -242,16 +317,11 @@ def read_into(file: IO[bytes], view: memoryview) -> int:
     """Fill `view` as far as the file goes; a single read may give less than there is."""
     done = 0
     while done < len(view):
-        got = file.readinto(view[done:])  # type: ignore[attr-defined]
+        got = file.readinto(view[done : done + READ_BYTES])  # type: ignore[attr-defined]
         if not got:
             break
         done += got
     return done
-
-
-def _skip(file: IO[bytes], size: int) -> None:
-    if len(file.read(size)) < size:
-        raise ArgumentError("the file ended within its header.")
 
 
 def _plain(index: Sequence[Any]) -> tuple[int, ...]:
@@ -267,11 +337,17 @@ def open_array(path: Path, *, array: str | None, channel_axis: int) -> ArrayFile
         It is not such a file, is cut short, or holds what has no statistics.
     """
     member = None
+    identity = identify(path)  # before anything is read, or a change would not be seen
     with reading(path):
-        if path.suffix == ".npz":
+        if kind_of(path) == ".npz":
             with zipfile.ZipFile(path) as archive:
                 member = _member(path, archive, array)
-                available = archive.getinfo(member).file_size
+                about = archive.getinfo(member)
+                if about.flag_bits & 1:
+                    raise ArgumentError(
+                        f"{path}: must not be encrypted. Write it with numpy.savez."
+                    )
+                available = about.file_size
                 with archive.open(member) as file:
                     shape, fortran_order, dtype, offset = _header(path, file)
         else:
@@ -280,7 +356,7 @@ def open_array(path: Path, *, array: str | None, channel_axis: int) -> ArrayFile
                     f"{path}: array names one in a .npz file, got {array!r} for a .npy file. "
                     "Leave it out."
                 )
-            available = path.stat().st_size
+            available = identity[2]
             with path.open("rb") as file:
                 shape, fortran_order, dtype, offset = _header(path, file)
     label = str(path) if member is None else f"{path} ({member[:-4]})"
@@ -301,7 +377,14 @@ def open_array(path: Path, *, array: str | None, channel_axis: int) -> ArrayFile
             f"{label}: has no axis {channel_axis}, its shape is {shape}. Choose a channel_axis "
             f"from {-len(shape)} to {len(shape) - 1}."
         )
+    axis = channel_axis % len(shape)
+    check_width(label, shape[axis])
     size = math.prod(shape) * dtype.itemsize
+    if available > offset + size:
+        raise ArgumentError(
+            f"{label}: must have {offset + size} bytes for shape {shape} of {dtype}, got "
+            f"{available}. Save arrays that follow this one in files of their own."
+        )
     if available < offset + size:
         raise ArgumentError(
             f"{label}: must have {offset + size} bytes for shape {shape} of {dtype}, got "
@@ -309,13 +392,16 @@ def open_array(path: Path, *, array: str | None, channel_axis: int) -> ArrayFile
         )
     return ArrayFile(
         path=str(path),
+        identity=(identity[0], member, *identity[2:]),
         member=member,
         offset=offset,
         shape=shape,
         dtype=dtype,
         fortran_order=fortran_order,
-        channel_axis=channel_axis % len(shape),
+        channel_axis=axis,
         block_bytes=BLOCK_BYTES,
+        # Integers are summed as float64, which takes more memory than they do.
+        element_bytes=8 if dtype.kind in "iub" else dtype.itemsize,
     )
 
 
@@ -344,6 +430,8 @@ def _header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtyp
             header = np.lib.format.read_array_header_2_0(counted)  # type: ignore[arg-type]
         else:
             raise ValueError(f"version {version} of the format")
+        if any(length < 0 for length in header[0]):
+            raise ValueError(f"shape {header[0]}")
     except (ValueError, EOFError) as error:
         raise ArgumentError(
             f"{path}: must be an array in NumPy's format, and is not ({error}). "
@@ -365,16 +453,22 @@ class _Counted:
         return data
 
 
+class Unreadable(ArgumentError):
+    """What the system says about a file, here; elsewhere it may be readable."""
+
+
 @contextlib.contextmanager
 def reading(path: Path | str) -> Iterator[None]:
     """Name the file in what the system says about it."""
     try:
         yield
+    except FileNotFoundError as error:
+        raise Unreadable(f"{path}: there is no such file or folder. Check its name.") from error
     except OSError as error:
-        raise ArgumentError(
+        raise Unreadable(
             f"{path}: cannot be read ({error.strerror or error}). Check its name and permissions."
         ) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise ArgumentError(
             f"{path}: must be a .npz file, and is not or is damaged ({error}). "
             "Write it with numpy.savez."
@@ -394,7 +488,6 @@ class ArrayInMemory:
     label: str = "x"
 
     names = None
-    block_count = None
 
     @property
     def features(self) -> int:
@@ -406,87 +499,161 @@ class ArrayInMemory:
         """Of the elements."""
         return self.values.nbytes
 
-    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[Block]:
+    def blocks(self) -> Iterator[Block]:
         """Slices along the axis that is slowest in memory."""
         x = self.values
         if x.size == 0:
             return
         cut = max(range(x.ndim), key=lambda k: (x.shape[k] > 1, abs(x.strides[k])))
         step = max(1, self.block_bytes * x.shape[cut] // max(x.nbytes, 1))
-        for start in islice(range(0, x.shape[cut], step), first, last):
+        whole = cut != self.channel_axis
+        for number, start in enumerate(range(0, x.shape[cut], step)):
             part = slice(start, min(start + step, x.shape[cut]))
             values = x[(slice(None),) * cut + (part,)]
-            channels = part if cut == self.channel_axis else slice(0, self.features)
+            channels = slice(0, self.features) if whole else part
 
             def where(index: tuple[int, ...], start: int = start) -> str:
                 return f"index {tuple(int(i) + start * (k == cut) for k, i in enumerate(index))}"
 
-            yield Block(values, self.channel_axis, channels, where, values.nbytes)
+            yield Block(values, self.channel_axis, channels, number * whole, where, values.nbytes)
 
 
 def of_memory(x: Any, channel_axis: int) -> ArrayInMemory:
     """An array as a source."""
-    values = np.asanyarray(x)
+    values = x if isinstance(x, np.ma.MaskedArray) else np.asarray(x)
     if values.dtype.kind not in "iub" and not native.is_supported(values.dtype.newbyteorder("=")):
         native.as_values(values)  # raises
     axis = native.channel_axis_of(values, channel_axis)
-    return ArrayInMemory(np.asarray(values), axis, BLOCK_BYTES)
+    check_width("x", values.shape[axis])
+    return ArrayInMemory(values, axis, BLOCK_BYTES)
+
+
+#: Below this, every integer is a float64; a float64 of this size may have been rounded to it.
+EXACT = 2**53
+
+
+def plain(values: Array, label: str) -> Array:
+    """Values as the kernels take them: in this machine's byte order, NaN where they are masked.
+
+    Raises
+    ------
+    ArgumentError
+        There are integers that float64 cannot hold.
+    """
+    masked: Any = values if isinstance(values, np.ma.MaskedArray) else None
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 8:
+        there = values if masked is None else masked.compressed()
+        if there.size:
+            check_exact(there.min(), there.max(), label)
+    if masked is not None:
+        floating = np.float64 if values.dtype.kind in "iub" else values.dtype.newbyteorder("=")
+        filled: Array = masked.astype(floating).filled(np.nan)
+        return filled
+    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
+
+
+def check_exact(least: Any, most: Any, label: str) -> None:
+    """Refuse a range of integers that float64 rounds: the result could be wrong in every digit."""
+    if int(most) >= EXACT or int(least) <= -EXACT:
+        beyond = most if int(most) >= EXACT else least
+        raise ArgumentError(
+            f"{label}: integers must be below 2**53 in magnitude, as float64 holds them, got "
+            f"{int(beyond)}. Subtract a constant first."
+        )
 
 
 # ---- paths --------------------------------------------------------------------------------------
 
 
-def find(paths: Sequence[str | Path], apart_from: Path | None = None) -> list[Path]:
+def kind_of(path: Path) -> str:
+    """Its suffix, in small letters."""
+    return path.suffix.lower()
+
+
+def same_file(path: str | Path) -> Any:
+    """What two paths of one file have in common, there or not."""
+    try:
+        about = os.stat(path)
+    except (OSError, ValueError):
+        return os.path.realpath(path)
+    return about.st_dev, about.st_ino
+
+
+def find(paths: Sequence[str | Path], note: Callable[[str], None] | None = None) -> list[Path]:
     """The files that are meant: those given, and in folders all of a known kind, by name.
 
     Parameters
     ----------
     paths
         In the order in which they are to be read.
-    apart_from
-        Never found in a folder: what is about to be written.
+    note
+        Told of statistics that are left out of a folder: they are no data.
 
     Raises
     ------
     ArgumentError
-        Something is not there, is of another kind, is named twice, or a folder holds nothing.
+        Something is not there, is of another kind, is named twice, cannot be read, or a folder
+        holds nothing.
     """
     found: list[Path] = []
-    for given in map(Path, paths):
-        if given.is_dir():
-            inside = [
-                path
-                for path in sorted(given.rglob("*"))
-                if path.suffix in ARRAYS + TABLES
-                and not any(part[0] in "._" for part in path.relative_to(given).parts)
-                and path.is_file()
-                and path != apart_from
-            ]
-            if not inside:
-                raise ArgumentError(
-                    f"{given}: must hold {_kinds()} files, and holds none. Name another folder."
-                )
-            found += inside
-        elif not given.exists():
-            raise ArgumentError(f"{given}: there is no such file or folder. Check its name.")
-        elif given.suffix not in ARRAYS + TABLES:
+    for given in paths:
+        if not os.fspath(given):
             raise ArgumentError(
-                f"{given}: must be a {_kinds()} file or a folder of them, got "
-                f"{given.suffix or 'no suffix'}. Convert it, or rename it if it is one of these."
+                "source must be files or folders, got an empty name. The current folder is '.'."
+            )
+        path = Path(given)
+        if is_folder(path):
+            found += _inside(path, note)
+        elif kind_of(path) not in ARRAYS + TABLES:
+            raise ArgumentError(
+                f"{path}: must be a {_kinds()} file or a folder of them, got "
+                f"{path.suffix or 'no suffix'}. Convert it, or rename it if it is one of these."
             )
         else:
-            found.append(given)
-    seen: dict[str, Path] = {}
+            found.append(path)
+    seen = set()
     for path in found:
-        real = os.path.realpath(path)
-        if real in seen:
+        if (file := same_file(path)) in seen:
             raise ArgumentError(
                 f"{path}: is named twice, and its values would count twice. Name it once."
             )
-        seen[real] = path
-    if not found:
-        raise ArgumentError("there must be at least one file, got none.")
+        seen.add(file)
     return found
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder and no file; a pipe or a device, which may have no end, is neither."""
+    with reading(path):
+        try:
+            mode = os.stat(path).st_mode
+        except ValueError as error:  # a NUL in its name
+            raise OSError(str(error)) from error
+    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+        raise ArgumentError(f"{path}: must be a file or a folder, and is neither. Copy it to one.")
+    return stat.S_ISDIR(mode)
+
+
+def _inside(folder: Path, note: Callable[[str], None] | None) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        with reading(error.filename):
+            raise error
+
+    inside = []
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if name[0] not in "._"]
+        for path in (Path(root, name) for name in names if name[0] not in "._"):
+            if kind_of(path) not in ARRAYS + TABLES:
+                continue
+            is_folder(path)  # raises where a link leads nowhere
+            if not is_statistics(path):
+                inside.append(path)
+            elif note is not None:
+                note(f"{path} holds statistics and no data: left out")
+    if not inside:
+        raise ArgumentError(
+            f"{folder}: must hold {_kinds()} files, and holds none. Name another folder."
+        )
+    return sorted(inside)
 
 
 def _kinds() -> str:
@@ -500,7 +667,7 @@ def open_source(
     columns: Sequence[str] | None,
     header: bool,
     array: str | None,
-) -> Source:
+) -> File:
     """See what a file holds.
 
     Raises
@@ -508,7 +675,7 @@ def open_source(
     BatchNormError
         What it holds has no statistics, or is not what its name says.
     """
-    if path.suffix in ARRAYS:
+    if kind_of(path) in ARRAYS:
         if columns is not None:
             raise ArgumentError(
                 f"{path}: arrays have no named columns, got columns {', '.join(columns)}. "

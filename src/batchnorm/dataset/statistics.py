@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..atomic import replacing
+from ..atomic import replacing, writing
 from ..errors import ArgumentError, ShapeError
 from ..moments import Moments
 from ..native import Float64
@@ -126,17 +126,15 @@ class Statistics:
         }
         if self.names is not None:
             content["names"] = list(self.names)
-        try:
-            with replacing(path) as beside, beside.open("wb") as file:
-                if path.suffix == ".json":
-                    file.write((json.dumps(content, default=_listed, indent=1) + "\n").encode())
-                else:
-                    np.savez(file, **content)
-        except OSError as error:
-            raise ArgumentError(
-                f"{path}: cannot be written ({error.strerror or error}). Make room, or name "
-                "another file."
-            ) from error
+        with writing(path), replacing(path) as beside, beside.open("wb") as file:
+            if path.suffix.lower() == ".npz":
+                np.savez(file, **content)
+                return
+            # Array by array: all of them as text would take several times their memory.
+            for k, (name, value) in enumerate(content.items()):
+                line = json.dumps(value, default=_listed, allow_nan=False)
+                file.write(f'{"," if k else "{"}\n "{name}": {line}'.encode())
+            file.write(b"\n}\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -150,7 +148,7 @@ class Statistics:
         path = Path(path)
         check_suffix(path, "statistics")
         try:
-            if path.suffix == ".json":
+            if path.suffix.lower() == ".json":
                 content = json.loads(path.read_text(encoding="utf-8"))
             else:
                 with np.load(path, allow_pickle=False) as file:
@@ -159,7 +157,7 @@ class Statistics:
                 raise ValueError("no mark of its format")
             names = content.get("names")
             return cls(
-                Moments(*(_numbers(content[name]) for name in ("count", "mean", "m2"))),
+                Moments(*(np.asarray(content[name], float) for name in ("count", "mean", "m2"))),
                 np.asarray(content["missing"], np.int64).reshape(-1),
                 None if names is None else tuple(map(str, names)),
                 int(content["channel_axis"]),
@@ -177,22 +175,32 @@ class Statistics:
             ) from error
 
 
+def is_statistics(path: Path) -> bool:
+    """Whether a file is a .npz with the mark of statistics; False if it cannot be read."""
+    if path.suffix.lower() != ".npz":
+        return False
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mark = file.zip.getinfo("format.npy")
+            return mark.file_size < 1000 and str(file["format"]) == FORMAT
+    except Exception:  # whatever a damaged file does: who reads it as data says what is wrong
+        return False
+
+
 def check_suffix(path: Path, what: str = "out") -> None:
     """Refuse what is neither .npz nor .json."""
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise ArgumentError(
             f"{what} must be a file that ends in .npz or .json, got {str(path)!r}. "
             f"Name it {path.with_suffix('.npz').name or 'stats.npz'!r}."
         )
 
 
-def _numbers(value: Any) -> Float64:
-    # JSON has no NaN: what is null there is a variance that nothing reads back.
-    return np.asarray(value, np.float64)
-
-
 def _listed(value: Any) -> Any:
-    """Arrays for JSON, whose numbers Python writes with as many digits as they need."""
+    """Arrays for JSON, whose numbers Python writes with as many digits as they need.
+
+    JSON has no NaN: null is a variance that is not defined, and that nothing reads back.
+    """
     if np.isnan(value).any():
         return [None if np.isnan(v) else v for v in value.tolist()]
     return value.tolist()
