@@ -319,8 +319,12 @@ def _block(count: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 
 # ---- the same bits for any division of the examples ---------------------------------------------
 
-#: Values that are turned into integers at once.
-_CHUNK = 1 << 16  # what fits a core's cache
+#: Values that are turned into integers at once: what is made of them fits a core's cache.
+_CHUNK = 1 << 16
+
+#: A float64 of up to 2^51 added to this is rounded to a whole number, which its bits then hold.
+_WHOLE = 1.5 * 2.0**52
+_WHOLE_BITS = 0x4338000000000000
 
 
 def _extent_of(seen: Tensor | int, values: int, x: Tensor, weights: Tensor | None) -> Tensor:
@@ -343,7 +347,7 @@ def _reproducible(x: Tensor, weights: Tensor | None, extents: Tensor, group: Gro
     The second round, of differences to the first one's mean, brings what rounding left off, as in
     the corrected two-pass algorithm. `extents`: of all processes, (parts, 3 + C).
     """
-    bits = 62 - int(extents[:, 1].sum()).bit_length()
+    bits = min(51, 62 - int(extents[:, 1].sum()).bit_length())
     one = _power(bits - torch.frexp(extents[:, 2].max()).exponent)
     largest = extents[:, 3:].amax(0)
     finite = _usable(largest)
@@ -362,27 +366,48 @@ def _reproducible(x: Tensor, weights: Tensor | None, extents: Tensor, group: Gro
     return _block(count, mean, var)
 
 
-def _chunks(
-    x: Tensor, weights: Tensor | None, shift: Tensor
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Differences to the shift as (examples, C, values), with weights (examples, 1, values)."""
-    if not x.numel():
-        return
-    n = max(1, _CHUNK // math.prod(x.shape[1:]))
-    for begin in range(0, len(x), n):
-        part = x[begin : begin + n].double()
-        part = part.reshape(*part.shape[:2], -1) - shift[:, None]
-        if weights is None:
-            yield part, None
-        else:
-            w = weights[begin : begin + n].reshape(len(part), 1, -1)
-            yield torch.where(w > 0, part, 0.0), w
+class _Differences:
+    """Differences of values to a shift of their channel, some at a time.
+
+    Iterating gives the channels, the differences (examples, channels, values) and the weights
+    (examples, 1, values) or None. `like` makes room for results. All is overwritten by the next.
+    """
+
+    def __init__(self, x: Tensor, weights: Tensor | None, shift: Tensor) -> None:
+        self.x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(-1)
+        self.weights = None
+        if weights is not None:
+            self.weights = weights.reshape(len(x), 1, self.x.shape[2])
+        self.shift = shift
+        self._room: dict[int, Tensor] = {}
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        examples, channels, values = self.x.shape
+        if not self.x.numel():
+            return
+        side = min(channels, max(1, _CHUNK // values))
+        deep = max(1, _CHUNK // (side * values))
+        for n in range(0, examples, deep):
+            w = None if self.weights is None else self.weights[n : n + deep]
+            for c in range(0, channels, side):
+                some = slice(c, c + side)
+                part = self.x[n : n + deep, some]
+                out = self.like(part, 0)
+                out.copy_(part).sub_(self.shift[some, None])
+                yield some, out if w is None else out.masked_fill_(w <= 0, 0.0), w
+
+    def like(self, part: Tensor, number: int) -> Tensor:
+        """Room number so-and-so for a float64 of each value in `part`."""
+        room = self._room.get(number)
+        if room is None or room.numel() < part.numel():
+            room = self._room[number] = self.shift.new_empty(part.numel())
+        return room[: part.numel()].view(part.shape)
 
 
 def _farthest(x: Tensor, weights: Tensor | None, shift: Tensor) -> Tensor:
     far = torch.zeros_like(shift)
-    for part, _ in _chunks(x, weights, shift):
-        far = torch.maximum(far, part.abs().amax((0, 2)))
+    for some, part, _ in _Differences(x, weights, shift):
+        far[some] = torch.maximum(far[some], part.abs_().amax((0, 2)))
     return far
 
 
@@ -398,26 +423,29 @@ def _means(
     """Count, and the means of the first powers of x - shift, each (C,).
 
     A value is rounded to a fraction of the largest one's power of two, a weight's product with it
-    to a multiple of 1 / one.
+    to a multiple of 1 / one. Where that power cannot be had, what comes out means nothing.
     """
-    usable = _usable(largest)
-    exponent = torch.frexp(torch.where(usable, largest, 0.0)).exponent
+    exponent = torch.frexp(torch.where(_usable(largest), largest, 0.0)).exponent
     unit, back = _power(-exponent), 1 / _power(-exponent)
     sums = torch.zeros((1 + powers, len(shift)), dtype=torch.int64, device=x.device)
     if weights is None:
         sums[0] = (one * (x.numel() // max(len(shift), 1))).long()
     else:
         sums[0] = (weights * one).round().long().sum()
-    for part, w in _chunks(x, weights, shift):
-        part = torch.where(usable[:, None], part * unit[:, None], 0.0)
-        value = one if w is None else one * w
+    differences = _Differences(x, weights, shift)
+    for some, part, w in differences:
+        part.mul_(unit[some, None])
+        value, whole = differences.like(part, 1), differences.like(part, 2)
+        torch.mul(part, one if w is None else one * w, out=value)
         for k in range(1, 1 + powers):
-            value = value * part
-            sums[k] += value.round().long().sum((0, 2))
+            if k > 1:
+                value.mul_(part)
+            torch.add(value, _WHOLE, out=whole)
+            sums[k, some] += whole.view(torch.int64).sub_(_WHOLE_BITS).sum((0, 2))
     group.add("sums", sums)
     total, *rest = sums.double()
-    some = torch.where(total > 0, total, 1.0)
-    means = [s / some * back for s in rest]
+    some_count = torch.where(total > 0, total, 1.0)
+    means = [s / some_count * back for s in rest]
     return (total / one, *(m * back if k else m for k, m in enumerate(means)))
 
 
