@@ -355,6 +355,43 @@ def test_reproducible_statistics_are_the_same_for_any_division(four, with_offset
             assert torch.equal(v, var)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_an_example_has_the_same_bits_wherever_it_lies(dtype, memory_format):
+    g = torch.Generator().manual_seed(14)
+    x = (torch.randn(5, 19, 7, 9, generator=g) + 100).to(dtype).to(memory_format=memory_format)
+    whole = sync._Examples.of(x, None)
+    room = torch.empty(19 * 7 * 9 + 3, dtype=dtype)
+    for n, example in enumerate(x.split(1)):
+        for begin in (0, 1, 3):  # another alignment
+            moved = room[begin : begin + example.numel()].as_strided(
+                example.shape, example.stride(), begin
+            )
+            alone = sync._Examples.of(moved.copy_(example), None)
+            assert torch.equal(alone.mean[0], whole.mean[n])
+            assert torch.equal(alone.var[0], whole.var[n])
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_reproducible_statistics_of_images_are_those_of_all_values(four, reproducible):
+    g = torch.Generator().manual_seed(15)
+    x = torch.randn(13, C, 40, 41, generator=g) * 3 + 1e3
+    masks = (torch.rand(13, 40, 41, generator=g) < 0.7).float()
+    parts, weights = ({4: list(v.tensor_split([3, 4, 4]))} for v in (x, masks))
+    out = four.run(
+        "in_groups",
+        sizes=[4],
+        parts=parts,
+        masks=weights,
+        keywords={"reproducible": reproducible},
+    )
+    right = Moments.of(x.double().numpy(), weights=masks.double().numpy())
+    for found in out:
+        mean, var, _ = found[4]
+        assert off(mean, torch.from_numpy(right.mean.copy())) < 1e-12
+        assert off(var, torch.from_numpy(right.var(ddof=1))) < 1e-11
+
+
 def test_reproducible_statistics_in_one_process_are_right():
     x = torch.randn(64, C, 3, 3, generator=torch.Generator().manual_seed(4)) * 3 + 1e4
     mask = torch.rand(64, 3, 3, generator=torch.Generator().manual_seed(5))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,9 +43,9 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
     eps, momentum, affine, track_running_stats, process_group, device, dtype, bias
         As in `torch.nn.SyncBatchNorm`.
     reproducible : bool
-        Statistics are bitwise the same however the same examples are divided among processes, at
-        the price of more passes over the input and more messages. y and gradients follow from them,
-        but the backward pass sums in the order of processes.
+        Statistics are bitwise the same however the same examples are divided among processes of
+        one instruction set and memory format, at the price of twice as many messages. y and
+        gradients follow from them, but the backward pass sums in the order of processes.
     activation, negative_slope, on_nonfinite, on_single
         As in `BatchNorm2d`; a single value is one in all processes.
     group_size : int
@@ -164,11 +164,12 @@ def _together(
     channels = layer.num_features
     by_group = form.group_size > 0
     weights: Tensor | None = None
+    examples: _Examples | None = None
     y: Tensor | None = None
 
     def measure() -> Tensor:
         """What this process brings: checked, so that whoever raises does so before the others."""
-        nonlocal weights, y
+        nonlocal examples, weights, y
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 f"{group.name} exchanges statistics here, which torch.func's transforms cannot "
@@ -198,16 +199,14 @@ def _together(
                 kernels.check_mask(weights)
         seen = values if weights is None else torch.count_nonzero(weights)
         if layer.reproducible:
-            return _extent_of(seen, values, x.detach(), weights)
+            examples = _Examples.of(x.detach(), weights)
+            return examples.extent(seen)
         return _message_of(seen, functional.statistics_of(x.detach(), weights)[0])
 
     reproducible = layer.reproducible and not by_group
-    length = 3 + channels if reproducible else 2 + 2 * channels
+    length = 3 + 2 * channels if reproducible else 2 + 2 * channels
     parts = group.gather(measure, length, x.device)
-    if reproducible:
-        statistics = _reproducible(x.detach(), weights, parts, group)
-    else:
-        statistics = _merged(parts)
+    statistics = _reproducible(examples, parts, group) if examples else _merged(parts)
     if y is not None:
         return y, statistics
     if x.device.type == "cpu" and float(parts[:, 0].sum()) == 1:
@@ -327,126 +326,131 @@ _WHOLE = 1.5 * 2.0**52
 _WHOLE_BITS = 0x4338000000000000
 
 
-def _extent_of(seen: Tensor | int, values: int, x: Tensor, weights: Tensor | None) -> Tensor:
-    """Number of values seen and of all, the largest weight and value of each channel: (3 + C)."""
-    largest = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    if x.numel():
-        axes = [a for a in range(x.dim()) if a != 1]
-        x = x if weights is None else torch.where(weights.unsqueeze(1) > 0, x, 0.0)
-        largest = x.abs().amax(axes).double()
-    top: Tensor | float = 1.0
-    if weights is not None:
-        top = weights.max() if weights.numel() else 0.0
-    numbers = [torch.as_tensor(v, device=x.device).double() for v in (seen, values, top)]
-    return torch.cat([torch.stack(numbers), largest])
+class _Examples(NamedTuple):
+    """Mean and variance of each example, (N, C), and its weight, (N,).
+
+    Each is measured by itself, so that it has the same bits on whatever process. Without axes
+    behind the channels the mean is the value, and there is no variance (None).
+    """
+
+    mean: Tensor
+    var: Tensor | None
+    weight: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor, weights: Tensor | None) -> _Examples:
+        if x.dim() == 2:
+            return cls(x, None, weights)
+        found = x.new_zeros((len(x), 4, x.shape[1]), dtype=torch.float64)
+        for n, statistics in enumerate(found):
+            w = None if weights is None else weights[n : n + 1]
+            statistics.copy_(functional.statistics_of(x[n : n + 1], w)[0])
+        count, mean, _, var = found.unbind(1)
+        return cls(mean, var, count[:, :1].sum(1))
+
+    def extent(self, seen: Tensor | int) -> Tensor:
+        """Number of values seen, and of examples, the largest weight, |mean| and variance: (3+2C).
+
+        Mean and variance are those of each channel.
+        """
+        rows, channels = self.mean.shape
+        largest = torch.zeros((2, channels), dtype=torch.float64, device=self.mean.device)
+        top: Tensor | float = 1.0 if self.weight is None else 0.0
+        if rows:
+            for k, values in enumerate((self.mean, self.var)):
+                if values is not None:
+                    if self.weight is not None:
+                        values = torch.where(self.weight[:, None] > 0, values, 0.0)
+                    largest[k] = values.abs().amax(0)
+            if self.weight is not None:
+                top = self.weight.max()
+        numbers = [torch.as_tensor(v, device=largest.device).double() for v in (seen, rows, top)]
+        return torch.cat([torch.stack(numbers), largest.flatten()])
 
 
-def _reproducible(x: Tensor, weights: Tensor | None, extents: Tensor, group: Group) -> Tensor:
+def _reproducible(examples: _Examples, extents: Tensor, group: Group) -> Tensor:
     """Statistics (1, 4, C) by sums of integers, which do not depend on the order.
 
     The second round, of differences to the first one's mean, brings what rounding left off, as in
-    the corrected two-pass algorithm. `extents`: of all processes, (parts, 3 + C).
+    the corrected two-pass algorithm. `extents`: of all processes, (parts, 3 + 2 C).
     """
     bits = min(51, 62 - int(extents[:, 1].sum()).bit_length())
     one = _power(bits - torch.frexp(extents[:, 2].max()).exponent)
-    largest = extents[:, 3:].amax(0)
-    finite = _usable(largest)
+    largest, widest = extents[:, 3:].amax(0).chunk(2)
+    finite = _usable(largest) & _usable(widest)
 
-    zero = torch.zeros_like(largest)
-    count, mean = _means(x, weights, zero, largest, one, 1, group)
-    mean = torch.where(finite, mean, 0.0)
+    (means, variances, weight), zero = examples, torch.zeros_like(largest)
+    sums = torch.zeros((3, len(zero)), dtype=torch.int64, device=zero.device)
+    sums[0] = (one * len(means)).long() if weight is None else (weight * one).round().long().sum()
+    unit, wide = _unit_of(largest), _unit_of(widest)
+    sums[1:2] = _whole(means, weight, zero, unit, one, 1)
+    if variances is not None:
+        sums[2:] = _whole(variances, weight, zero, wide, one, 1)
+    total, first, inner = group.add("sums", sums).double()
+    some = torch.where(total > 0, total, 1.0)
+    mean = torch.where(finite, first / some / unit, 0.0)
 
-    far = group.gather(lambda: _farthest(x, weights, mean), len(mean), x.device).amax(0)
+    far = group.gather(lambda: _farthest(means, weight, mean), len(mean), mean.device).amax(0)
     finite &= _usable(far)
-    count, rest, square = _means(x, weights, mean, far, one, 2, group)
+    unit = _unit_of(far)
+    sums = group.add("sums", _whole(means, weight, mean, unit, one, 2))
+    rest, square = sums.double() / some / unit
+    square = square / unit
     # Below zero is only the rounding of a spread that is nothing beside the mean's own.
-    var = (square - rest * rest).clamp(min=0)
+    var = (square - rest * rest).clamp(min=0) + inner / some / wide
     mean = torch.where(finite, mean + rest, math.nan)
-    var = torch.where(finite, torch.where(count > 0, var, 1.0), math.nan)
-    return _block(count, mean, var)
+    var = torch.where(finite, torch.where(total > 0, var, 1.0), math.nan)
+    return _block(total / one, mean, var)
 
 
-class _Differences:
-    """Differences of values to a shift of their channel, some at a time.
-
-    Iterating gives the channels, the differences (examples, channels, values) and the weights
-    (examples, 1, values) or None. `like` makes room for results. All is overwritten by the next.
-    """
-
-    def __init__(self, x: Tensor, weights: Tensor | None, shift: Tensor) -> None:
-        self.x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(-1)
-        self.weights = None
-        if weights is not None:
-            self.weights = weights.reshape(len(x), 1, self.x.shape[2])
-        self.shift = shift
-        self._room: dict[int, Tensor] = {}
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        examples, channels, values = self.x.shape
-        if not self.x.numel():
-            return
-        side = min(channels, max(1, _CHUNK // values))
-        deep = max(1, _CHUNK // (side * values))
-        for n in range(0, examples, deep):
-            w = None if self.weights is None else self.weights[n : n + deep]
-            for c in range(0, channels, side):
-                some = slice(c, c + side)
-                part = self.x[n : n + deep, some]
-                out = self.like(part, 0)
-                out.copy_(part).sub_(self.shift[some, None])
-                yield some, out if w is None else out.masked_fill_(w <= 0, 0.0), w
-
-    def like(self, part: Tensor, number: int) -> Tensor:
-        """Room number so-and-so for a float64 of each value in `part`."""
-        room = self._room.get(number)
-        if room is None or room.numel() < part.numel():
-            room = self._room[number] = self.shift.new_empty(part.numel())
-        return room[: part.numel()].view(part.shape)
+def _differences(
+    values: Tensor, weight: Tensor | None, shift: Tensor
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Differences of values (N, C) to the shift (C,) in float64, with weights (N, 1), in parts."""
+    rows = max(1, _CHUNK // max(1, len(shift)))
+    for n in range(0, len(values), rows):
+        part = values[n : n + rows].double() - shift
+        if weight is None:
+            yield part, None
+        else:
+            w = weight[n : n + rows, None]
+            yield part.masked_fill_(w <= 0, 0.0), w
 
 
-def _farthest(x: Tensor, weights: Tensor | None, shift: Tensor) -> Tensor:
+def _farthest(values: Tensor, weight: Tensor | None, shift: Tensor) -> Tensor:
     far = torch.zeros_like(shift)
-    for some, part, _ in _Differences(x, weights, shift):
-        far[some] = torch.maximum(far[some], part.abs_().amax((0, 2)))
+    for part, _ in _differences(values, weight, shift):
+        far = torch.maximum(far, part.abs_().amax(0))
     return far
 
 
-def _means(
-    x: Tensor,
-    weights: Tensor | None,
+def _whole(
+    values: Tensor,
+    weight: Tensor | None,
     shift: Tensor,
-    largest: Tensor,
+    unit: Tensor,
     one: Tensor,
     powers: int,
-    group: Group,
-) -> tuple[Tensor, ...]:
-    """Count, and the means of the first powers of x - shift, each (C,).
+) -> Tensor:
+    """Sums over N of the first powers of (values - shift) * unit, in units of 1 / one: (powers, C).
 
-    A value is rounded to a fraction of the largest one's power of two, a weight's product with it
-    to a multiple of 1 / one. Where that power cannot be had, what comes out means nothing.
+    Each product with the weight is rounded to a whole number of them by itself. What is no number
+    gives one that means nothing.
     """
-    exponent = torch.frexp(torch.where(_usable(largest), largest, 0.0)).exponent
-    unit, back = _power(-exponent), 1 / _power(-exponent)
-    sums = torch.zeros((1 + powers, len(shift)), dtype=torch.int64, device=x.device)
-    if weights is None:
-        sums[0] = (one * (x.numel() // max(len(shift), 1))).long()
-    else:
-        sums[0] = (weights * one).round().long().sum()
-    differences = _Differences(x, weights, shift)
-    for some, part, w in differences:
-        part.mul_(unit[some, None])
-        value, whole = differences.like(part, 1), differences.like(part, 2)
-        torch.mul(part, one if w is None else one * w, out=value)
-        for k in range(1, 1 + powers):
-            if k > 1:
-                value.mul_(part)
-            torch.add(value, _WHOLE, out=whole)
-            sums[k, some] += whole.view(torch.int64).sub_(_WHOLE_BITS).sum((0, 2))
-    group.add("sums", sums)
-    total, *rest = sums.double()
-    some_count = torch.where(total > 0, total, 1.0)
-    means = [s / some_count * back for s in rest]
-    return (total / one, *(m * back if k else m for k, m in enumerate(means)))
+    sums = torch.zeros((powers, len(shift)), dtype=torch.int64, device=shift.device)
+    for part, w in _differences(values, weight, shift):
+        part.mul_(unit)
+        product = part * (one if w is None else one * w)
+        for k in range(powers):
+            if k:
+                product.mul_(part)
+            sums[k] += (product + _WHOLE).view(torch.int64).sub_(_WHOLE_BITS).sum(0)
+    return sums
+
+
+def _unit_of(largest: Tensor) -> Tensor:
+    """What brings values up to these below one: a power of two, so that nothing is rounded."""
+    return _power(-torch.frexp(torch.where(_usable(largest), largest, 0.0)).exponent)
 
 
 def _power(exponent: Tensor) -> Tensor:
