@@ -42,14 +42,12 @@ def _normalized(
 
     x = visible(x.double())
     if statistics is not None:
-        shape = [-1 if a == 1 else 1 for a in range(x.dim())]
-        inv_std = (statistics[0, 3].view(shape) + eps).rsqrt()
-        centered = x - statistics[0, 1].view(shape) - statistics[0, 2].view(shape)
+        x_hat, inv_std = normalized_by(x, statistics, eps)
 
         def scaled(v: Tensor) -> Tensor:
             return visible(visible(v) * inv_std)
 
-        return _Normalized(visible(centered * inv_std), scaled, scaled, visible, statistics[0])
+        return _Normalized(visible(x_hat), scaled, scaled, visible, statistics[0])
 
     if weights is None:
         count = torch.tensor(x.numel() / max(x.shape[1], 1), dtype=x.dtype, device=x.device)
@@ -68,28 +66,53 @@ def _normalized(
 
     def pull(v: Tensor) -> Tensor:
         v = visible(v)
-        return inv_std * (v - share * (total(v) + x_hat * total(v * x_hat)))
+        return pulled(v, x_hat, inv_std, share, total(v), total(v * x_hat))
 
     rows = [(v + 0 * mean).detach().flatten() for v in (count, mean, 0 * mean, var)]
     return _Normalized(x_hat, push, pull, visible, torch.stack(rows))
 
 
-def _column(v: Tensor, x: Tensor) -> Tensor:
-    """A per-channel vector beside x."""
-    return v.double().view([-1 if a == 1 else 1 for a in range(x.dim())])
+def normalized_by(x: Tensor, statistics: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x̂ by given statistics, and 1 / std of each channel, in the type of x.
+
+    The mean is subtracted in two parts, so that none of it is lost where that type is narrow.
+    """
+    _, mean, low, var = statistics[0]
+    high = mean.to(x.dtype)
+    rest = low if high is mean else mean - high + low
+    inv_std = column((var + eps).rsqrt(), x)
+    return (x - column(high, x) - column(rest, x)) * inv_std, inv_std
 
 
-def _affine(n: _Normalized, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    z = n.x_hat if weight is None else n.x_hat * _column(weight, n.x_hat)
-    return z if bias is None else z + _column(bias, z)
+def pulled(
+    v: Tensor,
+    x_hat: Tensor,
+    inv_std: Tensor,
+    share: Tensor | float,
+    level: Tensor,
+    tilt: Tensor,
+) -> Tensor:
+    """The gradient of x from that of x̂, whose sums, times `share`, each value answers for."""
+    return inv_std * (v - share * (level + x_hat * tilt))
 
 
-def _steepness(z: Tensor, form: Form) -> Tensor | float:
+def column(v: Tensor, x: Tensor) -> Tensor:
+    """A per-channel vector beside x, in its type."""
+    return v.to(x.dtype).view([-1 if a == 1 else 1 for a in range(x.dim())])
+
+
+def affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """What weight and bias make of x̂."""
+    z = x_hat if weight is None else x_hat * column(weight, x_hat)
+    return z if bias is None else z + column(bias, z)
+
+
+def steepness(z: Tensor, form: Form, dtype: torch.dtype = torch.float64) -> Tensor | float:
     """The activation's derivative at z, or at y, which has its sign; constant almost everywhere."""
     if form.activation == IDENTITY:
         return 1.0
     below = 0.0 if form.activation == RELU else form.slope
-    return torch.where(z > 0, torch.ones_like(z, dtype=torch.float64), below)
+    return torch.where(z > 0, torch.ones_like(z, dtype=dtype), below)
 
 
 def slices(x: Tensor, group_size: int) -> Iterator[slice]:
@@ -126,15 +149,15 @@ def tangent(
         dz = torch.zeros_like(n.x_hat)
         if dx is not None:
             moved = n.push(dx[examples].double())
-            dz = dz + (moved if weight is None else _column(weight, dz) * moved)
+            dz = dz + (moved if weight is None else column(weight, dz) * moved)
         if dweight is not None:
-            dz = dz + _column(dweight, dz) * n.x_hat
+            dz = dz + column(dweight, dz) * n.x_hat
         if dbias is not None:
-            dz = dz + _column(dbias, dz)
+            dz = dz + column(dbias, dz)
         if dresidual is not None:
             dz = dz + dresidual[examples].double()
-        z = _affine(n, weight, bias) if y is None else y[examples]
-        parts.append(n.visible(dz) * _steepness(z, form))
+        z = affine(n.x_hat, weight, bias) if y is None else y[examples]
+        parts.append(n.visible(dz) * steepness(z, form))
     return torch.cat(parts).to(x.dtype)
 
 
@@ -153,9 +176,9 @@ def gradient(
     for examples in slices(x, form.group_size):
         n = _normalized(x[examples], statistics, _part(mask, examples), form.eps)
         g = n.visible(grad_y[examples].double())
-        g = g * _steepness(_affine(n, weight, bias) if y is None else y[examples], form)
+        g = g * steepness(affine(n.x_hat, weight, bias) if y is None else y[examples], form)
         axes = [a for a in range(g.dim()) if a != 1]
-        grad_x.append(n.pull(g if weight is None else g * _column(weight, g)))
+        grad_x.append(n.pull(g if weight is None else g * column(weight, g)))
         grad_z.append(g)
         grad_weight.append((g * n.x_hat).sum(axes))
         grad_bias.append(g.sum(axes))
@@ -180,8 +203,8 @@ def value(
     ys, measured = [], []
     for examples in slices(x, form.group_size):
         n = _normalized(x[examples], statistics, _part(mask, examples), form.eps)
-        z = _affine(n, weight, bias)
+        z = affine(n.x_hat, weight, bias)
         z = z if residual is None else z + residual[examples].double()
-        ys.append(n.visible(z * _steepness(z, form)))
+        ys.append(n.visible(z * steepness(z, form)))
         measured.append(n.statistics)
     return torch.cat(ys).to(x.dtype), torch.stack(measured)

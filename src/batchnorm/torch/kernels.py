@@ -83,6 +83,11 @@ def plain(*tensors: Tensor | None) -> bool:
     return True
 
 
+def reads(*tensors: Tensor | None) -> bool:
+    """Whether the core can read these, and may at once."""
+    return fits(*tensors) and plain(*tensors)
+
+
 def groups_of(x: Tensor, group_size: int) -> int:
     """Number of groups; a last one of a single value per channel joins the one before it."""
     n = x.shape[0]

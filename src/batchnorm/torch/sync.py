@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..errors import BatchNormError, ShapeError
-from . import functional, kernels
-from .kernels import IDENTITY, LEAKY_RELU, RELU, Form
+from . import derivatives, functional, kernels
+from .kernels import IDENTITY, Form
 from .modules import Layer
 
 __all__ = ["SyncBatchNorm", "SynchronizationError"]
@@ -114,12 +114,13 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
 
     def _group(self) -> Group | None:
         """Whom to exchange statistics with; None: nobody."""
-        name = self._name or f"{type(self).__name__}({self.num_features})"
+        size = 1
         if dist.is_available() and dist.is_initialized():
             size = dist.get_world_size(self.process_group)
-            if size > 1:
-                return Group(size, self.process_group, name)
-        return Group(1, None, name) if self.reproducible else None
+        if size == 1 and not self.reproducible:
+            return None
+        name = self._name or f"{type(self).__name__}({self.num_features})"
+        return Group(size, self.process_group, name)
 
     def _layer(
         self,
@@ -189,7 +190,7 @@ def _together(
             if of_groups is None:
                 return _message_of(0, torch.zeros(4, channels, device=x.device))
             parts = [_message_of(0, part) for part in torch.as_tensor(of_groups).double()]
-            return parts[0] if len(parts) == 1 else _message_of(0, _merged(torch.stack(parts))[0])
+            return _message_of(0, _merged(torch.stack(parts))[0])
         if residual is not None:
             functional.check_residual(x, residual)
         values = x.numel() // max(channels, 1)
@@ -491,10 +492,11 @@ class _Together(torch.autograd.Function):
         call: _Call,
     ) -> Tensor:
         tensors = (weight, bias, residual, call.mask)
-        if _core_reads(x, *tensors):
+        if kernels.reads(x, *tensors):
             y = kernels.normalize(x, call.statistics.numpy(), *tensors, call.form)
         else:
-            y = _affine(_x_hat(x, call.statistics, call.form.eps), weight, bias)
+            x_hat, _ = derivatives.normalized_by(_wide(x), call.statistics, call.form.eps)
+            y = derivatives.affine(x_hat, weight, bias)
             y = functional.finish(y, residual, call.mask, call.form).to(x.dtype)
         ctx.save_for_backward(x, weight, bias, functional.saved_y(y, residual, call.form))
         ctx.call = call
@@ -507,13 +509,13 @@ class _Together(torch.autograd.Function):
         x, weight, bias, y = ctx.saved_tensors
         need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
         grad_y = grad_y.to(x.dtype)
-        core = _core_reads(grad_y, x, weight, bias, y, call.mask)
+        core = kernels.reads(grad_y, x, weight, bias, y, call.mask)
         arguments = (weight, bias, y, call.mask, call.form)
         if core:
             statistics = call.statistics.numpy()
             sums = torch.from_numpy(kernels.backward_sums(grad_y, x, statistics, *arguments))
         else:
-            grad_z, x_hat = _grad_z(grad_y, x, call.statistics, *arguments)
+            grad_z, x_hat, inv_std = _grad_z(grad_y, x, call.statistics, *arguments)
             axes = [a for a in range(x.dim()) if a != 1]
             pair = (grad_z, grad_z * x_hat)
             sums = torch.stack([v.sum(axes, dtype=torch.float64) for v in pair])
@@ -529,7 +531,12 @@ class _Together(torch.autograd.Function):
                     grad_y, x, statistics, sums.numpy(), *arguments, need_residual and not passed
                 )
             else:
-                grad_x = _pulled(grad_z, x_hat, call.statistics, sums, weight, call).to(x.dtype)
+                count = call.statistics[0, 0]
+                shared = sums / torch.where(count > 0, count, 1.0)
+                level, tilt = (derivatives.column(v, grad_z) for v in shared)
+                w = 1.0 if call.mask is None else call.mask.unsqueeze(1).to(grad_z.dtype)
+                grad_x = derivatives.pulled(grad_z, x_hat, inv_std, w, level, tilt)
+                grad_x = derivatives.affine(grad_x, weight, None).to(x.dtype)
                 grad_residual = grad_z.to(x.dtype) if need_residual else None
         if passed:
             grad_residual = grad_y
@@ -545,29 +552,12 @@ class _Together(torch.autograd.Function):
 _apply: Any = _Together.apply
 
 
-def _core_reads(*tensors: Tensor | None) -> bool:
-    return kernels.fits(*tensors) and kernels.plain(*tensors)
-
-
 # ---- what the core does not read, in torch's operations -----------------------------------------
 
 
-def _column(v: Tensor, x: Tensor) -> Tensor:
-    return v.view([-1 if a == 1 else 1 for a in range(x.dim())])
-
-
-def _x_hat(x: Tensor, statistics: Tensor, eps: float) -> Tensor:
-    """In float32 or wider; the mean comes in two parts, so that none of it is lost."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    _, mean, low, var = statistics[0]
-    high = mean.to(wide)
-    centered = x.to(wide) - _column(high, x) - _column((mean - high + low).to(wide), x)
-    return centered * _column((var + eps).rsqrt().to(wide), x)
-
-
-def _affine(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    z = z if weight is None else z * _column(weight.to(z.dtype), z)
-    return z if bias is None else z + _column(bias.to(z.dtype), z)
+def _wide(x: Tensor) -> Tensor:
+    """In float32 or wider, which is quicker than float64 on most devices."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _grad_z(
@@ -579,35 +569,15 @@ def _grad_z(
     y: Tensor | None,
     mask: Tensor | None,
     form: Form,
-) -> tuple[Tensor, Tensor]:
-    """The gradient before the activation, and x̂; zero where the mask hides."""
-    x_hat = _x_hat(x, statistics, form.eps)
-    grad = grad_y.to(x_hat.dtype)
-    if form.activation in (RELU, LEAKY_RELU):
-        z = _affine(x_hat, weight, bias) if y is None else y
-        grad = torch.where(z > 0, grad, grad * (0.0 if form.activation == RELU else form.slope))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient before the activation, and x̂, zero where the mask hides; and 1 / std."""
+    x_hat, inv_std = derivatives.normalized_by(_wide(x), statistics, form.eps)
+    z = derivatives.affine(x_hat, weight, bias) if y is None else y
+    grad = grad_y.to(x_hat.dtype) * derivatives.steepness(z, form, x_hat.dtype)
     if mask is not None:
         seen = mask.unsqueeze(1) > 0
         grad, x_hat = torch.where(seen, grad, 0.0), torch.where(seen, x_hat, 0.0)
-    return grad, x_hat
-
-
-def _pulled(
-    grad_z: Tensor,
-    x_hat: Tensor,
-    statistics: Tensor,
-    sums: Tensor,
-    weight: Tensor | None,
-    call: _Call,
-) -> Tensor:
-    """The gradient of x."""
-    count, _, _, var = statistics[0]
-    scale = (var + call.form.eps).rsqrt()
-    scale = scale if weight is None else scale * weight.double()
-    level, tilt = (sums / torch.where(count > 0, count, 1.0)).to(grad_z.dtype)
-    w = 1.0 if call.mask is None else call.mask.unsqueeze(1).to(grad_z.dtype)
-    pull = grad_z - w * (_column(level, x_hat) + x_hat * _column(tilt, x_hat))
-    return pull * _column(scale.to(grad_z.dtype), x_hat)
+    return grad, x_hat, inv_std
 
 
 # ---- DistributedDataParallel --------------------------------------------------------------------
