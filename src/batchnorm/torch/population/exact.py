@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import ctypes
 import itertools
 import math
 import threading
@@ -25,7 +26,7 @@ from torch.utils._device import DeviceContext
 from ...errors import ArgumentError
 from ...moments import Moments
 from .batches import is_dense, mark_of, place, tensors_in
-from .state import Rng, give_back_memory, seed, uses_cuda
+from .state import Rng, seed, uses_cuda
 from .target import Input, Target, Visit
 
 if TYPE_CHECKING:
@@ -289,7 +290,7 @@ class Exact:
         self._seen += self._expected
         if self._seen >= _GIVE_BACK and self._held > self.memory / 2:
             self._seen = 0
-            give_back_memory()
+            _give_back_memory()
 
     def _pass_baton(self, run: _Run) -> None:
         self._active = run
@@ -513,6 +514,15 @@ def _room_for_threads() -> int:
         with suppress(OSError, ValueError):  # "max"
             limits.append(int(Path(name).read_text()))
     return min(limit for limit in limits if limit > 0) // 8
+
+
+def _give_back_memory() -> None:
+    """Return to the system what the C library keeps of memory that was freed.
+
+    glibc keeps some for each thread alone; together it may be as much as is in use.
+    """
+    with suppress(OSError, TypeError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _settings() -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from numbers import Integral, Real
 from typing import Any, cast
 
@@ -186,8 +186,8 @@ class Session:
         self.ranks, self.method, self.memory = ranks, method, memory
         self.model = unwrapped(model)
         self.targets, self.skipped = _targets(self.model)
-        self._bar = bar() if progress and ranks.number == 0 else nullcontext(_nothing)
-        self._show: Show = _nothing
+        self._with_bar = progress and ranks.number == 0
+        self._show: Show = lambda text, done, total: None
         self.notes: list[str] = []
         self.forwards = 0
         self.device = _device_of(device, self.model)
@@ -204,7 +204,8 @@ class Session:
         """Put the model into evaluation mode, without gradients, and look on."""
         with undisturbed():
             self._entered = stack = ExitStack()
-            self._show = stack.enter_context(self._bar)
+            if self._with_bar:
+                self._show = stack.enter_context(bar())
             stack.callback(self.rng.restore)
             stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
             torch.set_grad_enabled(False)
@@ -334,10 +335,6 @@ class Session:
                     t.copy_(old)
                 raise
         return report
-
-
-def _nothing(text: str, done: int, total: int | None) -> None:
-    pass
 
 
 def _check_arguments(

@@ -1,13 +1,12 @@
-"""What is not of the model: random numbers and interrupts, left as they were; the heap."""
+"""What is not of the model, and left as it was: random numbers, and how interrupts are handled."""
 
 from __future__ import annotations
 
-import ctypes
 import random
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -72,12 +71,3 @@ def undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if held:
             before(*held[0])
-
-
-def give_back_memory() -> None:
-    """Return to the system what the C library keeps of memory that was freed.
-
-    glibc keeps some for each thread alone; together it may be as much as is in use.
-    """
-    with suppress(OSError, TypeError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)

@@ -187,9 +187,8 @@ class Target:
         """Let the layer use the population statistics from here on; its own if there are none."""
         self.settled = True
         if not calls:
-            self.problem = self.problem or (
-                "only empty inputs reached it" if self.seen_in else "never reached by the data"
-            )
+            if self.seen_in:
+                self.problem = self.problem or "only empty inputs reached it"
             return
         var = moments.var(ddof=1)
         count = float(np.max(moments.count, initial=0.0))
