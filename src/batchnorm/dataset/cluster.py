@@ -14,8 +14,9 @@ from .. import native
 from ..errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 from ..moments import Moments
 from .block import Measured, Sums, measure_block, measure_piece, merged, side_by_side, total_of
+from .files import Unreadable
 from .packages import need
-from .sources import File, Unreadable, check_width, plain
+from .sources import File, check_width, plain
 
 #: Blocks of a file that are one task.
 TASK_BLOCKS = 16
@@ -136,11 +137,7 @@ def normalize_array(x: Any, affine: Any, channel_axis: int) -> Any:
     """Normalize a Dask array, when it is computed."""
     da = need("dask.array", "dask", "Dask arrays")
     axis = _axis_of(x, channel_axis)
-    if x.shape[axis] != affine.statistics.features:
-        raise ShapeError(
-            f"x: must have as many features as the statistics, {affine.statistics.features}, got "
-            f"{x.shape[axis]}. Choose the channel_axis that was measured."
-        )
+    affine.check_features("x", x.shape[axis])
     # Which features a chunk holds: an array cut like x along its channel axis, one entry long
     # along the others.
     shape = [1] * x.ndim

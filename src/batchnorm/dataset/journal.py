@@ -14,7 +14,8 @@ import numpy as np
 from ..atomic import replacing, writing
 from ..moments import Moments
 from .block import Measured
-from .sources import File, Identity
+from .files import Identity
+from .sources import File
 
 FORMAT = "batchnorm journal 2"
 

@@ -14,11 +14,12 @@ from ..errors import ArgumentError, ShapeError
 from ..moments import is_dask
 from . import sources
 from .block import Measured, Sums, check_policy, check_squares, measure_source
+from .files import check_apart, find, same_file
 from .journal import Journal
 from .sources import Source
 from .statistics import Statistics, check_suffix
 
-#: Told which file is being read, and how many bytes are done of how many.
+#: Meter which file is being read, and how many bytes are done of how many.
 Progress = Callable[[str, int, int], None]
 
 
@@ -160,11 +161,11 @@ def _measure_array(
         check_squares(measured.moments, "x", lambda k: f"feature {k}")
     else:
         data = sources.of_memory(source, axis)
-        measured = measure_source(data, missing, Told([data], progress).by(data))
+        measured = measure_source(data, missing, Meter([data], progress).by(data))
     return Statistics(measured.moments, measured.missing, channel_axis=axis)
 
 
-class Told:
+class Meter:
     """How far the work is, for who wants to know."""
 
     def __init__(self, of: Sequence[Source], progress: Progress | None) -> None:
@@ -198,18 +199,18 @@ def _measure_paths(
     note: Callable[[str], None] | None,
 ) -> Statistics:
     """All files, merged as they are done; those that the journal knows from there."""
-    files = sources.find(paths, note)
+    files = find(paths, note)
     if target is not None:
-        check_apart(target, files)
+        check_apart(target, {same_file(path): path for path in files})
     opened = [sources.open_source(path, channel_axis=axis, **reading) for path in files]
     names = check_alike(opened)
-    told, sums, todo = Told(opened, progress), Sums(), dict(enumerate(opened))
+    meter, sums, todo = Meter(opened, progress), Sums(), dict(enumerate(opened))
     for k, source in enumerate(opened):
         known = None if journal is None else journal.find(source)
         if known is not None:
             sums.add(0, k, known)
             del todo[k]
-            told.skip(source.nbytes)
+            meter.skip(source.nbytes)
     if len(todo) < len(opened) and note is not None and journal is not None:
         note(
             f"{len(opened) - len(todo)} of {len(opened)} files were measured by a run that was "
@@ -225,12 +226,12 @@ def _measure_paths(
 
     if client is None:
         for k, source in list(todo.items()):
-            finished(k, measure_source(source, missing, told.by(source)))
+            finished(k, measure_source(source, missing, meter.by(source)))
     elif todo:
         from .cluster import measure_files
 
-        told(next(iter(todo.values())).label)
-        measure_files(client, dict(todo), missing, told, finished)
+        meter(next(iter(todo.values())).label)
+        measure_files(client, dict(todo), missing, meter, finished)
     total = sums.total(opened[0].features)
     check_squares(
         total.moments,
@@ -238,17 +239,6 @@ def _measure_paths(
         lambda k: f"feature {k}{f' ({names[k]!r})' if names else ''}",
     )
     return Statistics(total.moments, total.missing, names, axis, tuple(map(str, files)))
-
-
-def check_apart(out: Path, files: Sequence[Path]) -> None:
-    """Refuse to write over what is read."""
-    written = sources.same_file(out)
-    for file in files:
-        if sources.same_file(file) == written:
-            raise ArgumentError(
-                f"out must not be a file that is read, got {str(out)!r}, which is {str(file)!r}. "
-                "Name another."
-            )
 
 
 def check_alike(opened: Sequence[Source]) -> tuple[str, ...] | None:

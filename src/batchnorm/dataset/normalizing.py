@@ -19,8 +19,9 @@ from ..errors import ArgumentError, DTypeError, ShapeError
 from ..moments import is_dask
 from ..native import Array
 from . import sources
-from .measuring import Progress, Told, as_paths, check_in_memory
-from .sources import ARRAYS, TABLES, ArrayFile, ahead, kind_of, plain, same_file
+from .files import ARRAYS, TABLES, check_apart, find, kind_of, same_file
+from .measuring import Meter, Progress, as_paths, check_in_memory
+from .sources import ArrayFile, ahead, plain
 from .statistics import Statistics, is_statistics
 from .tables import TableFile, arrow, by_name
 
@@ -98,17 +99,17 @@ def normalize(
 
             return normalize_array(source, affine, axis)
         memory = sources.of_memory(source, axis)
-        _check_features("x", memory.features, statistics)
-        told = Told([memory], progress).by(memory)
+        affine.check_features("x", memory.features)
+        advance = Meter([memory], progress).by(memory)
         y = affine(memory.values, memory.channel_axis, label="x")
-        told(memory.nbytes)
+        advance(memory.nbytes)
         return y
     if len(paths) > 1:
         raise ArgumentError(f"source must be one file or folder, got {len(paths)}.")
     if out is None:
         raise ArgumentError("out must be the file to write, got None.")
     target = Path(out)
-    files = sources.find(paths, note)
+    files = find(paths, note)
     is_folder = os.path.isdir(paths[0])
     if is_folder:
         _check_folder(Path(paths[0]), target)
@@ -118,16 +119,17 @@ def normalize(
         destination = target / path.relative_to(paths[0]) if is_folder else target
         jobs.append((_open(path, affine, axis, header, array), destination))
         _check_kind(path, destination)
-        _check_free(destination, read)
+        check_apart(destination, read)
+        _check_no_statistics(destination)
         if not is_folder:
             check_place(destination, f"a {destination.suffix} file", f"normalized{path.suffix}")
-    tell = Told([file for file, _ in jobs], progress)
+    meter = Meter([file for file, _ in jobs], progress)
     for file, destination in jobs:
         with writing(destination), replacing(destination) as beside:
             if isinstance(file, ArrayFile):
-                _write_array(file, affine, beside, destination, tell.by(file))
+                _write_array(file, affine, beside, destination, meter.by(file))
             else:
-                _write_table(file, affine, beside, destination, tell.by(file))
+                _write_table(file, affine, beside, destination, meter.by(file))
     return None
 
 
@@ -149,6 +151,15 @@ class _Affine:
             raise ArgumentError(
                 f"eps must be above zero, got 0: feature {k}{name} is constant. "
                 "Leave eps out for 1e-5."
+            )
+
+    def check_features(self, label: str, features: int) -> None:
+        """Refuse data with other features than were measured."""
+        if features != self.statistics.features:
+            raise ShapeError(
+                f"{label}: must have as many features as the statistics, "
+                f"{self.statistics.features}, got {features}. Choose the channel_axis that was "
+                "measured, or measure this data."
             )
 
     def result_type(self, dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -201,14 +212,6 @@ def _floating(dtype: DTypeLike | None) -> np.dtype[Any] | None:
     return wanted
 
 
-def _check_features(label: str, features: int, statistics: Statistics) -> None:
-    if features != statistics.features:
-        raise ShapeError(
-            f"{label}: must have as many features as the statistics, {statistics.features}, got "
-            f"{features}. Choose the channel_axis that was measured, or measure this data."
-        )
-
-
 def _open(
     path: Path, affine: _Affine, axis: int, header: bool, array: str | None
 ) -> ArrayFile | TableFile:
@@ -220,7 +223,7 @@ def _open(
         header=header,
         array=array,
     )
-    _check_features(file.label, file.features, affine.statistics)
+    affine.check_features(file.label, file.features)
     if isinstance(file, ArrayFile):
         # What is read, what it is widened to, and the result.
         wide = affine.result_type(file.dtype).itemsize
@@ -255,13 +258,8 @@ def _check_kind(path: Path, destination: Path) -> None:
         )
 
 
-def _check_free(destination: Path, read: dict[Any, Path]) -> None:
-    """Refuse to write over what is read, were it another file of the folder, and statistics."""
-    if (path := read.get(same_file(destination))) is not None:
-        raise ArgumentError(
-            f"out must not be a file that is read, got {str(destination)!r}, which is "
-            f"{str(path)!r}. Name another."
-        )
+def _check_no_statistics(destination: Path) -> None:
+    """Refuse to write over what was measured: a slip of --out for --stats."""
     if is_statistics(destination):
         raise ArgumentError(
             f"out must not be saved statistics, got {str(destination)!r}, which holds some. Name "

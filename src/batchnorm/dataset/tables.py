@@ -14,18 +14,9 @@ import numpy as np
 
 from ..errors import ArgumentError, DTypeError
 from ..native import Array
+from .files import Identity, identify, kind_of, reading
 from .packages import need
-from .sources import (
-    BLOCK_BYTES,
-    EXACT,
-    Block,
-    Identity,
-    Source,
-    check_exact,
-    identify,
-    kind_of,
-    reading,
-)
+from .sources import BLOCK_BYTES, EXACT, Block, Source, check_exact
 
 #: Bytes of text that are parsed together, and so the longest line that there may be.
 CSV_BYTES = 1 << 23
