@@ -176,7 +176,7 @@ Pool& pool() {
 // What a program with large arrays does sooner or later by itself: glibc raises the size above which
 // freed memory goes back to the system to twice that of the largest block freed so far, of up to
 // 32 MiB. Below it, gradients that the optimizer drops in every step would come back as fresh pages,
-// which the system has to clear: a training step of a small network took up to 1.4 times as long.
+// which the system has to clear; see the page faults that benchmarks/resnet_step.py --profile counts.
 // No page of this block is touched. Thresholds that were set by hand stay; other allocators do not
 // care.
 void settle_allocator() {
