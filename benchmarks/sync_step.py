@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from batchnorm.atomic import write_all
 from batchnorm.bench.environment import describe
 
 SHAPES = ((32, 64, 56, 56), (32, 256, 14, 14), (32, 512, 7, 7), (128, 1024))
@@ -76,6 +78,8 @@ def measure(rounds: int) -> list[dict[str, Any]]:
             for rank in range(2)
         ]
         answers = [process.communicate()[0] for process in processes]
+        if any(process.returncode for process in processes):
+            raise SystemExit("sync_step.py: a process has failed")
     seconds = np.array([json.loads(answer) for answer in answers]).max(0)
     rows = []
     for shape, of_shape in zip(SHAPES, seconds, strict=True):
@@ -104,15 +108,14 @@ def main() -> int:
     for row in rows:
         print(f"{row['shape']:<16} {row['layer']:<28} {row['p50_ms']:8.2f} ms {row['ratio']:6.2f}")
     if options.out is not None:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            for row in rows:
-                writer.writerow(
-                    {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
-                )
+        text = io.StringIO()
+        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
         about = describe(threads=1) | {"rounds": options.rounds, "processes": 2}
-        options.out.with_suffix(".json").write_text(json.dumps(about, indent=2) + "\n")
+        contents = {".csv": text.getvalue(), ".json": json.dumps(about, indent=2) + "\n"}
+        write_all({options.out.with_suffix(k): v.encode() for k, v in contents.items()})
     return 0
 
 

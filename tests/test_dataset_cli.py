@@ -13,7 +13,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from batchnorm import cli, dataset
-from batchnorm.dataset import Statistics
+from batchnorm.dataset import Statistics, block
 
 # Files are read in blocks of 256 bytes; `at` is called with the name of each before it is summed.
 BEGIN = """
@@ -256,3 +256,7 @@ def test_dask_needs_its_package(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert cli.main(["stats", "data", "--dask", "tcp://localhost:1"]) == cli.UNUSABLE
     assert "pip install 'batchnorm[dask]'" in capsys.readouterr().err
+
+
+def test_stats_offers_what_measure_takes():
+    assert tuple(choice.value for choice in cli.Missing) == block.POLICIES
