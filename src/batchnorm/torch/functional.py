@@ -345,7 +345,8 @@ def measure(x: Tensor, mask: Tensor | None) -> Moments:
 def statistics_of(x: Tensor, weights: Tensor | None) -> Tensor:
     """The statistics (1, 4, C) of x, which is detached, on its device and without waiting for it.
 
-    Row by row count, mean, zero, biased variance, in float64.
+    Row by row count, mean, zero, biased variance, in float64. What the core does not read is summed
+    in its own type: `derivatives` has the formula in float64, to be differentiated.
     """
     if kernels.reads(x, weights):
         return torch.from_numpy(kernels.moments(x, weights))
