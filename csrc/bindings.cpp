@@ -181,9 +181,9 @@ bn::Epilogue epilogue_of(int activation, double slope) {
   return e;
 }
 
-double forward(nb::handle x, nb::handle y, int axis, double eps, nb::handle mean,
-               nb::handle mean_low, nb::handle m2, nb::handle gamma, nb::handle beta,
-               nb::handle weights, nb::handle residual, int activation, double slope) {
+nb::tuple forward(nb::handle x, nb::handle y, int axis, double eps, nb::handle mean,
+                  nb::handle mean_low, nb::handle m2, nb::handle gamma, nb::handle beta,
+                  nb::handle weights, nb::handle residual, int activation, double slope) {
   const View vx(x, false, "x"), vy(y, true, "y"), vw(weights, false, "weights"),
       vr(residual, false, "residual");
   const index c = channels_of(vx, axis);
@@ -193,9 +193,13 @@ double forward(nb::handle x, nb::handle y, int axis, double eps, nb::handle mean
   const Channels m(mean, c, "mean", true), low(mean_low, c, "mean_low", true),
       s(m2, c, "m2", true), g(gamma, c, "gamma"), b(beta, c, "beta");
   const bn::Epilogue e = epilogue_of(activation, slope);
-  nb::gil_scoped_release released;
-  return bn::forward(vx.array(), vr.array(), vw.array(), vy.array(), axis, eps,
-                     {g.data(), b.data()}, e, m.data(), low.data(), s.data());
+  bn::Count count;
+  {
+    nb::gil_scoped_release released;
+    count = bn::forward(vx.array(), vr.array(), vw.array(), vy.array(), axis, eps,
+                        {g.data(), b.data()}, e, m.data(), low.data(), s.data());
+  }
+  return nb::make_tuple(count.count, count.dof);
 }
 
 void normalize(nb::handle x, nb::handle y, int axis, nb::handle mean, nb::handle mean_low,
@@ -312,7 +316,7 @@ class StatisticsBlock {
     const Array& a = view_.array();
     if (a.rank != 3 || a.dtype != DType::f64 || a.shape[1] != bn::statistics_rows ||
         a.shape[2] != channels)
-      throw nb::value_error("statistics: not float64 of shape (groups, 4, C)");
+      throw nb::value_error("statistics: not float64 of shape (groups, 5, C)");
     index expected = 1;
     for (int d = 2; d >= 0; expected *= a.shape[d], --d)
       if (a.shape[d] > 1 && a.stride[d] != expected)
@@ -357,9 +361,10 @@ void layer(Layer pass, nb::handle x, nb::handle y, int axis, double eps, nb::han
 }
 
 void layer_backward(nb::handle grad_y, nb::handle x, nb::handle grad_x, int axis, double eps,
-                    nb::handle statistics, index group_size, nb::handle gamma, nb::handle beta,
-                    nb::handle grad_gamma, nb::handle grad_beta, nb::handle weights,
-                    nb::handle y, nb::handle grad_residual, int activation, double slope) {
+                    nb::handle statistics, bool measured, index group_size, nb::handle gamma,
+                    nb::handle beta, nb::handle grad_gamma, nb::handle grad_beta,
+                    nb::handle weights, nb::handle y, nb::handle grad_residual, int activation,
+                    double slope) {
   const View vx(x, false, "x"), vg(grad_y, false, "grad_y"), vo(grad_x, true, "grad_x"),
       vw(weights, false, "weights"), vy(y, false, "y"),
       vgr(grad_residual, true, "grad_residual");
@@ -377,7 +382,8 @@ void layer_backward(nb::handle grad_y, nb::handle x, nb::handle grad_x, int axis
   const bn::Epilogue e = epilogue_of(activation, slope);
   nb::gil_scoped_release released;
   bn::layer_backward(vg.array(), vx.array(), vy.array(), vw.array(), vo.array(), vgr.array(), axis,
-                     eps, {g.array(), b.array()}, e, groups, s.data(), gg.array(), gb.array());
+                     eps, {g.array(), b.array()}, e, groups, s.data(), measured, gg.array(),
+                     gb.array());
 }
 
 index given_statistics(nb::handle mean, nb::handle var, nb::handle statistics) {
@@ -414,7 +420,7 @@ NB_MODULE(_core, m) {
         "mean_low"_a, "m2"_a, "gamma"_a = nb::none(), "beta"_a = nb::none(),
         "weights"_a = nb::none(), "residual"_a = nb::none(), "activation"_a = 0,
         "slope"_a = 0.01,
-        "Statistics of x into mean, mean_low, m2, and y unless it is None; returns the count.");
+        "Statistics of x into mean, mean_low, m2, and y unless it is None; returns (count, dof).");
   m.def("normalize", &normalize, "x"_a, "y"_a, "channel_axis"_a, "mean"_a, "mean_low"_a.none(),
         "var"_a, "eps"_a, "gamma"_a = nb::none(), "beta"_a = nb::none(),
         "weights"_a = nb::none(), "residual"_a = nb::none(), "activation"_a = 0,
@@ -468,7 +474,7 @@ NB_MODULE(_core, m) {
   define_layer("layer_forward", Layer::forward);      // the statistics are made
   define_layer("layer_normalize", Layer::normalize);  // the statistics are given
   m.def("layer_backward", &layer_backward, "grad_y"_a, "x"_a, "grad_x"_a.none(), "channel_axis"_a,
-        "eps"_a, "statistics"_a, "group_size"_a = 0, "gamma"_a = nb::none(),
+        "eps"_a, "statistics"_a, "measured"_a, "group_size"_a = 0, "gamma"_a = nb::none(),
         "beta"_a = nb::none(), "grad_gamma"_a = nb::none(), "grad_beta"_a = nb::none(),
         "weights"_a = nb::none(), "y"_a = nb::none(), "grad_residual"_a = nb::none(),
         "activation"_a = 0, "slope"_a = 0.01);

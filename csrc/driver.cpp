@@ -50,16 +50,6 @@ struct Partition {
   }
 };
 
-double rounded_to(double v, DType t) {
-  switch (t) {
-    case DType::f32: return double(float(v));
-    case DType::f64: return v;
-    case DType::f16: return widen(to_float16(float(v)));
-    case DType::bf16: return widen(to_bfloat16(float(v)));
-  }
-  return v;
-}
-
 // Beyond this range float32 coefficients lose digits or overflow; the last step is float64 then.
 bool fits_float32(double v) {  // no branches: loops of it are vectorized
   const double a = std::fabs(v);
@@ -167,29 +157,37 @@ class Call {
 
   index channels() const { return layout_.channels; }
 
-  // Σw, or the number of values; and three positions that a channel's center is taken from.
-  double count() {
+  // And three positions that a channel's center is taken from.
+  Count count() {
     const index n = layout_.per_channel();
     if (!job_.weights.data) {
       const index at[3] = {0, n / 2, n - 1};
       for (int k = 0; k < 3; ++k) probe(k, at[k]);
-      return double(n);
+      return {double(n), double(n - 1)};
     }
-    double total = 0;
+    double total = 0, pairs = 0;  // Σw, and Σ w_i w_j over pairs: nothing cancels
     index positive = 0;
     each_weight([&](double w, index) {
+      pairs += w * total;
       total += w;
       positive += w > 0;
     });
+    double share = 0, dof = positive > 1 ? 2 * pairs / total : 0;
+    const bool scaled = positive > 1 && !(pairs > 1e-290 && pairs < 1e290);
     index seen = 0;
     const index at[3] = {0, positive / 2, positive - 1};
+    if (scaled) dof = 0;  // products of weights leave float64; their shares do not
     each_weight([&](double w, index flat) {
       if (!(w > 0)) return;
+      if (scaled) {
+        dof += 2 * w * share;
+        share += w / total;
+      }
       for (int k = 0; k < 3; ++k)
         if (at[k] == seen) probe(k, flat);
       ++seen;
     });
-    return total;
+    return {total, dof};
   }
 
   void moments_and_maybe_normalize(double count, double* mean, double* mean_low, double* m2,
@@ -564,23 +562,33 @@ bool empty(const Array& a) {
 
 }  // namespace
 
-double moments(const Array& x, const Array& weights, int axis, double* mean, double* mean_low,
+double rounded_to(double v, DType t) {
+  switch (t) {
+    case DType::f32: return double(float(v));
+    case DType::f64: return v;
+    case DType::f16: return widen(to_float16(float(v)));
+    case DType::bf16: return widen(to_bfloat16(float(v)));
+  }
+  return v;
+}
+
+Count moments(const Array& x, const Array& weights, int axis, double* mean, double* mean_low,
                double* m2) {
   return forward(x, none, weights, none, axis, 0, {}, {}, mean, mean_low, m2);
 }
 
-double forward(const Array& x, const Array& residual, const Array& weights, const Array& y,
+Count forward(const Array& x, const Array& residual, const Array& weights, const Array& y,
                int axis, double eps, const Affine& affine, const Epilogue& epilogue, double* mean,
                double* mean_low, double* m2) {
   if (empty(x)) {
     std::fill_n(mean, x.shape[axis], 0.0);
     std::fill_n(mean_low, x.shape[axis], 0.0);
     std::fill_n(m2, x.shape[axis], 0.0);
-    return 0;
+    return {};
   }
   Call call(x, none, residual, weights, y, none, axis, epilogue);
-  const double count = call.count();
-  call.moments_and_maybe_normalize(count, mean, mean_low, m2, bool(y), eps, affine);
+  const Count count = call.count();
+  call.moments_and_maybe_normalize(count.count, mean, mean_low, m2, bool(y), eps, affine);
   call.write_back();
   return count;
 }

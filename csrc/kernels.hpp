@@ -5,7 +5,7 @@
 // accuracy (sums, means, variances, coefficients) is float64; only the last step, which turns an
 // element of x into an element of y, runs in float32 where the array's type is float32 or narrower.
 //
-//   moments        x                             -> count, mean (as high + low part), m2 per channel
+//   moments        x                             -> count, dof; mean (as high + low part), m2 per channel
 //   normalize      x, mean, var, gamma, beta     -> y      (+ residual, + activation)
 //   backward_sums  grad_y, x, mean, var          -> sum(grad_z), sum(grad_z * x_hat) per channel
 //   backward       grad_y, x, mean, var, sums    -> grad_x (+ grad_residual)
@@ -35,6 +35,9 @@ enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 inline index size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 enum class Activation : int { identity = 0, relu = 1, leaky_relu = 2 };
+
+// What a number of this type holds of v.
+double rounded_to(double v, DType t);
 
 // Raised for calls that the faces should have refused; becomes ValueError.
 struct BadCall : std::invalid_argument {
@@ -73,15 +76,24 @@ struct Statistics {
   double eps = 0;
 };
 
+// How many values a channel has: `count` is their number, or the sum of their weights; `dof`, the
+// degrees of freedom of their variance, is count - 1, or with weights Σw - Σw²/Σw. Then m2 / dof is
+// the mean of (x_i - x_j)²/2 over pairs of values, each pair weighted by w_i w_j: it does not depend
+// on the scale of the weights, is finite wherever two of them are not zero, and with weights of 0
+// and 1 it is m2 / (count - 1).
+struct Count {
+  double count = 0, dof = 0;
+};
+
 // weights: float64, the shape of x with channel stride 0; a zero weight hides whatever it covers,
 // and y and grad_x are zero there.
-double moments(const Array& x, const Array& weights, int channel_axis, double* mean,
+Count moments(const Array& x, const Array& weights, int channel_axis, double* mean,
                double* mean_low, double* m2);
 
 void normalize(const Array& x, const Array& residual, const Array& weights, const Array& y,
                int channel_axis, const Statistics&, const Affine&, const Epilogue&);
 
-double forward(const Array& x, const Array& residual, const Array& weights, const Array& y,
+Count forward(const Array& x, const Array& residual, const Array& weights, const Array& y,
                int channel_axis, double eps, const Affine&, const Epilogue&, double* mean,
                double* mean_low, double* m2);
 

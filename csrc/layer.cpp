@@ -1,6 +1,7 @@
 // Composition of kernels.hpp: no arithmetic on elements here.
 #include "layer.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -65,10 +66,26 @@ const double* row(const double* statistics, index channels, index group, int r) 
   return statistics + (group * statistics_rows + r) * channels;
 }
 
-Statistics of_group(const double* s, index channels, index k, double eps) {
-  return {row(s, channels, k, mean_row), row(s, channels, k, mean_low_row),
-          row(s, channels, k, var_row), eps};
-}
+// The variance of x that normalizes it. Nothing measured: any will do, for there is nothing to
+// normalize, and every gradient is zero.
+double variance(double count, double m2) { return count > 0 ? m2 / count : 1; }
+
+// The statistics of one group as the kernels take them.
+class OfGroup {
+ public:
+  OfGroup(const double* s, index channels, index k)
+      : mean_(row(s, channels, k, mean_row)),
+        mean_low_(row(s, channels, k, mean_low_row)),
+        var_(std::size_t(channels) + 1) {
+    const double *count = row(s, channels, k, count_row), *m2 = row(s, channels, k, m2_row);
+    for (index c = 0; c < channels; ++c) var_[std::size_t(c)] = variance(count[c], m2[c]);
+  }
+  Statistics with(double eps) const { return {mean_, mean_low_, var_.data(), eps}; }
+
+ private:
+  const double *mean_, *mean_low_;
+  std::vector<double> var_;
+};
 
 }  // namespace
 
@@ -78,17 +95,14 @@ void layer_forward(const Array& x, const Array& residual, const Array& weights, 
   const index channels = x.shape[axis];
   const Wide gamma(p.gamma), beta(p.beta);
   for (index k = 0; k < g.number; ++k) {
-    double* var = row(statistics, channels, k, var_row);
-    const double count = forward(examples(x, g, k), examples(residual, g, k),
-                                 examples(weights, g, k), examples(y, g, k), axis, eps,
-                                 {gamma.data(), beta.data()}, epilogue,
-                                 row(statistics, channels, k, mean_row),
-                                 row(statistics, channels, k, mean_low_row), var);
-    double* counts = row(statistics, channels, k, count_row);
-    for (index c = 0; c < channels; ++c) {
-      counts[c] = count;
-      var[c] = count > 0 ? var[c] / count : 1;  // nothing measured: any variance will do
-    }
+    const Count count = forward(examples(x, g, k), examples(residual, g, k),
+                                examples(weights, g, k), examples(y, g, k), axis, eps,
+                                {gamma.data(), beta.data()}, epilogue,
+                                row(statistics, channels, k, mean_row),
+                                row(statistics, channels, k, mean_low_row),
+                                row(statistics, channels, k, m2_row));
+    std::fill_n(row(statistics, channels, k, count_row), channels, count.count);
+    std::fill_n(row(statistics, channels, k, dof_row), channels, count.dof);
   }
 }
 
@@ -96,16 +110,18 @@ void layer_normalize(const Array& x, const Array& residual, const Array& weights
                      int axis, double eps, const Parameters& p, const Epilogue& epilogue,
                      Groups g, const double* statistics) {
   const Wide gamma(p.gamma), beta(p.beta);
-  for (index k = 0; k < g.number; ++k)
+  for (index k = 0; k < g.number; ++k) {
+    const OfGroup s(statistics, x.shape[axis], k);
     normalize(examples(x, g, k), examples(residual, g, k), examples(weights, g, k),
-              examples(y, g, k), axis, of_group(statistics, x.shape[axis], k, eps),
-              {gamma.data(), beta.data()}, epilogue);
+              examples(y, g, k), axis, s.with(eps), {gamma.data(), beta.data()}, epilogue);
+  }
 }
 
 void layer_backward(const Array& grad_y, const Array& x, const Array& y,
                     const Array& weights, const Array& grad_x, const Array& grad_residual,
                     int axis, double eps, const Parameters& p, const Epilogue& epilogue, Groups g,
-                    const double* statistics, const Array& grad_gamma, const Array& grad_beta) {
+                    const double* statistics, bool measured, const Array& grad_gamma,
+                    const Array& grad_beta) {
   const index channels = x.shape[axis];
   const Wide gamma(p.gamma), beta(p.beta);
   const Affine affine{gamma.data(), beta.data()};
@@ -113,16 +129,17 @@ void layer_backward(const Array& grad_y, const Array& x, const Array& y,
   double *sum_grad = sums.data(), *sum_grad_x_hat = sum_grad + channels;
   double *part = g.number == 1 ? sum_grad : sum_grad_x_hat + channels;
   for (index k = 0; k < g.number; ++k) {
-    const Statistics s = of_group(statistics, channels, k, eps);
+    const OfGroup s(statistics, channels, k);
+    const double count = measured && channels ? row(statistics, channels, k, count_row)[0] : 0;
     if (grad_x)
       backward_fused(examples(grad_y, g, k), examples(x, g, k), examples(y, g, k),
                      examples(weights, g, k), examples(grad_x, g, k),
-                     examples(grad_residual, g, k), axis,
-                     channels ? row(statistics, channels, k, count_row)[0] : 0, s, affine,
-                     epilogue, part, part + channels);
+                     examples(grad_residual, g, k), axis, count, s.with(eps), affine, epilogue,
+                     part, part + channels);
     else
       backward_sums(examples(grad_y, g, k), examples(x, g, k), examples(y, g, k),
-                    examples(weights, g, k), axis, s, affine, epilogue, part, part + channels);
+                    examples(weights, g, k), axis, s.with(eps), affine, epilogue, part,
+                    part + channels);
     if (part != sum_grad)
       for (index c = 0; c < 2 * channels; ++c) sum_grad[c] += part[c];
   }
@@ -137,10 +154,11 @@ index given_statistics(const Array& mean, const Array& var, double* statistics) 
   index negative = -1;
   for (index c = 0; c < channels; ++c) {
     const double v = value(var, c);
-    row(statistics, channels, 0, count_row)[c] = 0;
+    row(statistics, channels, 0, count_row)[c] = 1;
     row(statistics, channels, 0, mean_row)[c] = value(mean, c);
     row(statistics, channels, 0, mean_low_row)[c] = 0;
-    row(statistics, channels, 0, var_row)[c] = v;
+    row(statistics, channels, 0, m2_row)[c] = v;
+    row(statistics, channels, 0, dof_row)[c] = 0;
     if (v < 0 && negative < 0) negative = c;
   }
   return negative;
@@ -150,21 +168,25 @@ index update_running(const double* statistics, const Array& mean, const Array& v
                      std::int64_t* tracked, double momentum, bool even_if_not_finite,
                      bool count_empty) {
   const index channels = mean.shape[0];
-  const double* mean_of_batch = row(statistics, channels, 0, mean_row);
-  const double* var_of_batch = row(statistics, channels, 0, var_row);
+  const double *counts = row(statistics, channels, 0, count_row),
+               *means = row(statistics, channels, 0, mean_row),
+               *m2s = row(statistics, channels, 0, m2_row),
+               *dofs = row(statistics, channels, 0, dof_row);
+  // m2 and dof share the scale of the weights, which may be as small as float64 has numbers.
+  const auto unbiased = [&](index c) { return dofs[c] > 0 ? m2s[c] / dofs[c] : m2s[c]; };
   index not_finite = -1;
   for (index c = channels; c-- > 0;)
-    if (!std::isfinite(mean_of_batch[c]) || !std::isfinite(var_of_batch[c])) not_finite = c;
+    if (!std::isfinite(rounded_to(means[c], mean.dtype)) ||
+        !std::isfinite(rounded_to(unbiased(c), var.dtype)))
+      not_finite = c;
   if (not_finite >= 0 && !even_if_not_finite) return not_finite;
-  if (!count_empty && channels > 0 && row(statistics, channels, 0, count_row)[0] == 0) return -1;
+  if (!count_empty && channels > 0 && counts[0] == 0) return -1;
   if (tracked) ++*tracked;
   const double weight = std::isnan(momentum) ? 1 / double(tracked ? *tracked : 1) : momentum;
   for (index c = 0; c < channels; ++c) {
-    const double count = row(statistics, channels, 0, count_row)[c];
-    if (!(count > 1)) continue;
-    const double v = var_of_batch[c] * (count / (count - 1));
-    set(mean, c, value(mean, c) * (1 - weight) + weight * mean_of_batch[c]);
-    set(var, c, value(var, c) * (1 - weight) + weight * v);
+    if (!(dofs[c] > 0)) continue;
+    set(mean, c, value(mean, c) * (1 - weight) + weight * means[c]);
+    set(var, c, value(var, c) * (1 - weight) + weight * unbiased(c));
   }
   return not_finite;
 }

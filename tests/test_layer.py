@@ -80,13 +80,39 @@ def test_layer_counts_an_empty_batch_and_keeps_its_statistics(rng, shape, moment
     assert layer.num_batches_tracked == 2
 
 
-def test_layer_counts_an_all_masked_batch_and_keeps_its_statistics():
+def test_layer_is_unchanged_by_an_all_masked_batch():
     layer = BatchNorm(3)
     y = layer(np.full((4, 3), np.nan), weights=np.zeros(4))
     np.testing.assert_array_equal(y, np.zeros((4, 3)))
     np.testing.assert_array_equal(layer.running_mean, np.zeros(3))
     np.testing.assert_array_equal(layer.running_var, np.ones(3))
-    assert layer.num_batches_tracked == 1
+    assert layer.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-3, 1 / 16, 1, 1e200])
+def test_layer_running_statistics_do_not_depend_on_the_scale_of_weights(rng, scale):
+    x, w = rng.normal(3, 2, (20, 3)), rng.random(20)
+    expected, scaled = BatchNorm(3, momentum=1.0), BatchNorm(3, momentum=1.0)
+    expected(x, weights=w)
+    scaled(x, weights=scale * w)
+    np.testing.assert_allclose(scaled.running_mean, expected.running_mean, rtol=1e-13)
+    np.testing.assert_allclose(scaled.running_var, expected.running_var, rtol=1e-13)
+
+
+# At 1e200 the variance of a finite batch is infinite.
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e200])
+def test_layer_leaves_a_batch_out_whose_statistics_are_not_finite(rng, bad):
+    layer = BatchNorm(3)
+    x = rng.normal(size=(6, 3))
+    layer(x)
+    before = _state(layer)[:2]
+    x[:2, 1] = bad, -bad
+    with np.errstate(all="ignore"):
+        with pytest.warns(RuntimeWarning, match="not finite .channel 1"):
+            layer(x)
+        layer(x)  # warns once
+    assert _state(layer)[:2] == before
+    assert layer.nonfinite_batches == 2
 
 
 def test_layer_gradients_of_an_empty_batch_are_zero_not_none():

@@ -348,3 +348,70 @@ def test_moments_refuse_complex_weights():
 def test_moments_errors_are_of_the_librarys_base():
     assert issubclass(ShapeError, (BatchNormError, ValueError))
     assert issubclass(DTypeError, BatchNormError)
+
+
+# ---- degrees of freedom -------------------------------------------------------------------------
+
+
+def _average_over_pairs(x, weights):
+    """Σ wᵢwⱼ(xᵢ - xⱼ)²/2 over Σ wᵢwⱼ, i ≠ j, of (n,) in rationals."""
+    x, w = ([Fraction(float(v)) for v in values] for values in (x, weights))
+    pairs = [(i, j) for i in range(len(x)) for j in range(i)]
+    total = sum(w[i] * w[j] for i, j in pairs)
+    return float(sum(w[i] * w[j] * (x[i] - x[j]) ** 2 / 2 for i, j in pairs) / total)
+
+
+def test_moments_dof_is_count_minus_one_without_weights(rng):
+    moments = Moments.of(rng.normal(size=(7, 3, 2)))
+    assert (moments.count, moments.dof) == (14, 13)
+    assert (moments + moments).dof == 27
+    assert Moments(5, [0.0], [1.0]).dof == 4
+
+
+def test_moments_dof_of_an_empty_batch_is_zero():
+    assert Moments.of(np.empty((0, 3))).dof == 0
+    assert Moments().dof == 0
+
+
+# The dominated weights leave Σw - Σw²/Σw no digits if the two are subtracted.
+@pytest.mark.parametrize(
+    "weights", [[0.5, 0.3, 0.2], [1, 1e-12, 1e-20], [1e-200, 2e-200, 3e-200], [1e200, 1e190, 1]]
+)
+def test_moments_weighted_variance_is_the_average_over_pairs(weights):
+    x = np.array([[1.0], [2.0], [5.0]])
+    exact = _average_over_pairs(x[:, 0], weights)
+    whole = Moments.of(x, weights=weights)
+    np.testing.assert_allclose(whole.var(ddof=1), exact, rtol=1e-14)
+
+
+def test_moments_merged_weighted_variance_is_the_average_over_pairs(rng):
+    x, w = rng.normal(size=(12, 1)), rng.random(12) ** 8
+    exact = _average_over_pairs(x[:, 0], w)
+    parts = [Moments.of(x[s], weights=w[s]) for s in (slice(0, 5), slice(5, 6), slice(6, 12))]
+    np.testing.assert_allclose(Moments.merge(parts).var(ddof=1), exact, rtol=1e-13)
+
+
+def test_moments_variance_of_a_softmax_is_near_that_of_the_values(rng):
+    # Divided by Σw - 1, which rounds to 1e-16, it would be of the order of 1e15.
+    w = np.exp(rng.normal(size=1000))
+    x = rng.normal(0, 3, (1000, 2))
+    np.testing.assert_allclose(Moments.of(x, weights=w / w.sum()).var(ddof=1), 9, rtol=0.3)
+
+
+# ---- merging at the ends of float64 -------------------------------------------------------------
+
+
+def test_moments_merge_of_means_further_apart_than_float64_reaches():
+    merged = Moments(1, [1.7e308], [0.0]) + Moments(3, [-1.7e308], [0.0])
+    np.testing.assert_allclose(merged.mean, [-0.85e308])
+    np.testing.assert_array_equal(merged.m2, [np.inf])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_moments_merge_of_small_parts_at_a_large_offset_is_within_its_bound(rng, rows):
+    # docs/numerics.md: 4·u·|mean|/std, for the means of parts are rounded to float64.
+    offset = 1e8
+    x = offset + rng.normal(size=(700, 20))
+    merged = Moments.merge(Moments.of(x[i : i + rows]) for i in range(0, 700, rows))
+    exact = _exact(x)[2]
+    assert np.abs(merged.m2 / exact - 1).max() < 4 * 2.0**-53 * offset

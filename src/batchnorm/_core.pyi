@@ -20,7 +20,7 @@ def forward(
     residual: _Array | None = ...,
     activation: int = ...,
     slope: float = ...,
-) -> float: ...
+) -> tuple[float, float]: ...
 def normalize(
     x: _Array,
     y: _Array,
@@ -100,6 +100,7 @@ def layer_backward(
     channel_axis: int,
     eps: float,
     statistics: _Array,
+    measured: bool,
     group_size: int = ...,
     gamma: _Array | None = ...,
     beta: _Array | None = ...,

@@ -174,10 +174,10 @@ def batch_norm(
     y = native.output_like(values, out, _arrays(values, x, gamma, beta, weights))
 
     mean, low, m2 = np.empty((3, channels))
-    count = _core.forward(
+    count, dof = _core.forward(
         native.seen(values), native.seen(y), axis, eps, mean, low, m2, g, b, weights=w
     )
-    batch = measured(count, mean, m2)
+    batch = measured(count, mean, m2, dof)
     saved = Saved(
         moments=batch,
         x=values,

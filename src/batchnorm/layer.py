@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import functional, native
 from .errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 from .functional import Saved
-from .moments import Moments
+from .moments import Moments, update_running
 from .native import Array
 
 __all__ = ["BatchNorm"]
@@ -49,14 +50,19 @@ class BatchNorm:
         keeps. The variance is the unbiased one, as in PyTorch.
     num_batches_tracked : int
         Training batches seen since construction or `set_population`.
+    nonfinite_batches : int
+        Training batches that the running statistics have left out.
     training : bool
         Whether a call normalizes by the batch (and updates the running statistics) or by the
         running statistics.
 
     Notes
     -----
-    A call that raises changes nothing. An empty batch, or one whose weights are all zero, counts
-    as tracked and leaves the running statistics as they are.
+    A call that raises changes nothing. The running statistics take up the mean of the batch and its
+    unbiased variance, ``moments.var(ddof=1)``; a batch whose variance has no degrees of freedom
+    leaves them as they are. An empty batch counts as tracked, as in PyTorch; one whose weights are
+    all zero does not. A batch whose mean or variance is not finite is left out, counted in
+    `nonfinite_batches`, and the first time a RuntimeWarning says so.
 
     Examples
     --------
@@ -80,6 +86,7 @@ class BatchNorm:
     running_mean: NDArray[np.float64] | None
     running_var: NDArray[np.float64] | None
     num_batches_tracked: int
+    nonfinite_batches: int
 
     def __init__(
         self,
@@ -119,6 +126,7 @@ class BatchNorm:
         self.running_mean = np.zeros(num_features) if track_running_stats else None
         self.running_var = np.ones(num_features) if track_running_stats else None
         self.num_batches_tracked = 0
+        self.nonfinite_batches = 0
         self._saved: Saved | None = None
 
     def __call__(self, x: ArrayLike, *, weights: ArrayLike | None = None) -> Array:
@@ -153,7 +161,7 @@ class BatchNorm:
                 values, self.gamma, self.beta, eps=self.eps, channel_axis=axis, weights=weights
             )
             if self.training:
-                self._track(saved.moments)
+                self._track(saved.moments, weights is not None)
         elif weights is not None:
             raise ArgumentError(
                 "weights must be None in evaluation, where the batch has no part in the "
@@ -173,18 +181,26 @@ class BatchNorm:
         self._saved = saved
         return y
 
-    def _track(self, batch: Moments) -> None:
+    def _track(self, batch: Moments, weighted: bool) -> None:
         if self.running_mean is None or self.running_var is None:
             return
-        tracked = self.num_batches_tracked + 1
-        # Weighted counts are not numbers of values, and may be below one: no correction then.
-        ddof = 1 if batch.count > 1 else 0
-        if batch.count > 0:
-            share = 1 / tracked if self.momentum is None else self.momentum
-            mean = self.running_mean + share * (batch.mean - self.running_mean)
-            var = self.running_var + share * (batch.var(ddof) - self.running_var)
-            self.running_mean, self.running_var = mean, var
-        self.num_batches_tracked = tracked
+        # Copies: a backward pass in evaluation may still need the arrays as they are.
+        mean, var = self.running_mean.copy(), self.running_var.copy()
+        tracked = np.array(self.num_batches_tracked, np.int64)
+        bad = update_running(batch, mean, var, tracked, self.momentum, count_empty=not weighted)
+        if bad >= 0:
+            self.nonfinite_batches += 1
+            if self.nonfinite_batches == 1:
+                warnings.warn(
+                    f"the batch's statistics are not finite (channel {bad}: mean "
+                    f"{batch.mean[bad]}, variance {batch.var()[bad]}); the running statistics "
+                    "leave it out. Further such batches are only counted, in nonfinite_batches.",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            return
+        self.running_mean, self.running_var = mean, var
+        self.num_batches_tracked = int(tracked)
 
     def backward(self, grad_y: ArrayLike) -> Array:
         """Gradient with respect to the input of the last call; sets `grad_gamma`, `grad_beta`.

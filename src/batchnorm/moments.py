@@ -15,6 +15,8 @@ __all__ = ["Moments"]
 
 Float64 = NDArray[np.float64]
 
+_FIELDS = ("count", "mean", "m2", "dof")
+
 
 def _zero() -> Float64:
     return np.zeros(())
@@ -31,10 +33,17 @@ class Moments:
     mean : (C,)
         Mean per channel; zero where count is.
     m2 : (C,)
-        Σ(x − mean)² per channel.
+        Σ(x − mean)² per channel, weighted where there are weights.
+    dof : () or (C,)
+        Degrees of freedom of the variance: count − 1, the default, for values without weights, and
+        Σw − Σw²/Σw with weights w. Moments of weighted values need it to merge rightly.
 
     Notes
     -----
+    m2 / dof is the average of (xᵢ − xⱼ)²/2 over all pairs of values, each weighted by wᵢwⱼ. So it
+    does not depend on the scale of the weights, is finite as soon as two of them are not zero, and
+    with weights of 0 and 1 it is the unbiased variance m2 / (count − 1).
+
     ``Moments()`` is the neutral element: it merges with moments of any number of channels and
     leaves them as they are. Merging is associative and commutative up to rounding of float64.
 
@@ -55,18 +64,31 @@ class Moments:
     count: Float64 = field(default_factory=_zero)
     mean: Float64 = field(default_factory=_zero)
     m2: Float64 = field(default_factory=_zero)
+    dof: Float64 = None  # type: ignore[assignment]  # count - 1, set below
 
     def __post_init__(self) -> None:
         """Own read-only float64 copies of consistent shapes."""
         count, mean, m2 = (np.array(v, np.float64) for v in (self.count, self.mean, self.m2))
-        if mean.shape != m2.shape or mean.ndim > 1 or count.shape not in ((), mean.shape):
+        if self.dof is None:
+            dof = np.asarray(np.maximum(count - 1, 0))
+        else:
+            dof = np.array(self.dof, np.float64)
+        if (
+            mean.shape != m2.shape
+            or mean.ndim > 1
+            or count.shape not in ((), mean.shape)
+            or dof.shape != count.shape
+        ):
             raise ShapeError(
-                "mean and m2 must have shape (C,) and count () or (C,), got mean "
-                f"{mean.shape}, m2 {m2.shape}, count {count.shape}."
+                "mean and m2 must have shape (C,), count and dof () or (C,), got mean "
+                f"{mean.shape}, m2 {m2.shape}, count {count.shape}, dof {dof.shape}."
             )
-        if np.any(count < 0) or np.any(m2 < 0):
-            raise ArgumentError("count and m2 must not be negative.")
-        for name, value in (("count", count), ("mean", mean), ("m2", m2)):
+        if np.any(count < 0) or np.any(m2 < 0) or np.any(dof < 0):
+            raise ArgumentError("count, m2 and dof must not be negative.")
+        self._set(count, mean, m2, dof)
+
+    def _set(self, *values: Float64) -> None:
+        for name, value in zip(_FIELDS, values, strict=True):
             value.flags.writeable = False
             object.__setattr__(self, name, value)
 
@@ -109,8 +131,8 @@ class Moments:
         axis = native.channel_axis_of(values, channel_axis)
         w = None if weights is None else native.as_weights(weights, values, axis)
         mean, low, m2 = np.empty((3, values.shape[axis]))
-        count = _core.forward(native.seen(values), None, axis, 0.0, mean, low, m2, weights=w)
-        return measured(count, mean, m2)
+        count, dof = _core.forward(native.seen(values), None, axis, 0.0, mean, low, m2, weights=w)
+        return measured(count, mean, m2, dof)
 
     @classmethod
     def merge(cls, parts: Iterable[Moments]) -> Moments:
@@ -146,19 +168,29 @@ class Moments:
         na, nb = self.count, other.count
         n = na + nb
         share = np.divide(nb, n, out=np.zeros_like(n), where=n > 0)
-        delta = other.mean - self.mean
-        # An empty part has no mean to differ from: its share of zero or one must give the other's
-        # value to the last bit, and 0 · inf must not arise.
-        mean = np.where(
-            nb == 0, self.mean, np.where(na == 0, other.mean, self.mean + delta * share)
+        with np.errstate(over="ignore"):
+            delta = other.mean - self.mean
+            step = self.mean + delta * share
+            if not np.isfinite(delta).all():  # further apart than float64 reaches
+                apart = (1 - share) * self.mean + share * other.mean
+                step = np.where(np.isfinite(delta), step, apart)
+            # An empty part has no mean to differ from: its share of zero or one must give the
+            # other's value to the last bit, and 0 · inf must not arise.
+            mean = np.where(nb == 0, self.mean, np.where(na == 0, other.mean, step))
+            between = np.where((na == 0) | (nb == 0), 0.0, delta) * delta * na * share
+            m2 = self.m2 + other.m2 + np.where((na == 0) | (nb == 0), 0.0, between)
+        # Pairs of a value here and a value there; n - 1 exactly where there are no weights.
+        across = np.divide(
+            nb * (na - self.dof) + na * (nb - other.dof), n, out=np.zeros_like(n), where=n > 0
         )
-        between = np.where((na == 0) | (nb == 0), 0.0, delta) * delta * na * share
-        m2 = self.m2 + other.m2 + np.where((na == 0) | (nb == 0), 0.0, between)
-        return Moments(n, mean, m2)
+        return Moments(n, mean, m2, self.dof + other.dof + across)
 
     def var(self, ddof: float = 0) -> Float64:
-        """Variance, m2 / (count − ddof): (C,); NaN where count ≤ ddof."""
-        freedom = self.count - ddof
+        """Variance, m2 / (count − ddof): (C,); NaN where that is not positive.
+
+        With weights, ddof=1 divides by `dof`, Σw − Σw²/Σw, and other values in proportion.
+        """
+        freedom = (1 - ddof) * self.count + ddof * self.dof
         if freedom.ndim == 0 and freedom > 0:
             return np.asarray(self.m2 / freedom)
         full = np.broadcast_to(freedom, self.m2.shape)
@@ -171,12 +203,12 @@ class Moments:
         return np.sqrt(self.var(ddof))
 
     def __eq__(self, other: object) -> bool:
-        """Whether count, mean and m2 are equal, element by element (NaN equals NaN)."""
+        """Whether count, mean, m2 and dof are equal, element by element (NaN equals NaN)."""
         if not isinstance(other, Moments):
             return NotImplemented
         return all(
-            np.array_equal(a, b, equal_nan=True)
-            for a, b in ((self.count, other.count), (self.mean, other.mean), (self.m2, other.m2))
+            np.array_equal(getattr(self, name), getattr(other, name), equal_nan=True)
+            for name in _FIELDS
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -193,10 +225,33 @@ def is_dask(x: object) -> bool:
     return hasattr(x, "__dask_graph__")
 
 
-def measured(count: float, mean: Float64, m2: Float64) -> Moments:
+def measured(count: float, mean: Float64, m2: Float64, dof: float) -> Moments:
     """Moments from what the core returned: fresh arrays of one length, not checked again."""
     moments = object.__new__(Moments)
-    for name, value in (("count", np.array(count)), ("mean", mean), ("m2", m2)):
-        value.flags.writeable = False
-        object.__setattr__(moments, name, value)
+    moments._set(np.array(count), mean, m2, np.array(dof))
     return moments
+
+
+def as_block(moments: Moments) -> Float64:
+    """Moments as the core's layers keep them, (1, 5, C): count, mean, its low part, m2 and dof."""
+    zero = np.zeros_like(moments.mean)
+    rows = (moments.count, moments.mean, zero, moments.m2, moments.dof)
+    return np.stack([zero + row for row in rows])[None]
+
+
+def update_running(
+    batch: Moments,
+    mean: Float64,
+    var: Float64,
+    tracked: NDArray[np.int64],
+    momentum: float | None,
+    *,
+    count_empty: bool,
+) -> int:
+    """Bring one batch into running averages, in place; as the layers of every face do.
+
+    Returns the first channel whose statistics are not finite, and then has changed nothing; or -1.
+    """
+    share = np.nan if momentum is None else momentum
+    address = tracked.__array_interface__["data"][0]
+    return _core.update_running(as_block(batch), mean, var, address, share, False, count_empty)
