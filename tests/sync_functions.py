@@ -10,9 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from batchnorm.torch import SyncBatchNorm, convert, kernels
+from batchnorm.torch import DistributedDataParallel, SyncBatchNorm, convert, native
 
 
 def arrays(*tensors: Tensor | None) -> list[Any]:
@@ -23,9 +22,9 @@ def step(
     layer: nn.Module, x: Tensor, grad: Tensor, force_torch: bool = False, **more: Any
 ) -> dict[str, Any]:
     """One forward and backward pass; everything that came of it."""
-    fits = kernels.fits
+    supports = native.supports
     if force_torch:
-        kernels.fits = lambda *tensors: False
+        native.supports = lambda *tensors: False
     try:
         x = x.clone().requires_grad_()
         residual = more.get("residual")
@@ -34,7 +33,7 @@ def step(
         y = layer(x, **more)
         y.backward(grad)
     finally:
-        kernels.fits = fits
+        native.supports = supports
     return {
         "y": y.detach(),
         "grad_x": x.grad,

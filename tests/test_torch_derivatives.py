@@ -245,7 +245,7 @@ def test_forward_mode_updates_running_statistics_once(randn):
         batch_norm(forward_ad.make_dual(x, dx), *ours, training=True)
     batch_norm(x, *plain, training=True)
     for a, b in zip(ours, plain, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, **CLOSE)
 
 
 # ---- torch.func ---------------------------------------------------------------------------------
@@ -507,6 +507,11 @@ def _state(model):
     return dict(model.named_parameters()), {k: v.clone() for k, v in model.named_buffers()}
 
 
+def _without_counter(buffers):
+    """What torch's layer has, too: ours counts what it leaves out of the running statistics."""
+    return {name: b for name, b in buffers.items() if not name.endswith("_nonfinite")}
+
+
 @modes
 def test_functional_call_equals_torchs(randn, training):
     x = randn(6, 4)
@@ -517,7 +522,7 @@ def test_functional_call_equals_torchs(randn, training):
         grads, y = func.grad_and_value(
             lambda p, b: func.functional_call(model, (p, b), (x,)).exp().sum()
         )(parameters, buffers)
-        return y, grads, buffers
+        return y, grads, _without_counter(buffers)
 
     torch.testing.assert_close(run(BatchNorm1d), run(torch.nn.BatchNorm1d), **CLOSE)
 
@@ -547,7 +552,7 @@ def test_ensemble_equals_torchs(randn, training, shared):
         grads, y = func.vmap(func.grad_and_value(loss), (0, 0, None if shared else 0))(
             {k: v.detach() for k, v in parameters.items()}, buffers, x
         )
-        return y, grads, buffers
+        return y, grads, _without_counter(buffers)
 
     torch.testing.assert_close(run(BatchNorm1d), run(torch.nn.BatchNorm1d), **CLOSE)
 
@@ -611,25 +616,22 @@ def _dual(f, *tensors):
         return forward_ad.unpack_dual(f(*duals)).primal.clone()
 
 
-WAYS = {
-    w.__name__[1:]: w for w in (_recorded, _watched, _watched_and_recorded, _transformed, _dual)
-}
+WAYS = {w.__name__[1:]: w for w in (_recorded, _watched, _watched_and_recorded)}
+TRANSFORMED = {w.__name__[1:]: w for w in (_transformed, _dual)}
 
 
-@modes
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("extra", ["nothing", "residual and relu", "mask", "group_size"])
-def test_value_is_bitwise_the_same_in_every_way(randn, training, way, dtype, extra):
-    x, weight, bias = randn(7, 3, 5, dtype=dtype), randn(3, dtype=torch.float32), randn(3)
-    arguments = {
-        "nothing": {},
-        "residual and relu": {"residual": randn(7, 3, 5, dtype=dtype), "activation": "relu"},
-        "mask": {"mask": _mask("weights", 7, 5)},
-        "group_size": {"group_size": 3},
-    }[extra]
+@pytest.fixture
+def in_way(randn):
+    """in_way(how, training, extra): y and the running statistics, by one way of calling."""
 
-    def run(how):
+    def run(how, training, dtype, extra):
+        x, weight, bias, residual = drawn[dtype]
+        arguments = {
+            "nothing": {},
+            "residual and relu": {"residual": residual, "activation": "relu"},
+            "mask": {"mask": _mask("weights", 7, 5)},
+            "group_size": {"group_size": 3},
+        }[extra]
         buffers = _statistics(dtype=torch.float32)
 
         def f(x, weight, bias):
@@ -637,8 +639,43 @@ def test_value_is_bitwise_the_same_in_every_way(randn, training, way, dtype, ext
 
         return [how(f, x, weight, bias), *buffers]
 
-    for a, b in zip(run(WAYS[way]), run(_plain), strict=True):
+    drawn = {
+        dtype: (
+            randn(7, 3, 5, dtype=dtype),
+            randn(3, dtype=torch.float32),
+            randn(3),
+            randn(7, 3, 5, dtype=dtype),
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    return run
+
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+extras = pytest.mark.parametrize("extra", ["nothing", "residual and relu", "mask", "group_size"])
+
+
+@modes
+@dtypes
+@extras
+@pytest.mark.parametrize("way", WAYS)
+def test_value_is_bitwise_the_same_in_every_way(in_way, training, way, dtype, extra):
+    plain = in_way(_plain, training, dtype, extra)
+    for a, b in zip(in_way(WAYS[way], training, dtype, extra), plain, strict=True):
         assert torch.equal(a, b)
+
+
+@modes
+@dtypes
+@extras
+@pytest.mark.parametrize("way", TRANSFORMED)
+def test_transformed_value_is_that_of_the_kernels(in_way, training, way, dtype, extra):
+    # In float64 and rounded once; the kernels' last step is float32 (docs/numerics.md), and a
+    # half type may fall on either side of a tie.
+    bound = 2e-6 if dtype is torch.float32 else torch.finfo(dtype).eps
+    plain = in_way(_plain, training, dtype, extra)
+    for a, b in zip(in_way(TRANSFORMED[way], training, dtype, extra), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
 
 @modes
@@ -750,7 +787,7 @@ def test_saved_tensors_hooks_see_input(randn):
 
 # ---- operators ----------------------------------------------------------------------------------
 
-_FORM = (1e-5, 0, 1, 0.01)  # eps, group_size, activation, slope
+_CONFIG = (1e-5, 0, 1, 0.01)  # eps, group_size, activation, slope
 
 
 def _operator_samples(randn, name):
@@ -759,8 +796,8 @@ def _operator_samples(randn, name):
     g, residual = (randn(6, 3, 4, dtype=torch.float32) for _ in range(2))
     weight, bias = randn(3, dtype=torch.float32), randn(3, dtype=torch.float32)
     mask = _mask("weights", 6, 4)
-    given = torch.ops.batchnorm.given_statistics(*_statistics(dtype=torch.float32))
-    own = torch.ops.batchnorm.forward(x, None, None, None, None, *_FORM)[1]
+    given = torch.ops.batchnorm.given(*_statistics(dtype=torch.float32))
+    own = torch.ops.batchnorm.forward(x, None, None, None, None, *_CONFIG)[1]
     tracked, skipped = torch.tensor(3), torch.tensor(0)
     last = x.movedim(1, -1).contiguous().movedim(-1, 1)
 
@@ -768,31 +805,48 @@ def _operator_samples(randn, name):
         return t.clone().requires_grad_()
 
     return {
-        "given_statistics": [_statistics(dtype=torch.float32), _statistics(dtype=torch.bfloat16)],
+        "given": [_statistics(dtype=torch.float32), _statistics(dtype=torch.bfloat16)],
         "forward": [
-            (x, None, None, None, None, *_FORM),
-            (asked(x), asked(weight), asked(bias), asked(residual), mask, *_FORM),
+            (x, None, None, None, None, *_CONFIG),
+            (asked(x), asked(weight), asked(bias), asked(residual), mask, *_CONFIG),
             (asked(last), asked(weight), None, None, None, 1e-5, 4, 2, 0.1),
         ],
         "normalize": [
-            (x, given, None, None, None, None, *_FORM),
-            (asked(x), given, asked(weight), asked(bias), asked(residual), mask, *_FORM),
-            (asked(last), given, None, asked(bias), None, None, *_FORM),
+            (x, given, None, None, None, None, *_CONFIG),
+            (asked(x), given, asked(weight), asked(bias), asked(residual), mask, *_CONFIG),
+            (asked(last), given, None, asked(bias), None, None, *_CONFIG),
         ],
         "backward": [
-            (g, x, own, weight, bias, residual, None, *_FORM, True, True, True, True),
-            (g, x, given, weight, None, None, mask, *_FORM, True, False, False, False),
-            (g, last, own, None, bias, None, None, 1e-5, 0, 0, 0.0, False, False, True, False),
+            (g, x, own, weight, bias, residual, None, *_CONFIG, True, True, True, True, True),
+            (g, x, given, weight, None, None, mask, *_CONFIG, False, True, False, False, False),
+            (
+                g,
+                last,
+                own,
+                None,
+                bias,
+                None,
+                None,
+                1e-5,
+                0,
+                0,
+                0.0,
+                True,
+                False,
+                False,
+                True,
+                False,
+            ),
         ],
         "update_running": [
             (*_statistics(dtype=torch.float32), tracked, skipped, own, 0.1, "skip", True, "layer"),
             (*_statistics(), None, None, own, None, "propagate", True, "layer"),
         ],
-        "merge": [(own.clone(), own, skipped, "skip", "layer")],
+        "merge_into": [(own.clone(), own, skipped, "skip", "layer")],
     }[name]
 
 
-NAMES = ["given_statistics", "forward", "normalize", "backward", "update_running", "merge"]
+NAMES = ["given", "forward", "normalize", "backward", "update_running", "merge_into"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -807,7 +861,7 @@ def test_operator_derivatives_equal_differences(randn, name):
     x, weight, bias, residual = (
         t.requires_grad_() for t in (randn(5, 2, 3), randn(2), randn(2), randn(5, 2, 3))
     )
-    given = torch.ops.batchnorm.given_statistics(*_statistics(2))
+    given = torch.ops.batchnorm.given(*_statistics(2))
 
     def f(x, weight, bias, residual):
         mask = _mask("weights", 5, 3)
@@ -859,14 +913,41 @@ def _step(model, forward, *inputs):
     return [y.detach(), *grads, *model.state_dict().values()]
 
 
-def _assert_compiles(compiled, block, training, *inputs, backend="aot_eager", bound=0.0, **extra):
+def _assert_compiles(compiled, block, training, *inputs, **extra):
     ours, eager = (block(**extra).train(training) for _ in range(2))
-    results = _step(ours, compiled(ours, backend), *inputs)
+    results = _step(ours, compiled(ours), *inputs)
+    # The same kernels in the same order: the same bits, but for sums of gradients.
     for a, b in zip(results, _step(eager, eager, *inputs), strict=True):
         if b is None:
             assert a is None
         else:
-            torch.testing.assert_close(a, b, rtol=bound, atol=bound)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def _rounding_of(block, results, x):
+    """Bounds of a float32 step's rounding, one for each result of `_step`, in any order of sums.
+
+    A sum of n products is off by at most n·u·Σ|a·b|, u = 2^-24, and by what its factors are off.
+    Those of the convolution's gradients are the layer's ∂x, which is a difference of terms as large
+    as 2·scale·y: it is off by some u of these, whatever is left of them. So the bounds are made of
+    magnitudes, without differences, times 128 u for the n = 100 terms and the roundings of the
+    layer itself, each of which is below 2e-6 (docs/numerics.md).
+    """
+    conv, bn, y = block.conv, block.bn, results[0]
+    var = conv(x).var((0, 2, 3), correction=0) if bn.training else bn.running_var
+    scale = (bn.weight / (var + bn.eps).sqrt())[:, None, None]
+    of_z = 2 * scale * (y.abs() + 1 + y.abs() * y.square().mean((0, 2, 3))[:, None, None])
+    of_parameter = 2 * (y.abs() * (y.abs() + 1)).sum((0, 2, 3))
+    bounds = [
+        1 + y.abs(),
+        torch.nn.grad.conv2d_input(x.shape, conv.weight.abs(), of_z, padding=1),
+        torch.nn.grad.conv2d_weight(x.abs(), conv.weight.shape, of_z, padding=1),
+        of_z.sum((0, 2, 3)),
+        of_parameter,
+        of_parameter,
+        *(1 + t.abs() for t in block.state_dict().values()),
+    ]
+    return [b.detach() * 128 * 2.0**-24 for b in bounds]
 
 
 COMPILED = {
@@ -884,17 +965,14 @@ COMPILED = {
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled_layer_equals_eager(randn, compiled, training, case):
     x = randn(4, 2, 5, 5, dtype=torch.float32)
-    # The same kernels in the same order: the same bits, but for sums of gradients.
-    _assert_compiles(compiled, _Block, training, x, bound=1e-5, **COMPILED[case])
+    _assert_compiles(compiled, _Block, training, x, **COMPILED[case])
 
 
 @modes
 def test_compiled_layer_with_residual_and_mask_equals_eager(randn, compiled, training):
     x, residual = randn(4, 2, 5, 5, dtype=torch.float32), randn(4, 3, 5, 5, dtype=torch.float32)
     mask = _mask("booleans", 4, 5, 5)
-    _assert_compiles(
-        compiled, _ResidualBlock, training, x, residual, mask, bound=1e-5, activation="relu"
-    )
+    _assert_compiles(compiled, _ResidualBlock, training, x, residual, mask, activation="relu")
 
 
 @modes
@@ -943,9 +1021,16 @@ def test_compiled_layer_counts_a_batch_that_is_not_finite(randn, compiled):
 
 @modes
 @pytest.mark.skipif(sys.platform == "darwin", reason="the compiler's OpenMP is not at hand")
-def test_layer_compiled_by_inductor_equals_eager(randn, compiled, training):
+def test_layer_compiled_by_inductor_rounds_as_eager_does(randn, compiled, training):
+    # Inductor chooses other convolutions, which sum in another order on some processors.
     x = randn(4, 2, 5, 5, dtype=torch.float32)
-    _assert_compiles(compiled, _Block, training, x, backend="inductor", bound=1e-5)
+    ours, eager, exact = (_Block().train(training) for _ in range(3))
+    exact.double()
+    right = _step(exact, exact, x.double())
+    bounds = _rounding_of(exact, right, x.double())
+    for results in (_step(ours, compiled(ours, "inductor"), x), _step(eager, eager, x)):
+        for a, b, bound in zip(results, right, bounds, strict=True):
+            assert ((a.double() - b).abs() <= bound).all()
 
 
 # ---- export, fx, jit ----------------------------------------------------------------------------
@@ -1015,7 +1100,9 @@ def test_jit_trace_updates_running_statistics(randn):
         layer.bn.reset_running_stats()
     traced(x)
     eager(x)
-    torch.testing.assert_close(dict(traced.state_dict()), dict(eager.state_dict()))
+    # TorchScript knows no buffers that a state dict leaves out.
+    state = _without_counter(traced.state_dict())
+    torch.testing.assert_close(state, dict(eager.state_dict()))
 
 
 @tracing

@@ -860,7 +860,7 @@ def test_relu_lets_nan_through(randn):
 
 @pytest.mark.parametrize("activation", ["ReLU", "gelu", 1, ""])
 def test_activation_that_is_unknown_is_refused(randn, activation):
-    with pytest.raises(ArgumentError, match="activation must be None, 'relu' or 'leaky_relu', got"):
+    with pytest.raises(ArgumentError, match="activation must be None or one of 'relu'"):
         batch_norm(randn(4, 3), None, None, training=True, activation=activation)
 
 

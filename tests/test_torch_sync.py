@@ -26,9 +26,13 @@ from batchnorm.torch import (  # noqa: E402
     BatchNorm2d,
     SyncBatchNorm,
     convert,
+    exact_sums,
     explain,
     freeze,
-    kernels,
+    functional,
+    native,
+    portable,
+    processes,
     revert,
     sync,
 )
@@ -198,11 +202,11 @@ def test_equal_parts_have_no_variance():
     # Of three parts with these counts, the squares' difference was below zero.
     g = torch.Generator().manual_seed(11)
     for _ in range(1000):
-        parts = torch.zeros(int(torch.randint(2, 9, (), generator=g)), 4).double()
-        parts[:, 1] = torch.randint(1, 50, (len(parts),), generator=g)
-        parts[:, 2] = torch.rand((), generator=g).double() * 1e30
-        statistics = sync._merged(parts)
-        assert statistics[0, 1, 0] == parts[0, 2]
+        parts = torch.zeros(int(torch.randint(2, 9, (), generator=g)), 5, 1).double()
+        parts[:, 0, 0] = torch.randint(1, 50, (len(parts),), generator=g)
+        parts[:, 1] = torch.rand((), generator=g).double() * 1e30
+        statistics = portable.merge(parts)
+        assert statistics[0, 1, 0] == parts[0, 1, 0]
         assert statistics[0, 3, 0] == 0
 
 
@@ -360,14 +364,14 @@ def test_reproducible_statistics_are_the_same_for_any_division(four, with_offset
 def test_an_example_has_the_same_bits_wherever_it_lies(dtype, memory_format):
     g = torch.Generator().manual_seed(14)
     x = (torch.randn(5, 19, 7, 9, generator=g) + 100).to(dtype).to(memory_format=memory_format)
-    whole = sync._Examples.of(x, None)
+    whole = exact_sums.Examples.of(x, None, functional.statistics_of)
     room = torch.empty(19 * 7 * 9 + 3, dtype=dtype)
     for n, example in enumerate(x.split(1)):
         for begin in (0, 1, 3):  # another alignment
             moved = room[begin : begin + example.numel()].as_strided(
                 example.shape, example.stride(), begin
             )
-            alone = sync._Examples.of(moved.copy_(example), None)
+            alone = exact_sums.Examples.of(moved.copy_(example), None, functional.statistics_of)
             assert torch.equal(alone.mean[0], whole.mean[n])
             assert torch.equal(alone.var[0], whole.var[n])
 
@@ -457,11 +461,12 @@ def test_reproducible_statistics_tell_what_is_not_finite():
 def test_merged_parts_are_those_of_moments():
     g = torch.Generator().manual_seed(6)
     parts = [torch.randn(n, C, generator=g).double() + 1e6 * n for n in (1, 7, 0, 30)]
-    blocks = [torch.from_numpy(kernels.moments(p, None))[0] for p in parts]
-    found = sync._merged(torch.stack([sync._message_of(0, b) for b in blocks]))
-    right = kernels.as_moments(kernels.moments(torch.cat(parts), None)[0])
-    merged = kernels.as_moments(found[0].numpy())
+    messages = [sync._message_of(0, torch.from_numpy(native.moments(p, None))) for p in parts]
+    found = portable.merge(sync._statistics_in(torch.stack(messages)))
+    right = native.as_moments(native.moments(torch.cat(parts), None)[0])
+    merged = native.as_moments(found[0].numpy())
     assert merged.count.tolist() == right.count.tolist()
+    assert merged.dof.tolist() == right.dof.tolist()
     assert abs(merged.mean - right.mean).max() < 1e-12 * abs(right.mean).max()
     assert abs(merged.m2 / right.m2 - 1).max() < 1e-12
 
@@ -652,7 +657,7 @@ def test_frozen_and_evaluated_layers_exchange_nothing(monkeypatch):
     def refuse(self, *arguments):
         raise AssertionError
 
-    monkeypatch.setattr(sync.Group, "gather", refuse)
+    monkeypatch.setattr(processes.Processes, "gather_from", refuse)
     layer = SyncBatchNorm(C, reproducible=True)
     layer.eval()(torch.randn(4, C))
     freeze(layer.train())(torch.randn(4, C))

@@ -14,25 +14,27 @@ except ImportError as missing:
 
 from . import functional as functional
 from .accumulate import accumulate as accumulate
+from .contract import NonFiniteError as NonFiniteError
 from .convert import convert as convert
 from .convert import explain as explain
 from .convert import revert as revert
 from .freeze import freeze as freeze
 from .freeze import unfreeze as unfreeze
-from .kernels import NonFiniteError as NonFiniteError
 from .modules import BatchNorm1d as BatchNorm1d
 from .modules import BatchNorm2d as BatchNorm2d
 from .modules import BatchNorm3d as BatchNorm3d
 from .parameters import parameter_groups as parameter_groups
 from .population import Recalibration as Recalibration
 from .population import recalibrate as recalibrate
+from .processes import SynchronizationError as SynchronizationError
+from .sync import DistributedDataParallel as DistributedDataParallel
 from .sync import SyncBatchNorm as SyncBatchNorm
-from .sync import SynchronizationError as SynchronizationError
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "DistributedDataParallel",
     "NonFiniteError",
     "Recalibration",
     "SyncBatchNorm",

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
+from .contract import ROWS
 from .freeze import layers_of
 
 __all__ = ["accumulate"]
@@ -57,8 +58,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         )
     try:
         for layer in layers:
-            total = torch.zeros((1, 4, layer.num_features), dtype=torch.float64, device="cpu")
-            total[:, 3] = 1.0
+            total = torch.zeros((1, ROWS, layer.num_features), dtype=torch.float64, device="cpu")
             layer._accumulated = total
         yield
         for layer in layers:

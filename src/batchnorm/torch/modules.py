@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ..errors import ArgumentError
-from . import functional, kernels
+from . import functional
+from .contract import config_of, values_per_example
+from .internals import is_compiling, is_recomputing
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -48,12 +50,11 @@ class Layer(nn.Module):
     _thawed: tuple[str, ...] = ()  # parameters that `unfreeze` gives their gradient back
     _name: str = ""
     _joined: str = ""  # what `convert` has let join this layer
-    _skipped: Tensor | None = None
     _accumulated: Tensor | None = None  # the merged statistics of `accumulate`
 
     EXTRAS: ClassVar[tuple[str, ...]] = (
         "activation", "negative_slope", "on_nonfinite", "on_single", "group_size", "stats_frozen",
-        "affine_frozen", "_thawed", "_name", "_joined", "_skipped", "_accumulated",
+        "affine_frozen", "_thawed", "_name", "_joined", "_accumulated",
     )  # fmt: skip
 
     def __init__(
@@ -95,7 +96,10 @@ class Layer(nn.Module):
         """Make ready an instance that torch's constructor left behind."""
         if name:
             self._name = name
-        self._skipped = torch.zeros((), dtype=torch.int64, device="cpu")
+        if self.running_mean is not None:
+            # A buffer, so that it moves, exports and is written to like the others.
+            count = torch.zeros((), dtype=torch.int64, device=self.running_mean.device)
+            self.register_buffer("_nonfinite", count, persistent=False)
         self._widen({})
 
     def forward(
@@ -146,16 +150,16 @@ class Layer(nn.Module):
             batch = self.on_single == "raise" or not self._is_single(input, mask)
         if batch and not self.track_running_stats:  # as in torch: they take no part in training
             mean = var = None
-        form = functional.form_of(self.eps, self.group_size, self.activation, self.negative_slope)
-        y, statistics = self._layer(input, mean, var, weight, bias, batch, form, residual, mask)
-        if statistics is None or mean is None or var is None:  # nothing to take up, or nowhere
-            return y
-        if batch and self.training and not _recomputing():
+        config = config_of(self.eps, self.group_size, self.activation, self.negative_slope)
+        y, statistics = self._normalize(
+            input, mean, var, weight, bias, batch, config, residual, mask
+        )
+        if batch and self.training and not is_recomputing():
             self._track(mean, var, statistics, mask)
         return y
 
-    #: What normalizes; returns the statistics that the running ones take up as well.
-    _layer: Callable[..., tuple[Tensor, Any]] = staticmethod(functional.layer)
+    #: Normalizes; also returns the statistics that the running ones take up.
+    _normalize: Callable[..., tuple[Tensor, Any]] = staticmethod(functional.normalize)
 
     def _tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Weight, bias, running mean and variance; `nn.Module.__getattr__` takes its time."""
@@ -167,31 +171,46 @@ class Layer(nn.Module):
 
     def _is_single(self, x: Tensor, mask: Tensor | None) -> bool:
         if mask is None:
-            return x.dim() >= 2 and x.shape[0] * kernels.values_per_example(x) == 1
+            return x.dim() >= 2 and x.shape[0] * values_per_example(x) == 1
         weights = functional.as_weights(mask, x)
         return int(torch.count_nonzero(weights)) == 1
 
-    def _track(self, mean: Tensor, var: Tensor, statistics: Any, mask: Tensor | None) -> None:
-        skipped = self._skipped
-        if skipped is not None and skipped.device != mean.device:
-            self._skipped = skipped = skipped.to(mean.device)
-        name = self._name or f"{type(self).__name__}({self.num_features})"
-        if self._accumulated is not None:
-            functional.merge(self._accumulated, statistics, skipped, self.on_nonfinite, name)
-            return
+    def _label(self) -> str:
+        """What messages call the layer.
+
+        Compiled code has no name of its own: a compiler would make it anew for each layer.
+        """
+        if self._name and not is_compiling():
+            return self._name
+        return f"{type(self).__name__}({self.num_features})"
+
+    def _track(
+        self, mean: Tensor | None, var: Tensor | None, statistics: Any, mask: Tensor | None
+    ) -> None:
         tracked, momentum = self._buffers["num_batches_tracked"], self.momentum
+        if mean is None or var is None:
+            if mean is var and tracked is not None and self.track_running_stats:
+                with torch.no_grad():
+                    tracked.add_(1)  # as in torch
+            return
+        nonfinite = self._buffers.get("_nonfinite")
+        if self._accumulated is not None:
+            functional.merge_into(
+                self._accumulated, statistics, nonfinite, self.on_nonfinite, self._label()
+            )
+            return
         if momentum is None and tracked is None:
             momentum = 0.0  # as in torch
         functional.update_running(
             mean,
             var,
             tracked,
-            skipped,
+            nonfinite,
             statistics,
             momentum,
             self.on_nonfinite,
             mask,
-            name,
+            self._label(),
         )
 
     def take_accumulated(self) -> None:
@@ -205,7 +224,17 @@ class Layer(nn.Module):
     @property
     def nonfinite_batches(self) -> int:
         """Batches that ``on_nonfinite="skip"`` has left out of the running statistics."""
-        return 0 if self._skipped is None else int(self._skipped)
+        count = self._buffers.get("_nonfinite")
+        return 0 if count is None else int(count)
+
+    def reset_running_stats(self) -> None:
+        """Start the running statistics anew, unless they are frozen."""
+        if self.stats_frozen:
+            return
+        super().reset_running_stats()  # type: ignore[misc]
+        nonfinite = self._buffers.get("_nonfinite")
+        if nonfinite is not None:
+            nonfinite.zero_()
 
     # ---- what torch's layer does, with statistics that stay wide --------------------------------
 
@@ -255,18 +284,13 @@ def check_options(
     on_single: str,
 ) -> None:
     """Refuse what no layer takes."""
-    functional.form_of(eps, group_size, activation, negative_slope)
+    config_of(eps, group_size, activation, negative_slope)
     for name, value, known in (
         ("on_nonfinite", on_nonfinite, _ON_NONFINITE),
         ("on_single", on_single, _ON_SINGLE),
     ):
         if value not in known:
             raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
-
-
-def _recomputing() -> bool:
-    """Whether a backward pass is running: a forward inside it is checkpointing's second one."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 _DOC = """torch's {name}, exact and faster, with what it lacks.

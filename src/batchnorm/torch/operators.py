@@ -1,37 +1,29 @@
-"""The kernels as custom operators ``torch.ops.batchnorm.*``, for those who look on.
+"""The kernels as custom operators ``torch.ops.batchnorm.*``, for calls that torch has to see.
 
-A compiler, an exporter, a dispatch mode or a tensor subclass has to see the call; it sees one
-operator, with its shapes, its mutated arguments and (from `functional`) its derivative. The
-functions here have the operators' meaning, and skip the dispatcher where nobody looks on, which
-costs several times as much as a small kernel. Statistics are tensors.
+A compiler, an exporter, a dispatch mode, a transform or a tensor subclass sees one operator, with
+its shapes, the arguments that it changes and its batching rule; `autograd` adds the derivatives.
+The kernels are those of `native`, with statistics as tensors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import kernels
-from .kernels import Form, Gradients, Statistics, groups_of, plain
+from . import native, running
+from .contract import ROWS, Config, Gradients, Needs, groups_of
+from .internals import memory_format_of
 
 _operators: Any = torch.ops.batchnorm
 
 
-def _array(statistics: Tensor) -> Statistics:
-    array: Statistics = statistics.detach().contiguous().numpy()
-    return array
-
-
-def given_statistics(mean: Tensor, var: Tensor) -> Tensor:
-    """`kernels.given_statistics`."""
-    run = _given_statistics if plain(mean, var) else _operators.given_statistics
-    return run(mean, var)
-
-
-def _given_statistics(mean: Tensor, var: Tensor) -> Tensor:
-    return torch.from_numpy(kernels.given_statistics(mean, var))
+def given(mean: Tensor, var: Tensor) -> Tensor:
+    """`native.given`."""
+    statistics: Tensor = _operators.given(mean.detach(), var.detach())
+    return statistics
 
 
 def forward(
@@ -40,24 +32,11 @@ def forward(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    form: Form,
+    config: Config,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.forward`."""
-    run = _forward if plain(x, weight, bias, residual, mask) else _operators.forward
-    y, statistics = run(x, weight, bias, residual, mask, *form)
+    """`native.forward`."""
+    y, statistics = _operators.forward(x, weight, bias, residual, mask, *config)
     return y, statistics
-
-
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    *form: Any,
-) -> tuple[Tensor, Tensor]:
-    y, statistics = kernels.forward(x, weight, bias, residual, mask, Form(*form))
-    return y, torch.from_numpy(statistics)
 
 
 def normalize(
@@ -67,28 +46,14 @@ def normalize(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    form: Form,
+    config: Config,
 ) -> Tensor:
-    """`kernels.normalize`."""
-    looks_on = not plain(x, statistics, weight, bias, residual, mask)
-    run = _operators.normalize if looks_on else _normalize
-    y: Tensor = run(x, statistics, weight, bias, residual, mask, *form)
+    """`native.normalize`."""
+    y: Tensor = _operators.normalize(x, statistics, weight, bias, residual, mask, *config)
     return y
 
 
-def _normalize(
-    x: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    *form: Any,
-) -> Tensor:
-    return kernels.normalize(x, _array(statistics), weight, bias, residual, mask, Form(*form))
-
-
-def backward(
+def gradients(
     grad_y: Tensor,
     x: Tensor,
     statistics: Tensor,
@@ -96,131 +61,264 @@ def backward(
     bias: Tensor | None,
     y: Tensor | None,
     mask: Tensor | None,
-    form: Form,
-    needs: tuple[bool, bool, bool, bool],
+    config: Config,
+    measured: bool,
+    needs: Needs,
 ) -> Gradients:
-    """`kernels.backward`."""
-    looks_on = not plain(grad_y, x, statistics, weight, bias, y, mask)
-    run = _operators.backward if looks_on else _backward
-    grads = run(grad_y, x, statistics, weight, bias, y, mask, *form, *needs)
-    a, b, c, d = (g if needed else None for g, needed in zip(grads, needs, strict=True))
+    """`native.gradients`."""
+    tensors = (grad_y, x, statistics, weight, bias, y, mask)
+    found = _operators.backward(*tensors, *config, measured, *needs)
+    a, b, c, d = (g if needed else None for g, needed in zip(found, needs, strict=True))
     return a, b, c, d
-
-
-def _backward(
-    grad_y: Tensor,
-    x: Tensor,
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: Tensor | None,
-    mask: Tensor | None,
-    *form_and_needs: Any,
-) -> tuple[Tensor, ...]:
-    form, needs = Form(*form_and_needs[:4]), form_and_needs[4:]
-    grads = kernels.backward(grad_y, x, _array(statistics), weight, bias, y, mask, form, needs)
-    return tuple(x.new_empty(0) if g is None else g for g in grads)  # operators know no None
 
 
 def update_running(
     running_mean: Tensor,
     running_var: Tensor,
     tracked: Tensor | None,
-    skipped: Tensor | None,
+    nonfinite: Tensor | None,
     statistics: Tensor,
     *policy: Any,
 ) -> None:
-    """`kernels.update_running`."""
-    looks_on = not plain(running_mean, running_var, tracked, skipped, statistics)
-    run = _operators.update_running if looks_on else _update_running
-    run(running_mean, running_var, tracked, skipped, statistics, *policy)
+    """`running.update` by the native back end."""
+    _operators.update_running(running_mean, running_var, tracked, nonfinite, statistics, *policy)
+
+
+def merge_into(total: Tensor, statistics: Tensor, nonfinite: Tensor | None, *policy: Any) -> None:
+    """`running.merge_into`."""
+    _operators.merge_into(total, statistics, nonfinite, *policy)
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+
+def array(statistics: Tensor) -> native.Statistics:
+    """Statistics as the native back end has them."""
+    found: native.Statistics = statistics.detach().cpu().contiguous().numpy()
+    return found
+
+
+def _given_statistics(mean: Tensor, var: Tensor) -> Tensor:
+    return torch.from_numpy(native.given(mean, var))
+
+
+_MaybeTensor = Tensor | None
+
+
+def _forward(
+    x: Tensor,
+    weight: _MaybeTensor,
+    bias: _MaybeTensor,
+    residual: _MaybeTensor,
+    mask: _MaybeTensor,
+    *config: Any,
+) -> tuple[Tensor, Tensor]:
+    y, statistics = native.forward(x, weight, bias, residual, mask, Config(*config))
+    return y, torch.from_numpy(statistics)
+
+
+def _normalize(
+    x: Tensor,
+    statistics: Tensor,
+    weight: _MaybeTensor,
+    bias: _MaybeTensor,
+    residual: _MaybeTensor,
+    mask: _MaybeTensor,
+    *config: Any,
+) -> Tensor:
+    return native.normalize(x, array(statistics), weight, bias, residual, mask, Config(*config))
+
+
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    weight: _MaybeTensor,
+    bias: _MaybeTensor,
+    y: _MaybeTensor,
+    mask: _MaybeTensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    config, measured, needs = Config(*rest[:4]), rest[4], rest[5:]
+    found = native.gradients(
+        grad_y, x, array(statistics), weight, bias, y, mask, config, measured, needs
+    )
+    return tuple(x.new_empty(0) if g is None else g for g in found)  # operators know no None
 
 
 def _update_running(
     running_mean: Tensor,
     running_var: Tensor,
     tracked: Tensor | None,
-    skipped: Tensor | None,
+    nonfinite: Tensor | None,
     statistics: Tensor,
     *policy: Any,
 ) -> None:
-    kernels.update_running(running_mean, running_var, tracked, skipped, _array(statistics), *policy)
+    buffers = (running_mean, running_var, tracked, nonfinite)
+    running.update_native(*buffers, array(statistics), *policy)
 
 
-def merge(total: Tensor, statistics: Tensor, *policy: Any) -> None:
-    """`kernels.merge`."""
-    run = _merge if plain(total, statistics) else _operators.merge
-    run(total, statistics, *policy)
+def _merge_into(total: Tensor, statistics: Tensor, *others: Any) -> None:
+    running.merge_into(total, array(statistics), *others)
 
 
-def _merge(total: Tensor, statistics: Tensor, *policy: Any) -> None:
-    kernels.merge(total, statistics.detach().cpu().contiguous().numpy(), *policy)
+# ---- shapes -------------------------------------------------------------------------------------
 
 
-# ---- definitions --------------------------------------------------------------------------------
-
-_AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask"
-_AFFINE_AND_Y = "Tensor? weight, Tensor? bias, Tensor? y, Tensor? mask"
-_FORM = "float eps, int group_size, int activation, float slope"
-_NEEDS = "bool need_x, bool need_weight, bool need_bias, bool need_residual"
-_RUNNING = "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? tracked"
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format_of(x))
 
 
 def _fake_forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     groups = groups_of(x, others[5])
-    return torch.empty_like(x), x.new_empty((groups, 4, x.shape[1]), dtype=torch.float64)
+    return _like(x), x.new_empty((groups, ROWS, x.shape[1]), dtype=torch.float64)
 
 
 def _fake_backward(grad_y: Tensor, x: Tensor, statistics: Tensor, *others: Any) -> Any:
-    needs = others[8:]
-    like = (x, others[0], others[1], x)
+    weight, bias, needs = others[0], others[1], others[9:]
+    like = (_like(x), weight, bias, _like(x))
     return tuple(
         torch.empty_like(t) if needed and t is not None else x.new_empty(0)
         for t, needed in zip(like, needs, strict=True)
     )
 
 
-_DEFINITIONS: tuple[tuple[str, Any, Any], ...] = (
+# ---- batching -----------------------------------------------------------------------------------
+
+
+def _batched_forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    """A batch of calls is one call with so many times the channels."""
+    size = info.batch_size
+    if in_dims[4] is not None:  # a mask is of examples, not of channels
+        return _one_by_one(_operators.forward, size, in_dims, arguments)
+    axes = (2, 1, 1, 2)
+    folded = [_fold(t, d, size, a) for t, d, a in zip(arguments, in_dims, axes, strict=False)]
+    y, statistics = _operators.forward(*folded, *arguments[4:])
+    return (y.unflatten(1, (size, -1)), statistics.unflatten(2, (size, -1))), (1, 2)
+
+
+def _batched_normalize(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    size = info.batch_size
+    if in_dims[5] is not None:
+        return _one_by_one(_operators.normalize, size, in_dims, arguments)
+    axes = (2, 3, 1, 1, 2)
+    folded = [_fold(t, d, size, a) for t, d, a in zip(arguments, in_dims, axes, strict=False)]
+    return _operators.normalize(*folded, *arguments[5:]).unflatten(1, (size, -1)), 1
+
+
+def _batched_given(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    size = info.batch_size
+    folded = [_fold(t, d, size, 1) for t, d in zip(arguments, in_dims, strict=True)]
+    return _operators.given(*folded).unflatten(2, (size, -1)), 2
+
+
+def _batched_backward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    return _one_by_one(_operators.backward, info.batch_size, in_dims, arguments)
+
+
+def _batched_update(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    if in_dims[0] is None or in_dims[1] is None:
+        raise RuntimeError(
+            "batch_norm got a batched input under vmap, while running_mean and running_var, "
+            "which it updates in place, are not batched. Batch them too, or leave them out "
+            "(track_running_stats=False)."
+        )
+    for k in range(info.batch_size):
+        _operators.update_running(*_selected(arguments, in_dims, k))
+    return None, None
+
+
+def _one_by_one(
+    operator: Callable[..., Any], size: int, in_dims: tuple[int | None, ...], arguments: Any
+) -> Any:
+    found = [operator(*_selected(arguments, in_dims, k)) for k in range(size)]
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+
+
+def _selected(arguments: Any, in_dims: tuple[int | None, ...], k: int) -> list[Any]:
+    pairs = zip(arguments, in_dims, strict=True)
+    return [a if d is None else a.select(d, k) for a, d in pairs]
+
+
+def _fold(t: Tensor | None, dim: int | None, size: int, channel_axis: int) -> Tensor | None:
+    """Put the batch of a vmap before the channels, and make one axis of both.
+
+    `channel_axis`: of the channels, once the batch stands before them.
+    """
+    if t is None:
+        return None
+    before = channel_axis - 1
+    if dim is None:
+        t = t.unsqueeze(before).expand(*t.shape[:before], size, *t.shape[before:])
+    else:
+        t = t.movedim(dim, before)
+    return t.flatten(before, channel_axis)
+
+
+# ---- definitions --------------------------------------------------------------------------------
+
+_AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask"
+_AFFINE_AND_Y = "Tensor? weight, Tensor? bias, Tensor? y, Tensor? mask"
+_CONFIG = "float eps, int group_size, int activation, float slope"
+_NEEDS = "bool need_x, bool need_weight, bool need_bias, bool need_residual"
+_RUNNING = "Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? tracked"
+_POLICY = "str on_nonfinite, bool count_empty, str name"
+
+_DEFINITIONS: tuple[tuple[str, Any, Any, Any], ...] = (
     (
-        "given_statistics(Tensor mean, Tensor var) -> Tensor",
+        "given(Tensor mean, Tensor var) -> Tensor",
         _given_statistics,
-        lambda mean, var: mean.new_empty((1, 4, mean.shape[0]), dtype=torch.float64),
+        lambda mean, var: mean.new_empty((1, ROWS, mean.shape[0]), dtype=torch.float64),
+        _batched_given,
     ),
-    (f"forward(Tensor x, {_AFFINE}, {_FORM}) -> (Tensor, Tensor)", _forward, _fake_forward),
     (
-        f"normalize(Tensor x, Tensor statistics, {_AFFINE}, {_FORM}) -> Tensor",
+        f"forward(Tensor x, {_AFFINE}, {_CONFIG}) -> (Tensor, Tensor)",
+        _forward,
+        _fake_forward,
+        _batched_forward,
+    ),
+    (
+        f"normalize(Tensor x, Tensor statistics, {_AFFINE}, {_CONFIG}) -> Tensor",
         _normalize,
-        lambda x, *others: torch.empty_like(x),
+        lambda x, *others: _like(x),
+        _batched_normalize,
     ),
     (
-        f"backward(Tensor grad_y, Tensor x, Tensor statistics, {_AFFINE_AND_Y}, {_FORM}, {_NEEDS})"
-        " -> (Tensor, Tensor, Tensor, Tensor)",
+        f"backward(Tensor grad_y, Tensor x, Tensor statistics, {_AFFINE_AND_Y}, {_CONFIG}, "
+        f"bool measured, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
         _backward,
         _fake_backward,
+        _batched_backward,
     ),
     (
-        f"update_running({_RUNNING}, Tensor(d!)? skipped, Tensor statistics, float? momentum, "
-        "str on_nonfinite, bool count_empty, str name) -> ()",
+        f"update_running({_RUNNING}, Tensor(d!)? nonfinite, Tensor statistics, float? momentum, "
+        f"{_POLICY}) -> ()",
         _update_running,
         lambda *arguments: None,
+        _batched_update,
     ),
     (
-        "merge(Tensor(a!) total, Tensor statistics, Tensor(b!)? skipped, str on_nonfinite, "
-        "str name) -> ()",
-        _merge,
+        "merge_into(Tensor(a!) total, Tensor statistics, Tensor(b!)? nonfinite, "
+        "str on_nonfinite, str name) -> ()",
+        _merge_into,
         lambda *arguments: None,
+        None,
     ),
 )
 
 
 def _define() -> None:
-    for schema, kernel, fake in _DEFINITIONS:
+    for schema, kernel, fake, batched in _DEFINITIONS:
         name, rest = schema.split("(", 1)
         operator = f"batchnorm::{name}"
         torch.library.define(operator, f"({rest}", tags=(torch.Tag.pt2_compliant_tag,))
         # Merging waits for statistics wherever they are.
-        torch.library.impl(operator, "default" if name == "merge" else "cpu")(kernel)
+        torch.library.impl(operator, "default" if name == "merge_into" else "cpu")(kernel)
         torch.library.register_fake(operator)(fake)
+        if batched is not None:
+            torch.library.register_vmap(operator, batched)
 
 
 _define()

@@ -17,8 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import ShapeError
 from ...moments import Moments
-from .. import functional, kernels
-from ..kernels import Form, NonFiniteError
+from .. import functional, native
+from ..contract import Config as Form
+from ..contract import NonFiniteError, values_per_example
 from ..modules import Layer
 from .report import LayerShift
 
@@ -42,7 +43,7 @@ class Input:
         self.x = x
         self.moments = functional.measure(x, mask)
         if mask is None:
-            self.values = x.shape[0] * kernels.values_per_example(x)
+            self.values = x.shape[0] * values_per_example(x)
         else:
             self.values = int(torch.count_nonzero(functional.as_weights(mask, x)))
 
@@ -84,7 +85,7 @@ class Target:
             handle = self.layer.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
             return
-        name = "_layer" if isinstance(self.layer, Layer) else "_check_input_dim"
+        name = "_normalize" if isinstance(self.layer, Layer) else "_check_input_dim"
         look = self._instead_of_layer if isinstance(self.layer, Layer) else self._after_check
         own, inner = self.layer.__dict__.get(name), getattr(self.layer, name)
         self.layer.__dict__[name] = partial(look, visit, inner)
@@ -113,7 +114,7 @@ class Target:
         rest = form, residual, mask
         if seen is not None and seen.values > 1 and form.group_size:
             return inner(x, mean, var, weight, bias, True, *rest)
-        pair = self._to_use(seen, wide=kernels.fits(x)) or (mean, var)
+        pair = self._to_use(seen, wide=native.supports(x)) or (mean, var)
         return inner(x, *pair, weight, bias, False, *rest)
 
     def _after_check(self, visit: Visit, inner: Callable[[Tensor], None], x: Tensor) -> None:

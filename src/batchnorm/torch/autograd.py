@@ -1,0 +1,206 @@
+"""Derivatives of the layer: one Function for all eager calls, and the operators' derivatives.
+
+Reductions over processes sit between kernels, as in inplace_abn: before `normalize` in the caller,
+and between `backward_sums` and `backward` in `BatchNormFunction`. Where a derivative is to be
+differentiated, or a transform or forward mode is at work, `portable` takes over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import native, operators, portable
+from .contract import IDENTITY, Config, Needs, saved_y
+from .internals import below_autograd, is_compiling, is_direct, is_transformed, is_vmapped_gradient
+
+
+class Call:
+    """What a call is besides its differentiable tensors.
+
+    Attributes
+    ----------
+    backend : module
+        `native`, `portable`, or `operators`, which stands in between for torch.
+    config : Config
+    mask : (N, *S) or None
+    statistics : (groups, 5, C) or None
+        What normalizes; the forward pass measures it where it is None.
+    measured : bool
+        Whether it depends on x.
+    reduce : callable or None
+        Adds the two sums of the backward pass up over all processes, in place.
+    """
+
+    __slots__ = ("backend", "config", "mask", "measured", "reduce", "statistics")
+
+    def __init__(
+        self,
+        backend: ModuleType,
+        config: Config,
+        mask: Tensor | None,
+        statistics: Any = None,
+        measured: bool = True,
+        reduce: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self.backend = backend
+        self.config = config
+        self.mask = mask
+        self.statistics = statistics
+        self.measured = measured
+        self.reduce = reduce
+
+    def tensor(self) -> Tensor:
+        """The statistics as torch knows them."""
+        s = self.statistics
+        return torch.from_numpy(s) if isinstance(s, np.ndarray) else s
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """The layer in eager mode, a function of x, weight, bias, residual and call.
+
+    It uses the older protocol of Functions: that with `setup_context` costs several times as much.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        call: Call,
+    ) -> Any:
+        tensors = (weight, bias, residual, call.mask)
+        if call.statistics is None:
+            y, call.statistics = call.backend.forward(x, *tensors, call.config)
+        else:
+            y = call.backend.normalize(x, call.statistics, *tensors, call.config)
+        ctx.save_for_backward(x, weight, bias, saved_y(y, residual, call.config))
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:  # noqa: D102
+        call = ctx.call
+        if call.reduce is not None:
+            return _reduced_backward(ctx, grad_y)
+        saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        if _is_differentiated_again(grad_y):
+            x, weight, bias, y = saved
+            rest = (weight, bias, y, call.mask, call.config, call.measured, needs)
+            return (*portable.gradients(grad_y, x, call.tensor(), *rest), None)
+        return (*_through(_gradients, call, grad_y, saved, needs), None)
+
+
+@once_differentiable  # its sums are those of other processes, too
+def _reduced_backward(ctx: Any, grad_y: Tensor) -> Any:
+    needs = ctx.needs_input_grad[:4]
+    return (*_through(_reduced_gradients, ctx.call, grad_y, ctx.saved_tensors, needs), None)
+
+
+def _through(run: Any, call: Call, grad_y: Tensor, saved: Any, needs: Needs) -> Any:
+    """The gradients of `run`, but for a residual's that is grad_y itself."""
+    if grad_y.dtype != saved[0].dtype:
+        grad_y = grad_y.to(saved[0].dtype)
+    passes = needs[3] and call.config.activation == IDENTITY and call.mask is None
+    needs = (needs[0], needs[1], needs[2], needs[3] and not passes)
+    a, b, c, d = run(call, grad_y, saved, needs)
+    return a, b, c, grad_y if passes else d
+
+
+def _is_differentiated_again(grad_y: Tensor) -> bool:
+    if is_vmapped_gradient(grad_y):
+        return True
+    return not is_compiling() and (torch.is_grad_enabled() or is_transformed())
+
+
+def _gradients(call: Call, grad_y: Tensor, saved: Any, needs: Needs) -> Any:
+    x, weight, bias, y = saved
+    backend, statistics = call.backend, call.statistics
+    if backend is native and not is_direct(grad_y, *saved):
+        backend, statistics = operators, call.tensor()
+    rest = (weight, bias, y, call.mask, call.config, call.measured, needs)
+    return backend.gradients(grad_y, x, statistics, *rest)
+
+
+def _reduced_gradients(call: Call, grad_y: Tensor, saved: Any, needs: Needs) -> Any:
+    """Gradients with sums over all processes between the two kernels of the backward pass."""
+    x, weight, bias, y = saved
+    backend, statistics = call.backend, call.statistics
+    rest = (weight, bias, y, call.mask, call.config)
+    sums = backend.backward_sums(grad_y, x, statistics, *rest)
+    own_bias, own_weight = sums.clone()
+    # Others may need these for their x, though this process needs no gradient: it may be empty.
+    if needs[0] or needs[1] or needs[2]:
+        assert call.reduce is not None
+        call.reduce(sums)
+    grad_x = grad_residual = None
+    if needs[0] or needs[3]:
+        grad_x, grad_residual = backend.backward(grad_y, x, statistics, sums, *rest, needs[3])
+    return (
+        grad_x if needs[0] else None,
+        own_weight.to(weight.dtype) if weight is not None and needs[1] else None,
+        own_bias.to(bias.dtype) if bias is not None and needs[2] else None,
+        grad_residual,
+    )
+
+
+# Untyped in torch's stubs, and looked up once.
+apply: Callable[..., Tensor] = BatchNormFunction.apply
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a call on these is recorded for a backward pass."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+# ---- operators ----------------------------------------------------------------------------------
+
+
+def _forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    weight, bias, residual, mask = others[:4]
+    config = Config(*others[4:])
+    if is_transformed():
+        return portable.forward(x, weight, bias, residual, mask, config)
+    if not is_differentiated(x, weight, bias, residual):
+        with below_autograd():
+            return operators.forward(x, weight, bias, residual, mask, config)
+    call = Call(operators, config, mask)
+    y = apply(x, weight, bias, residual, call)
+    return y, call.statistics
+
+
+def _normalize(x: Tensor, statistics: Tensor, *others: Any) -> Tensor:
+    weight, bias, residual, mask = others[:4]
+    config = Config(*others[4:])
+    if is_transformed():
+        return portable.normalize(x, statistics, weight, bias, residual, mask, config)
+    if not is_differentiated(x, weight, bias, residual):
+        with below_autograd():
+            return operators.normalize(x, statistics, weight, bias, residual, mask, config)
+    return apply(x, weight, bias, residual, Call(operators, config, mask, statistics, False))
+
+
+def _update_running(*arguments: Any) -> None:
+    with below_autograd():
+        torch.ops.batchnorm.update_running(*arguments)
+
+
+for _name, _kernel in (
+    ("forward", _forward),
+    ("normalize", _normalize),
+    ("update_running", _update_running),
+):
+    torch.library.impl(f"batchnorm::{_name}", "Autograd")(_kernel)

@@ -1,0 +1,83 @@
+"""torch's internals that are used here, each behind a name that says what for.
+
+All were checked with torch 2.13.0, the pinned version, and exist since 2.4. Nothing else in this
+package imports from ``torch._C``, ``torch._functorch`` or other private modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+
+is_compiling = torch.compiler.is_compiling
+
+# With these types a tensor is what it seems.
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_direct(*tensors: Tensor | None) -> bool:
+    """True if no compiler, tracer, dispatch mode, transform or subclass must see the call.
+
+    Then kernels may take the tensors by their addresses, without torch's dispatcher, which costs
+    several times as much as a small kernel.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for t in tensors:  # noqa: SIM110 (a generator takes twice as long)
+        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+            return False
+    return True
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` transforms or forward mode derivatives are at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_vmapped_gradient(t: Tensor) -> bool:
+    """Whether this is a gradient of ``torch.autograd.grad(is_grads_batched=True)``."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(t))
+
+
+def is_tracing() -> bool:
+    """Whether `torch.jit.trace` records: to compare a size would fix it."""
+    return torch._C._get_tracing_state() is not None
+
+
+def is_recomputing() -> bool:
+    """Whether a backward pass is running: a forward inside it is checkpointing's second one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def below_autograd() -> Any:
+    """A context in which operators are called without their derivatives."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """The format that torch's batch norm gives its output."""
+    if x.is_contiguous():
+        return torch.contiguous_format
+    return suggest_memory_format(x)
+
+
+def has_dispatch_modes() -> bool:
+    """Whether a dispatch mode sees every operator of this thread."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def function_modes() -> list[Any]:
+    """The function modes that see every call of this thread."""
+    modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    return modes

@@ -1,0 +1,424 @@
+"""The back end of torch's own operations: any device, any transformation, any derivative.
+
+It has the functions of `contract`, composed from differentiable operations, for what the core
+does not do: other devices, derivatives of derivatives, forward mode, `torch.func`. On a CPU, where
+speed is the core's business, it computes in float64; elsewhere in float32 (or wider, if x is), with
+sums in float64 and the mean subtracted in two parts, so that none of its digits are lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import ShapeError
+from .contract import (
+    DOF,
+    IDENTITY,
+    LEAKY_RELU,
+    RELU,
+    Config,
+    Gradients,
+    Needs,
+    groups_of,
+)
+from .internals import is_transformed
+
+# ---- the contract -------------------------------------------------------------------------------
+
+
+def moments(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Statistics of x, as one group, on its device and without waiting for it."""
+    axes = _all_but_channels(x)
+    if mask is None:
+        w: Tensor | None = None
+        values = _widened(x)
+        n = x.numel() // max(x.shape[1], 1)
+        count = torch.full((), n, dtype=torch.float64, device=x.device)
+        dof = (count - 1).clamp(min=0)
+    else:
+        w = mask.unsqueeze(1)
+        values = torch.where(w > 0, _widened(x), 0.0)
+        count, dof = _count_of(mask)
+        w = w.to(values.dtype)
+
+    def mean_of(v: Tensor) -> Tensor:
+        total = (v if w is None else v * w).sum(axes, keepdim=True, dtype=torch.float64)
+        return total / torch.where(count > 0, count, 1.0)
+
+    mean = mean_of(values)
+    high = mean.to(values.dtype)
+    centered = values - high
+    low = mean_of(centered)  # what the sum has rounded, and what `high` leaves of the mean
+    var = mean_of(centered * centered) - low * low
+    high = high.double()
+    mean = high + low
+    rows = (count, mean, (high - mean) + low, var * count, dof)
+    return torch.stack([row.expand_as(mean).flatten() for row in rows])[None]
+
+
+def given(mean: Tensor, var: Tensor) -> Tensor:
+    """Statistics that are given."""
+    mean, var = mean.double(), var.double()
+    zero = torch.zeros_like(mean)
+    return torch.stack([zero + 1, mean, zero, var, zero])[None]
+
+
+def normalize(
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    config: Config,
+) -> Tensor:
+    """Normalize x by statistics."""
+    ys = []
+    for k, part in _parts(x, config.group_size):
+        xs = _visible(x[part], _of(mask, part))  # what is hidden has no part in gradients either
+        x_hat, _ = _normalized(xs, statistics[min(k, len(statistics) - 1)], config.eps)
+        z = _affine(x_hat, weight, bias)
+        z = z if residual is None else z + residual[part].to(z.dtype)
+        ys.append(_visible(_activated(z, config), _of(mask, part)))
+    return _joined(ys).to(x.dtype)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    config: Config,
+) -> tuple[Tensor, Tensor]:
+    """Normalize x by its own statistics; also return these, detached."""
+    groups = [moments(x[part], _of(mask, part)) for _, part in _parts(x, config.group_size)]
+    statistics = _joined(groups)
+    return normalize(x, statistics, weight, bias, residual, mask, config), statistics.detach()
+
+
+def backward_sums(
+    grad_y: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    config: Config,
+) -> Tensor:
+    """Σ grad_z and Σ grad_z·x̂, (2, C) float64, of one group."""
+    grad_z, x_hat, _ = _grad_z(grad_y, x, statistics[0], weight, bias, y, mask, config)
+    return _sums(grad_z, x_hat)
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    sums: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    config: Config,
+    need_residual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients with respect to x and residual, of one group whose sums are given."""
+    parts = _grad_z(grad_y, x, statistics[0], weight, bias, y, mask, config)
+    grad_x = _grad_x(*parts, sums, statistics[0], weight, mask)
+    return grad_x.to(x.dtype), parts[0].to(x.dtype) if need_residual else None
+
+
+def gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    statistics: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    config: Config,
+    measured: bool,
+    needs: Needs,
+) -> Gradients:
+    """Gradients that can be differentiated themselves; statistics that are `measured` anew."""
+    grads_x, grads_z, all_sums = [], [], []
+    for k, part in _parts(x, config.group_size):
+        xs, masks = x[part], _of(mask, part)
+        if measured:
+            group = moments(xs, masks)[0]
+        else:
+            assert statistics is not None
+            group = statistics[min(k, len(statistics) - 1)]
+        grad_z, x_hat, inv_std = _grad_z(
+            grad_y[part], xs, group, weight, bias, _of(y, part), masks, config
+        )
+        sums = _sums(grad_z, x_hat)
+        shared = sums if measured else None
+        grads_x.append(_grad_x(grad_z, x_hat, inv_std, shared, group, weight, masks))
+        grads_z.append(grad_z)
+        all_sums.append(sums)
+    of_bias, of_weight = sum(all_sums[1:], all_sums[0])
+    return (
+        _joined(grads_x).to(x.dtype) if needs[0] else None,
+        of_weight.to(weight.dtype) if needs[1] and weight is not None else None,
+        of_bias.to(bias.dtype) if needs[2] and bias is not None else None,
+        _joined(grads_z).to(x.dtype) if needs[3] else None,
+    )
+
+
+def merge(statistics: Tensor) -> Tensor:
+    """Statistics of several groups as those of one, without waiting for the device.
+
+    `Moments.merge` in tensors: Chan, Golub & LeVeque (1979), with the correction of the two-pass
+    algorithm.
+    """
+    if len(statistics) == 1:
+        return statistics
+    counts, means, lows, m2s, _ = statistics.unbind(1)
+    count, dof = _count_of_groups(statistics)
+    share = counts / torch.where(count > 0, count, 1.0)
+    means = torch.where(counts > 0, means + lows, 0.0)
+    mean = (means * share).sum(0)
+    mean = mean + (torch.where(counts > 0, means - mean, 0.0) * share).sum(0)
+    # To the mean as it is now: equal parts differ by nothing then, and no square is subtracted.
+    delta = torch.where(counts > 0, means - mean, 0.0)
+    m2 = (m2s + counts * (delta * delta)).sum(0)
+    return torch.stack([count, mean, torch.zeros_like(mean), m2, dof])[None]
+
+
+def update_running(
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor | None,
+    nonfinite: Tensor | None,
+    statistics: Tensor,
+    momentum: float | None,
+    propagate: bool,
+    count_empty: bool,
+) -> Tensor:
+    """`native.update_running` on any device, without waiting for it.
+
+    A batch that is left out is counted in `nonfinite`. Returns, per channel, whether its
+    statistics are finite as the buffers hold them.
+    """
+    with torch.no_grad():
+        count, mean, _, m2, dof = merge(statistics)[0]
+        unbiased = m2 / torch.where(dof > 0, dof, 1.0)
+        mean, unbiased = mean.to(running_mean.dtype), unbiased.to(running_var.dtype)
+        finite: Tensor = mean.isfinite() & unbiased.isfinite()
+        used = torch.ones_like(finite.all()) if propagate else finite.all()
+        if nonfinite is not None:
+            nonfinite.add_(~used)
+        if not count_empty:
+            used = used & (count > 0).any()
+        if tracked is not None:
+            tracked.add_(used)
+        for running, new in ((running_mean, mean), (running_var, unbiased)):
+            if momentum is not None:
+                share: Tensor | float = momentum
+            else:
+                share = 1.0 if tracked is None else 1.0 / tracked.to(new.dtype)
+            moved = running * (1 - share) + share * new
+            running.copy_(torch.where(used & (dof > 0), moved, running))
+    return finite
+
+
+# ---- what follows the normalization -------------------------------------------------------------
+
+
+def finish(y: Tensor, residual: Tensor | None, mask: Tensor | None, config: Config) -> Tensor:
+    """Add a residual that cannot be added in the same pass, activate, and hide what is masked."""
+    if residual is not None:
+        check_residual(y, residual)
+        y = y + residual
+    return _visible(_activated(y, config), mask)
+
+
+def check_residual(x: Tensor, residual: object) -> None:
+    """Raise if a residual does not broadcast with x."""
+    shape = getattr(residual, "shape", ())
+    try:
+        torch.broadcast_shapes(x.shape, shape)  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        raise ShapeError(
+            f"residual must broadcast with input, {tuple(x.shape)}, got {tuple(shape)}."
+        ) from None
+
+
+def _activated(z: Tensor, config: Config) -> Tensor:
+    if config.activation == RELU:
+        return F.relu(z)
+    if config.activation == LEAKY_RELU:
+        return F.leaky_relu(z, config.slope)
+    return z
+
+
+def _activation_gradient(z: Tensor, config: Config) -> Tensor | float:
+    """The activation's derivative at z; for all but curved ones also at y, which has its sign."""
+    if config.activation == IDENTITY:
+        return 1.0
+    below = 0.0 if config.activation == RELU else config.slope
+    return torch.where(z > 0, torch.ones_like(z), below)
+
+
+# ---- pieces -------------------------------------------------------------------------------------
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [a for a in range(x.dim()) if a != 1]
+
+
+def _widened(x: Tensor) -> Tensor:
+    wide = torch.float64 if x.is_cpu else torch.promote_types(x.dtype, torch.float32)
+    return x.to(wide)
+
+
+def _column(v: Tensor, x: Tensor) -> Tensor:
+    """A per-channel vector beside x, in its type."""
+    return v.to(x.dtype).view([-1 if a == 1 else 1 for a in range(x.dim())])
+
+
+def _visible(v: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero where the mask hides, whatever is there."""
+    return v if mask is None else torch.where(mask.unsqueeze(1) > 0, v, 0.0)
+
+
+def _parts(x: Tensor, group_size: int) -> Iterator[tuple[int, slice]]:
+    """Number and examples of each group."""
+    number = groups_of(x, group_size)
+    for k in range(number):
+        yield k, slice(k * group_size, (k + 1) * group_size if k + 1 < number else None)
+
+
+def _of(t: Tensor | None, part: slice) -> Tensor | None:
+    return None if t is None else t[part]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _count_of(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Σw and Σw - Σw²/Σw of all weights, the latter by pairs, so that nothing cancels."""
+    w = weights.flatten().double()
+    count = w.sum()
+    before = (w.cumsum(0) - w) / torch.where(count > 0, count, 1.0)
+    return count, 2 * (w * before).sum()
+
+
+def _count_of_groups(statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """Count and degrees of freedom of all groups together, (C,); as `Moments` merges them."""
+    counts, dofs = statistics[:, 0], statistics[:, DOF]
+    count = counts[0]
+    dof = dofs[0]
+    for c, d in zip(counts[1:], dofs[1:], strict=True):
+        total = count + c
+        across = c * (count - dof) + count * (c - d)
+        dof = dof + d + across / torch.where(total > 0, total, 1.0)
+        count = total
+    return count, dof
+
+
+def _normalized(x: Tensor, group: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x̂ by the statistics of one group, and 1 / std of each channel, in the type of the work."""
+    x = _widened(x)
+    count, mean, low, m2, _ = group
+    # Nothing measured: any variance will do, for there is nothing to normalize.
+    var = torch.where(count > 0, m2 / torch.where(count > 0, count, 1.0), 1.0)
+    high = mean.to(x.dtype)
+    rest = (mean - high) + low
+    inv_std = _column((var + eps).rsqrt(), x)
+    return (x - _column(high, x) - _column(rest, x)) * inv_std, inv_std
+
+
+def _affine(x_hat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    z = x_hat if weight is None else x_hat * _column(weight, x_hat)
+    return z if bias is None else z + _column(bias, z)
+
+
+def _grad_z(
+    grad_y: Tensor,
+    x: Tensor,
+    group: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    mask: Tensor | None,
+    config: Config,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient before the activation, and x̂, zero where the mask hides; and 1 / std."""
+    if mask is not None:
+        x = _visible(x, mask)
+    x_hat, inv_std = _normalized(x, group, config.eps)
+    z = _affine(x_hat, weight, bias) if y is None else y.to(x_hat.dtype)
+    grad_z = _visible(grad_y.to(x_hat.dtype), mask) * _activation_gradient(z, config)
+    return grad_z, _visible(x_hat, mask), inv_std
+
+
+def _sums(grad_z: Tensor, x_hat: Tensor) -> Tensor:
+    axes = _all_but_channels(grad_z)
+    return torch.stack([v.sum(axes, dtype=torch.float64) for v in (grad_z, grad_z * x_hat)])
+
+
+def _grad_x(
+    grad_z: Tensor,
+    x_hat: Tensor,
+    inv_std: Tensor,
+    sums: Tensor | None,
+    group: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """∂x from ∂z and its two channel sums; without sums the statistics do not depend on x."""
+    if sums is not None:
+        count = group[0]
+        level, tilt = (_column(v, grad_z) for v in sums / torch.where(count > 0, count, 1.0))
+        share = level + x_hat * tilt
+        grad_z = grad_z - (share if mask is None else share * mask.unsqueeze(1).to(grad_z.dtype))
+    return _affine(inv_std * grad_z, weight, None)
+
+
+# ---- torch's own batch norm, where nothing is asked that it does not have -----------------------
+
+
+def forward_by_torch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    config: Config,
+) -> tuple[Tensor, Tensor]:
+    """`forward` by the device's own kernels where they can, with the accuracy that they have."""
+    if mask is not None:
+        return forward(x, weight, bias, residual, mask, config)
+    ys, groups = [], []
+    for _, part in _parts(x, config.group_size):
+        y, group = _group_by_torch(x[part], weight, bias, config.eps)
+        ys.append(y)
+        groups.append(group)
+    return finish(_joined(ys), residual, None, config), torch.stack(groups)
+
+
+def _group_by_torch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    n = x.numel() // max(x.shape[1], 1)
+    if is_transformed():
+        y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+        var, mean = torch.var_mean(x.detach().to(wide), _all_but_channels(x), correction=0)
+    else:
+        # What a momentum of one leaves in the running statistics are the batch's.
+        mean, var = torch.zeros((2, x.shape[1]), dtype=wide, device=x.device)
+        var += 1
+        y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
+        var = var * ((n - 1) / n) if n else var
+    zero = torch.zeros_like(mean)
+    return y, torch.stack([zero + n, mean, zero, var * n, zero + max(n - 1, 0)]).double()

@@ -1,0 +1,125 @@
+"""Running statistics: what is done with a batch's statistics, by either back end.
+
+The rule itself is the core's (`csrc/layer.cpp`, which the NumPy layer uses too) and, in torch's
+operations, that of `portable.update_running`: the averages take up the mean and the unbiased
+variance m2 / dof, of a batch whose statistics are finite as the buffers hold them.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import native, portable
+from .contract import M2, MEAN, NonFiniteError
+
+_merging = threading.Lock()
+
+
+def update_native(
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor | None,
+    nonfinite: Tensor | None,
+    statistics: native.Statistics,
+    momentum: float | None,
+    on_nonfinite: str,
+    count_empty: bool,
+    name: str,
+) -> None:
+    """Bring one batch into the running statistics, in place.
+
+    Parameters
+    ----------
+    nonfinite : () int64
+        Counts batches that are left out because they are not finite.
+    on_nonfinite : "skip", "raise" or "propagate"
+    name : str
+        Of the layer, for messages.
+    running_mean, running_var, tracked, statistics, momentum, count_empty
+        As in `native.update_running`.
+    """
+    propagate = on_nonfinite == "propagate"
+    bad = native.update_running(
+        running_mean, running_var, tracked, statistics, momentum, propagate, count_empty
+    )
+    if bad >= 0 and not propagate:
+        _report(native.merge(statistics), bad, on_nonfinite, nonfinite, name)
+
+
+def update_portable(
+    running_mean: Tensor,
+    running_var: Tensor,
+    tracked: Tensor | None,
+    nonfinite: Tensor | None,
+    statistics: Tensor,
+    momentum: float | None,
+    on_nonfinite: str,
+    count_empty: bool,
+    name: str,
+) -> None:
+    """`update_native` on another device, which is waited for only if it is to raise."""
+    if running_mean.is_meta:
+        return
+    policy = (momentum, on_nonfinite == "propagate", count_empty)
+    if on_nonfinite == "raise":
+        # On copies first: a call that raises changes nothing.
+        mean, var = running_mean.clone(), running_var.clone()
+        finite = portable.update_running(mean, var, None, None, statistics, 1.0, *policy[1:])
+        if not bool(finite.all()):
+            bad = int(torch.nonzero(~finite)[0])
+            merged = portable.merge(statistics).cpu().numpy()
+            _report(merged, bad, on_nonfinite, None, name)
+    portable.update_running(running_mean, running_var, tracked, nonfinite, statistics, *policy)
+
+
+def merge_into(
+    total: Tensor,
+    statistics: native.Statistics,
+    nonfinite: Tensor | None,
+    on_nonfinite: str,
+    name: str,
+) -> None:
+    """Merge a batch's statistics into `total`, (1, 5, C), in place; as `update_native`."""
+    batch = native.merge(statistics)
+    bad = np.flatnonzero(~np.isfinite(batch[0]).all(0))
+    if len(bad) and on_nonfinite != "propagate":
+        _report(batch, int(bad[0]), on_nonfinite, nonfinite, name)
+        return
+    with _merging, torch.no_grad():  # forwards of several threads must not lose each other's
+        both = native.merge(np.concatenate([total.detach().cpu().numpy(), batch]))
+        total.copy_(torch.from_numpy(both))
+
+
+def _report(
+    statistics: native.Statistics,
+    channel: int,
+    on_nonfinite: str,
+    nonfinite: Tensor | None,
+    name: str,
+) -> None:
+    """Raise, or count and warn the first time."""
+    count, mean, m2 = statistics[0, [0, MEAN, M2], channel]
+    what = (
+        f"{name}: the batch's statistics are not finite, or too large for the running statistics "
+        f"(channel {channel}: mean {mean:.6g}, variance {m2 / max(count, 1):.6g})"
+    )
+    if on_nonfinite == "raise":
+        raise NonFiniteError(
+            f"{what}. Look for an overflow or a division by zero before this layer; "
+            "on_nonfinite='skip' leaves such batches out of the running statistics."
+        )
+    if nonfinite is not None:
+        nonfinite.add_(1)
+        if int(nonfinite) > 1:
+            return
+    warnings.warn(
+        f"{what}; the running statistics leave it out. Further such batches are only counted, in "
+        "nonfinite_batches.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
