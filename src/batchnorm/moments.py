@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core, native
-from .errors import ArgumentError, ShapeError
+from .errors import ArgumentError, DTypeError, ShapeError
 
 __all__ = ["Moments"]
 
@@ -102,7 +103,7 @@ class Moments:
         ----------
         x : (N, C, *S)
             Any strides; channel-first and channel-last are read in place. A Dask array is measured
-            chunk by chunk, on whatever runs it.
+            chunk by chunk by the scheduler in use, with NaN for masked values.
         channel_axis : int
             The axis that is kept.
         weights : broadcasts to (N, *S)
@@ -124,9 +125,7 @@ class Moments:
             `x` or `weights` are not real numbers.
         """
         if is_dask(x):
-            from .dataset.cluster import moments_of_array
-
-            return moments_of_array(x, channel_axis, weights)
+            return _of_dask_array(x, channel_axis, weights)
         values = native.aligned(native.as_values(x))
         axis = native.channel_axis_of(values, channel_axis)
         w = None if weights is None else native.as_weights(weights, values, axis)
@@ -221,8 +220,54 @@ class Moments:
 
 
 def is_dask(x: object) -> bool:
-    """Whether this is one of Dask's collections; Dask is not needed to tell."""
+    """Whether `x` is a Dask collection, told without importing Dask."""
     return hasattr(x, "__dask_graph__")
+
+
+def dask_channel_axis(x: Any, channel_axis: int) -> int:
+    """`channel_axis` counted from the front; checks that `x` is a Dask array of real numbers."""
+    # A delayed value has every attribute that it is asked for, so look at the type of one.
+    if not (hasattr(x, "map_blocks") and isinstance(x.dtype, np.dtype)):
+        raise DTypeError(
+            f"x must be an array, got {type(x).__module__}.{type(x).__name__}. "
+            "A Dask DataFrame becomes one by x.to_dask_array(lengths=True)."
+        )
+    if x.dtype.kind not in "iub" and not native.is_supported(x.dtype.newbyteorder("=")):
+        raise DTypeError(f"x must be real numbers, got a Dask array of {x.dtype}.")
+    axis = native.channel_axis_of(x, channel_axis)
+    if np.isnan(x.shape[axis]):
+        raise ShapeError(
+            f"x must have a known number of features, got shape {x.shape}. "
+            "Call x.compute_chunk_sizes() first."
+        )
+    return axis
+
+
+def _of_dask_array(x: Any, channel_axis: int, weights: object) -> Moments:
+    """Measure and merge on the scheduler in use, by methods of the array: Dask is not imported."""
+    axis = dask_channel_axis(x, channel_axis)
+    if weights is not None:
+        raise ArgumentError(
+            "weights must be None for a Dask array, whose chunks are measured one by one. "
+            "Replace missing values by NaN and call batchnorm.dataset.measure(x, missing='skip')."
+        )
+    chunks = tuple((1,) * n for n in x.numblocks)
+    meta = np.empty((0,) * x.ndim, object)
+    parts = x.map_blocks(_of_chunk, axis, dtype=object, chunks=chunks, meta=meta)
+    others = tuple(k for k in range(x.ndim) if k != axis)
+    merged = parts.sum(axis=others, dtype=object).compute()  # one for each run of channels
+    mean, m2 = (np.concatenate([getattr(m, name) for m in merged]) for name in ("mean", "m2"))
+    return Moments(merged[0].count, mean, m2)
+
+
+def _of_chunk(chunk: Any, axis: int) -> NDArray[Any]:
+    """Moments of a chunk, as an array of one object, which Dask can add up."""
+    if isinstance(chunk, np.ma.MaskedArray):
+        chunk = chunk.astype(np.float64).filled(np.nan)
+    values = chunk.astype(chunk.dtype.newbyteorder("="), copy=False)
+    part = np.empty((1,) * chunk.ndim, object)
+    part[(0,) * chunk.ndim] = Moments.of(values, channel_axis=axis)
+    return part
 
 
 def measured(count: float, mean: Float64, m2: Float64, dof: float) -> Moments:
