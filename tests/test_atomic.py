@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from batchnorm.atomic import check_place, replacing, writing
+from batchnorm.atomic import check_place, explain_write_errors, replacing
 from batchnorm.errors import ArgumentError
 
 
@@ -24,19 +24,19 @@ def test_replacing_leaves_what_was_there_when_the_block_raises(tmp_path):
     assert [(p.name, p.read_text()) for p in path.parent.iterdir()] == [("x", "earlier")]
 
 
-def test_writing_names_the_file_and_the_reason(tmp_path):
+def test_explain_write_errors_names_the_file_and_the_reason(tmp_path):
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "x"
     said = "file/x: cannot be written .*Make room, or name another"
-    with pytest.raises(ArgumentError, match=said), writing(path), replacing(path):
+    with pytest.raises(ArgumentError, match=said), explain_write_errors(path), replacing(path):
         pytest.fail("there is no such folder")
     said = r"x: cannot be written \(No space left on device\)"
-    with pytest.raises(ArgumentError, match=said), writing(tmp_path / "x"):
+    with pytest.raises(ArgumentError, match=said), explain_write_errors(tmp_path / "x"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_writing_passes_on_that_the_reader_of_a_pipe_has_gone(tmp_path):
-    with pytest.raises(BrokenPipeError), writing(tmp_path / "x"):
+def test_explain_write_errors_passes_on_that_the_reader_of_a_pipe_has_gone(tmp_path):
+    with pytest.raises(BrokenPipeError), explain_write_errors(tmp_path / "x"):
         raise BrokenPipeError
 
 

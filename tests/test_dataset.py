@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm import Moments, _core, dataset
-from batchnorm.dataset import Statistics, block, journal, measuring, sources
+from batchnorm.dataset import Statistics, journal, measuring, parts
+from batchnorm.dataset.sources import array_files, blocks, prefetch
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 
 # Float64 sums of n ≤ 1e4 values, in any order, about a value of the data: n·u with room.
@@ -23,8 +24,8 @@ ROUNDING = 1e-12
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 64 float32, so that small files have many."""
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(sources, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(array_files, "BLOCK_ROWS", 1)
 
 
 def exact(x, axis=1):
@@ -95,8 +96,8 @@ def test_measure_counts_what_is_missing_however_blocks_are_cut(
     x[rng.random(x.shape) < gaps] = np.nan
     path = saved(tmp_path_factory.mktemp("x") / "x.npy", x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "BLOCK_BYTES", block)
-        patch.setattr(sources, "BLOCK_ROWS", 1)
+        patch.setattr(blocks, "BLOCK_BYTES", block)
+        patch.setattr(array_files, "BLOCK_ROWS", 1)
         found = dataset.measure(path, missing="skip")
     assert_exact(found, x)
     np.testing.assert_array_equal(found.missing, np.isnan(x).sum(0))
@@ -171,7 +172,7 @@ def test_measure_leaves_statistics_in_a_folder_out_and_says_so(tmp_path, monkeyp
     first = dataset.measure(tmp_path, out="sub/s.npz")  # another name of what lies in the folder
     notes = []
     assert dataset.measure(tmp_path, out="sub/s.npz", note=notes.append) == first
-    assert notes == [f"{tmp_path / 'sub' / 's.npz'} holds statistics and no data: left out"]
+    assert notes == [f"skipped {tmp_path / 'sub' / 's.npz'}: it holds saved statistics, not data"]
     dataset.normalize(tmp_path, first, tmp_path.with_name("y"), note=notes.append)
     assert len(notes) == 2
 
@@ -186,9 +187,9 @@ def test_measure_refuses_to_write_over_what_it_reads(given, out, tmp_path, monke
     before = Path("data/x.npz").read_bytes()
     Path("x.npz").symlink_to("data/x.npz")
     Path("link.npz").symlink_to("x.npz")
-    with pytest.raises(ArgumentError, match="out must not be a file that is read|named twice"):
+    with pytest.raises(ArgumentError, match="out must not be one of the input files|named twice"):
         dataset.measure(given, out=out)
-    with pytest.raises(ArgumentError, match="out must not be a file that is read"):
+    with pytest.raises(ArgumentError, match="out must not be one of the input files"):
         dataset.measure("data", out=out)
     assert Path("data/x.npz").read_bytes() == before
 
@@ -256,7 +257,9 @@ def test_masked_values_are_missing(dtype, rng, small_blocks):
 def test_measure_refuses_missing_values_and_says_where(tmp_path, small_blocks):
     x = np.ones((100, 4))
     x[50, 2] = x[51, 2] = np.nan
-    with pytest.raises(ArgumentError, match=r"x\.npy.* NaN in feature 2 at index \(50, 2\), 2 in"):
+    with pytest.raises(
+        ArgumentError, match=r"x\.npy.* NaN in feature 2 at index \(50, 2\); 2 of 8 "
+    ):
         dataset.measure(saved(tmp_path / "x.npy", x))
 
 
@@ -376,13 +379,13 @@ def _flagged(byte, value):
         ("x.npy", lambda p: p.write_bytes(b"text"), "NumPy's format"),
         ("x.npy", lambda p: p.write_bytes(b""), "NumPy's format"),
         ("x.npy", _cut_short, r"must have 928 bytes .* got 500.*cut short"),
-        ("x.npz", _no_zip, r"must be a \.npz file"),
+        ("x.npz", _no_zip, r"must be a valid \.npz file"),
         ("x.npz", _two, "must hold one array.*2: a, b"),
-        ("x.npz", _damaged, r"must be a \.npz file, and is not or is damaged"),
-        ("x.npz", lambda p: _damaged(p, np.savez_compressed), "and is not or is damaged"),
+        ("x.npz", _damaged, r"must be a valid \.npz file, but is damaged"),
+        ("x.npz", lambda p: _damaged(p, np.savez_compressed), "but is damaged or of another kind"),
         ("x.txt", lambda p: p.write_text("1"), r"must be a \.npy, \.npz, \.csv or \.parquet"),
         ("x.npy", lambda p: None, "there is no such file"),
-        ("x.npy", lambda p: p.mkdir(), "holds none"),
+        ("x.npy", lambda p: p.mkdir(), "must contain .* got none"),
         ("x.npy", _header_of((0, 10**13)), "at most 10,000,000 features.*channel_axis"),
         ("x.npy", _header_of((2, -3)), r"NumPy's format.*shape \(2, -3\)"),
         ("x.npy", _two_in_one, "must have 160 bytes .* got 320.*files of their own"),
@@ -884,7 +887,7 @@ def test_normalize_of_a_folder_refuses_to_write_over_another_of_its_files(tmp_pa
     saved(tmp_path / "x" / "a.npy", np.eye(3))
     kept = saved(tmp_path / "y" / "a.npy", np.eye(3))
     (tmp_path / "x" / "b.npy").symlink_to(kept)
-    with pytest.raises(ArgumentError, match=r"out must not be a file that is read.*b\.npy"):
+    with pytest.raises(ArgumentError, match=r"out must not be one of the input files.*b\.npy"):
         dataset.normalize(tmp_path / "x", dataset.measure(np.eye(3)), tmp_path / "y")
     np.testing.assert_array_equal(np.load(kept), np.eye(3))
 
@@ -944,7 +947,7 @@ def test_normalize_refuses_unusable_arguments(tmp_path):
     found = dataset.measure(path)
     cases = [
         ((path, found), {}, "out must be the file to write"),
-        ((path, found, path), {}, "must not be a file that is read"),
+        ((path, found, path), {}, "must not be one of the input files"),
         ((path, found, tmp_path / "y.csv"), {}, r"end in \.npy or \.npz"),
         ((path, found, tmp_path), {}, "end in"),
         ((path, found, tmp_path / "no" / "y.npy"), {}, "existing directory"),
@@ -960,7 +963,7 @@ def test_normalize_refuses_unusable_arguments(tmp_path):
         ((np.ones((3, 3)), found), {}, "as many features"),
         ((np.ones((3, 2)), found, path), {}, "out must be None"),
         (([path, path], found, path), {}, "one file or folder, got 2"),
-        ((tmp_path, found, tmp_path / "y"), {}, "outside the folder"),
+        ((tmp_path, found, tmp_path / "y"), {}, "outside the input folder"),
         ((tmp_path, found, path), {}, "out must be a folder"),
     ]
     for arguments, options, said in cases:
@@ -972,7 +975,7 @@ def test_normalize_refuses_unusable_arguments(tmp_path):
 # ---- reading ahead ------------------------------------------------------------------------------
 
 
-def test_ahead_passes_on_what_is_raised_and_closes():
+def test_prefetch_passes_on_what_is_raised_and_closes():
     closed = []
 
     def items():
@@ -982,14 +985,14 @@ def test_ahead_passes_on_what_is_raised_and_closes():
         finally:
             closed.append(True)
 
-    ahead = sources.ahead(items())
+    ahead = prefetch(items())
     assert next(ahead) == 1
     with pytest.raises(OSError, match="gone"):
         next(ahead)
     assert closed == [True]
 
 
-def test_ahead_closes_what_it_was_reading_when_it_is_left():
+def test_prefetch_closes_what_it_was_reading_when_it_is_left():
     closed = []
 
     def items():
@@ -999,7 +1002,7 @@ def test_ahead_closes_what_it_was_reading_when_it_is_left():
         finally:
             closed.append(True)
 
-    ahead = sources.ahead(items())
+    ahead = prefetch(items())
     next(ahead)
     ahead.close()
     assert closed == [True]
@@ -1024,8 +1027,9 @@ def test_paths_and_arrays_are_not_mixed(tmp_path):
 PEAK = """
 import numpy as np
 from batchnorm import dataset
-from batchnorm.dataset import block, sources
-sources.BLOCK_BYTES, block.SLICE_BYTES, block.MERGED_FEATURES = 1 << 20, 1 << 18, 1 << 12
+from batchnorm.dataset import block_moments, parts
+from batchnorm.dataset.sources import blocks
+blocks.BLOCK_BYTES, block_moments.SLICE_BYTES, parts.MERGED_FEATURES = 1 << 20, 1 << 18, 1 << 12
 def peak():  # the ru_maxrss of a process may be that of the one that started it
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
@@ -1078,8 +1082,8 @@ def test_memory_does_not_grow_with_the_data(shape, work, most, tmp_path, rng):
 
 def test_measure_of_one_long_row_merges_no_full_size_parts(tmp_path, rng, monkeypatch):
     """One example of many features is read in many blocks, which share no features."""
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1 << 10)
-    monkeypatch.setattr(block, "plus", lambda *_: pytest.fail("nothing is to be merged"))
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(parts, "merge_pair", lambda *_: pytest.fail("nothing is to be merged"))
     x = rng.standard_normal((1, 10_000))
     assert_exact(dataset.measure(saved(tmp_path / "x.npy", x)), x)
 
@@ -1087,30 +1091,30 @@ def test_measure_of_one_long_row_merges_no_full_size_parts(tmp_path, rng, monkey
 def test_measure_of_many_files_keeps_few_of_their_moments(tmp_path, monkeypatch):
     paths = [saved(tmp_path / f"{k:02}.npy", np.full((2, 3), k)) for k in range(40)]
     kept = []
-    add = block.Sums.add
+    add = parts.PairwiseMerge.add
 
     def counting(self, *given):
         add(self, *given)
-        kept.append(len(self._nodes))
+        kept.append(len(self._waiting))
 
-    monkeypatch.setattr(block.Sums, "add", counting)
+    monkeypatch.setattr(parts.PairwiseMerge, "add", counting)
     found = dataset.measure(paths, out=tmp_path / "s.npz")
     assert max(kept) <= 6  # one of each power of two below 40
     assert found.mean.tolist() == [19.5] * 3
 
 
 @given(number=st.integers(1, 40), order=st.randoms(use_true_random=False))
-def test_sums_have_the_bits_of_moments_merged_in_their_order(number, order):
+def test_pairwise_merge_has_the_bits_of_moments_merged_in_their_order(number, order):
     rng = np.random.default_rng(number)
-    parts = [Moments.of(rng.normal(1e4, 1.0, (3, 2))) for _ in range(number)]
+    moments = [Moments.of(rng.normal(1e4, 1.0, (3, 2))) for _ in range(number)]
     numbers = list(range(number))
     order.shuffle(numbers)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(block, "MERGED_FEATURES", 1)
-        sums, other = block.Sums(), block.Sums()
+        patch.setattr(parts, "MERGED_FEATURES", 1)
+        merge, other = parts.PairwiseMerge(), parts.PairwiseMerge()
         for k in numbers:
-            (sums if k % 3 else other).add(0, k, block.Measured(parts[k], 3))
-        sums.update(other)
-        total = sums.total(2)
-    assert total.moments == Moments.merge(parts)
-    assert total.seen == 3 * number
+            (merge if k % 3 else other).add(0, k, parts.Part(moments[k], 3))
+        merge.update(other)
+        merged = merge.result(2)
+    assert merged.moments == Moments.merge(moments)
+    assert merged.total == 3 * number

@@ -13,21 +13,23 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from batchnorm import cli, dataset
-from batchnorm.dataset import Statistics, block
+from batchnorm.dataset import Statistics, block_moments
+from batchnorm.dataset.sources import array_files, blocks
 
 # Files are read in blocks of 256 bytes; `at` is called with the name of each before it is summed.
 BEGIN = """
 import os, signal, sys
 from batchnorm import cli
-from batchnorm.dataset import block, sources
-sources.BLOCK_BYTES, sources.BLOCK_ROWS = 256, 1
-measure_block, seen = block.measure_block, []
+from batchnorm.dataset import block_moments
+from batchnorm.dataset.sources import array_files, blocks
+blocks.BLOCK_BYTES, array_files.BLOCK_ROWS = 256, 1
+measure_block, seen = block_moments.measure_block, []
 def stopping(*given, label, **more):
     seen.append(label)
     if seen.count(label) > 3 and label.endswith("b.npy"):
         os.kill(os.getpid(), signal.{signal})
     return measure_block(*given, label=label, **more)
-block.measure_block = stopping
+block_moments.measure_block = stopping
 sys.exit(cli.main(["stats", "data", "--out", "s.npz"]))
 """
 
@@ -96,7 +98,7 @@ def test_stats_takes_columns_and_tables_without_names(folder, capsys):
         (["stats"], "Missing argument"),
         (["stats", "none.npy"], "none.npy: there is no such file"),
         (["stats", "text.npy"], "text.npy: must be an array in NumPy's format"),
-        (["stats", "gaps.npy"], "gaps.npy: no value may be missing, got NaN in feature 1"),
+        (["stats", "gaps.npy"], "gaps.npy: values must not be missing, got NaN in feature 1"),
         (["stats", "gaps.npy", "--missing", "drop"], "'drop' is not one of 'refuse', 'skip'"),
         (["stats", "gaps.npy", "--channel-axis", "2"], "gaps.npy: has no axis 2"),
         (["stats", "two.npz"], "--array NAME"),
@@ -112,7 +114,7 @@ def test_stats_takes_columns_and_tables_without_names(folder, capsys):
         (["normalize", "data/a.npy", "--stats", "two.npz", "--out", "y.npy"], "hold statistics"),
         (
             ["normalize", "data/a.npy", "--stats", "stats.npz", "--out", "data/a.npy"],
-            "not be a file",
+            "must not be one of the input files",
         ),
         (["normalize", "text.npy", "--stats", "stats.npz", "--out", "y.npy"], "NumPy's format"),
         (
@@ -155,11 +157,11 @@ def test_normalize_keeps_the_statistics_it_is_given(folder, capsys):
     assert Statistics.load("stats.npz") == before
 
 
-def test_stats_says_which_statistics_it_left_out(folder, capsys):
+def test_stats_says_which_statistics_it_skipped(folder, capsys):
     assert cli.main(["stats", "data", "--out", "data/s.npz"]) == cli.DONE
     assert cli.main(["stats", "data", "--out", "data/s.npz"]) == cli.DONE
-    left_out = "batchnorm: data/s.npz holds statistics and no data: left out\n"
-    assert capsys.readouterr().err == left_out
+    skipped = "batchnorm: skipped data/s.npz: it holds saved statistics, not data\n"
+    assert capsys.readouterr().err == skipped
 
 
 def test_stats_prints_names_as_they_are(folder, capsys):
@@ -227,7 +229,7 @@ def test_stats_interrupted_has_status_130_and_goes_on_when_run_again(folder, cap
         check=False,
     )
     assert again.returncode == cli.DONE
-    assert again.stderr.startswith("batchnorm: 1 of 2 files were measured by a run that was inter")
+    assert again.stderr.startswith("batchnorm: resuming: 1 of 2 files were measured by an ")
     assert "s.npz.partial" not in names(folder)
 
 
@@ -235,8 +237,8 @@ def test_stats_killed_goes_on_and_has_the_same_bits(folder, monkeypatch):
     done = run_until("SIGKILL", folder)
     assert done.returncode == -signal.SIGKILL
     mean = (folder / "s.npz.partial").read_text().splitlines()[1].split("\t")[3]
-    monkeypatch.setattr(dataset.sources, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(dataset.sources, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(array_files, "BLOCK_ROWS", 1)
     expected = dataset.measure("data/a.npy").mean
     np.testing.assert_array_equal(np.frombuffer(base64.b64decode(mean)), expected)
     notes = []
@@ -259,4 +261,4 @@ def test_dask_needs_its_package(folder, monkeypatch, capsys):
 
 
 def test_stats_offers_what_measure_takes():
-    assert tuple(choice.value for choice in cli.Missing) == block.POLICIES
+    assert tuple(choice.value for choice in cli.Missing) == block_moments.POLICIES

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from batchnorm import Moments, cli, dataset
-from batchnorm.dataset import cluster, sources
+from batchnorm.dataset import cluster
+from batchnorm.dataset.sources import FileOptions, blocks, open_file
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 
 dask = pytest.importorskip("dask")
@@ -175,7 +176,7 @@ def test_measure_refuses_a_delayed_value():
 def test_measure_of_an_array_says_that_workers_died(workers):
     workers.wait_for_workers(3)
     array = da.ones((4, 2), chunks=4).map_blocks(lambda block: os._exit(1), meta=np.ones((0, 0)))
-    with pytest.raises(BatchNormError, match="x: given up, since one worker after another died"):
+    with pytest.raises(BatchNormError, match="x: gave up after several workers died"):
         dataset.measure(array, client=workers)
 
 
@@ -185,7 +186,7 @@ def test_measure_of_an_array_says_that_workers_died(workers):
 @pytest.fixture
 def files(tmp_path, monkeypatch, rng):
     """Two files of some hundred blocks, and one of a single block."""
-    monkeypatch.setattr(sources, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 10)
     for k, rows in enumerate((40_000, 30_011, 5)):
         values = rng.normal(1e4, 1.0, (rows, 3))
         values[rows // 2, 1] = np.nan
@@ -226,7 +227,7 @@ def test_measure_gives_the_same_when_a_worker_is_killed_meanwhile(files, workers
 
 
 def test_measure_on_a_cluster_raises_what_a_worker_raises(files, workers):
-    with pytest.raises(ArgumentError, match=r"0\.npy: no value may be missing"):
+    with pytest.raises(ArgumentError, match=r"0\.npy: values must not be missing"):
         dataset.measure(files / "0.npy", client=workers)
 
 
@@ -238,15 +239,13 @@ def test_measure_on_a_cluster_takes_paths_from_here(files, workers, monkeypatch)
 
 
 def test_measure_on_a_cluster_says_that_workers_must_reach_the_files(files, workers):
-    source = sources.open_source(
-        files / "2.npy", channel_axis=1, columns=None, header=True, array=None
-    )
+    source = open_file(files / "2.npy", 1, FileOptions())
     told = []
     with pytest.raises(
         ArgumentError, match=r"there is no such file.* Workers must reach it by the"
     ):
         cluster.measure_files(
-            workers, {0: source.elsewhere("/none/2.npy")}, "skip", lambda *_: None, told.append
+            workers, {0: source.with_path("/none/2.npy")}, "skip", lambda *_: None, told.append
         )
     assert told == []
 
@@ -277,8 +276,8 @@ def test_measure_on_a_cluster_goes_on_after_an_interruption(files, workers, tmp_
 
 def test_measure_on_a_cluster_gives_up_when_workers_keep_dying(files, workers, monkeypatch):
     workers.wait_for_workers(3)
-    monkeypatch.setattr(cluster, "measure_piece", lambda *_: os._exit(1))
-    with pytest.raises(BatchNormError, match=r"2\.npy: given up, since one worker") as caught:
+    monkeypatch.setattr(cluster, "measure_blocks", lambda *_: os._exit(1))
+    with pytest.raises(BatchNormError, match=r"2\.npy: gave up after several workers") as caught:
         dataset.measure(files / "2.npy", missing="skip", client=workers)
     assert "\n" not in str(caught.value)
 

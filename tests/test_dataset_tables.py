@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from batchnorm import dataset
-from batchnorm.dataset import normalizing, tables
+from batchnorm.dataset import writers
+from batchnorm.dataset.sources import blocks, csv_files, parquet_files
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 
 pa = pytest.importorskip("pyarrow")
@@ -29,8 +30,8 @@ def written(path, text):
 @pytest.fixture(params=[".csv", ".parquet"])
 def table(request, tmp_path, rng, monkeypatch):
     """Write columns to a file that takes many batches to read."""
-    monkeypatch.setattr(tables, "CSV_BYTES", 1 << 10)
-    monkeypatch.setattr(tables, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(csv_files, "CSV_BYTES", 1 << 10)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 10)
 
     def write(columns, name="t"):
         path = tmp_path / f"{name}{request.param}"
@@ -86,7 +87,9 @@ def test_measure_refuses_a_column_of_text_and_names_it(table):
 
 def test_measure_refuses_a_column_that_is_not_there(table):
     path = table({"a": [1.0, 3.0]})
-    with pytest.raises(ArgumentError, match=r"has no column 'c'\. It has 'a'\. Choose of these\."):
+    with pytest.raises(
+        ArgumentError, match=r"has no column 'c'\. It has 'a'\. Choose among these\."
+    ):
         dataset.measure(path, columns=["c"])
     with pytest.raises(ArgumentError, match="named once each"):
         dataset.measure(path, columns=["a", "a"])
@@ -126,13 +129,13 @@ def test_measure_takes_csv_without_a_line_of_names(tmp_path):
 
 
 def test_measure_takes_whole_numbers_that_become_fractions_later(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "CSV_BYTES", 64)
+    monkeypatch.setattr(csv_files, "CSV_BYTES", 64)
     text = "a\n" + "1\n" * 100 + "0.5\n" * 100
     assert dataset.measure(written(tmp_path / "t.csv", text)).mean.tolist() == [0.75]
 
 
 def test_measure_refuses_text_further_down_and_names_the_column(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "CSV_BYTES", 64)
+    monkeypatch.setattr(csv_files, "CSV_BYTES", 64)
     path = written(tmp_path / "t.csv", "a\n" + "1\n" * 100 + "oops\n")
     with pytest.raises(ArgumentError, match=r"t\.csv: .*column #0.*oops") as caught:
         dataset.measure(path)
@@ -255,13 +258,13 @@ def test_measure_refuses_text_that_is_not_utf8(content, tmp_path):
 def test_measure_reads_short_columns_of_parquet_together(tmp_path):
     names = [f"c{k}" for k in range(200)]
     parquet.write_table(pa.table(dict.fromkeys(names, np.ones(10))), tmp_path / "t.parquet")
-    file = tables.open_table(tmp_path / "t.parquet", columns=None, header=True)
+    file = parquet_files.open_parquet(tmp_path / "t.parquet", columns=None, header=True)
     assert len(list(file.blocks())) == 1
 
 
 def test_measure_takes_many_columns_of_parquet(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(tables, "PARQUET_COLUMNS", 3)
-    monkeypatch.setattr(tables, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(parquet_files, "PARQUET_COLUMNS", 3)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 10)
     x = rng.normal(1e4, 1.0, (500, 8))
     x[3, 7] = np.nan
     names = [f"c{k}" for k in range(8)]
@@ -342,7 +345,7 @@ def test_normalize_of_a_table_without_rows_has_its_columns(table, tmp_path):
 
 
 def test_normalize_leaves_no_file_when_a_row_is_no_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(tables, "CSV_BYTES", 64)
+    monkeypatch.setattr(csv_files, "CSV_BYTES", 64)
     found = dataset.measure(written(tmp_path / "t.csv", "a\n1\n2\n"))
     bad = written(tmp_path / "bad.csv", "a\n" + "1\n" * 100 + "oops\n")
     with pytest.raises(ArgumentError, match=r"bad\.csv.*oops"):
@@ -357,12 +360,12 @@ def test_normalize_names_a_column_that_the_file_lacks(table, tmp_path):
 
 
 def test_blocks_of_tables_stay_below_what_a_block_may_take(tmp_path, rng, monkeypatch):
-    monkeypatch.setattr(tables, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 14)
     columns = {f"c{k}": rng.standard_normal(3000) for k in range(4)}
     columns |= {"text": ["x" * 500] * 3000, "words": [f"{k:05}" for k in range(3000)]}
     path = tmp_path / "t.parquet"
     parquet.write_table(pa.table(columns), path)
-    file = tables.open_table(path, columns=["c0", "c1", "c2"], header=True)
+    file = parquet_files.open_parquet(path, columns=["c0", "c1", "c2"], header=True)
     sizes = [block.values.nbytes for block in file.blocks()]
     assert 1 << 13 < max(sizes) <= 1 << 14
     assert sum(sizes) == 3 * 3000 * 8
@@ -395,7 +398,7 @@ def test_normalize_names_the_table_that_cannot_be_written(name, tmp_path, monkey
 
     path = written(tmp_path / "t.csv", SMALL)
     found = dataset.measure(path, columns=["a"])
-    monkeypatch.setattr(normalizing, "_table_writer", lambda *_: Full())
+    monkeypatch.setattr(writers, "_open_writer", lambda *_: Full())
     with pytest.raises(ArgumentError, match=rf"{name}: cannot be written \(No space.*Make room"):
         dataset.normalize(path, found, tmp_path / name)
     assert not (tmp_path / name).exists()

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from .errors import ArgumentError
 
-__all__ = ["check_place", "replacing", "write_all", "writing"]
+__all__ = ["check_place", "explain_write_errors", "replacing", "write_all"]
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Name the file in what the system says when it cannot be written."""
     try:
         yield

@@ -262,7 +262,7 @@ def _of_dask_array(x: Any, channel_axis: int, weights: object) -> Moments:
 
 def _of_chunk(chunk: Any, axis: int) -> NDArray[Any]:
     """Moments of a chunk, as an array of one object, which Dask can add up."""
-    if isinstance(chunk, np.ma.MaskedArray):
+    if hasattr(chunk, "filled"):  # masked values are missing
         chunk = chunk.astype(np.float64).filled(np.nan)
     values = chunk.astype(chunk.dtype.newbyteorder("="), copy=False)
     part = np.empty((1,) * chunk.ndim, object)

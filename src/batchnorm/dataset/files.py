@@ -1,4 +1,4 @@
-"""Files: which ones are meant, what tells them apart, and what the system says about them."""
+"""Files: which ones a path means, whether they have changed, and errors when reading them."""
 
 from __future__ import annotations
 
@@ -17,46 +17,47 @@ from .statistics import is_statistics
 ARRAYS = (".npy", ".npz")
 TABLES = (".csv", ".parquet")
 
-#: Path without links, name of the array in it, size in bytes and time of change in nanoseconds.
-Identity = tuple[str, "str | None", int, int]
+#: Path without links, name of the array inside the file, size in bytes, and modification time in
+#: nanoseconds: equal if and only if it is the same file and unchanged.
+Fingerprint = tuple[str, "str | None", int, int]
 
 
-class Unreadable(ArgumentError):
-    """What the system says about a file, here; elsewhere it may be readable."""
+class UnreadableFile(ArgumentError):
+    """The operating system cannot read a file here; another machine may be able to."""
 
 
 @contextlib.contextmanager
-def reading(path: Path | str) -> Iterator[None]:
-    """Name the file in what the system says about it."""
+def explain_read_errors(path: Path | str) -> Iterator[None]:
+    """Turn errors of the system and of zip files into one line that names the file."""
     try:
         yield
     except FileNotFoundError as error:
-        raise Unreadable(f"{path}: there is no such file or folder. Check its name.") from error
+        raise UnreadableFile(f"{path}: there is no such file or folder. Check its name.") from error
     except OSError as error:
-        raise Unreadable(
+        raise UnreadableFile(
             f"{path}: cannot be read ({error.strerror or error}). Check its name and permissions."
         ) from error
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise ArgumentError(
-            f"{path}: must be a .npz file, and is not or is damaged ({error}). "
+            f"{path}: must be a valid .npz file, but is damaged or of another kind ({error}). "
             "Write it with numpy.savez."
         ) from error
 
 
-def identify(path: str | Path, member: str | None = None) -> Identity:
-    """What tells a file from another, or from what it is after a change."""
-    with reading(path):
+def fingerprint_of(path: str | Path, member: str | None = None) -> Fingerprint:
+    """Fingerprint a file, to tell it from others and from itself after a change."""
+    with explain_read_errors(path):
         about = os.stat(path)
         return os.path.realpath(path), member, about.st_size, about.st_mtime_ns
 
 
-def kind_of(path: Path) -> str:
-    """Its suffix, in small letters."""
-    return path.suffix.lower()
+def suffix_of(path: str | Path) -> str:
+    """Return the suffix in lower case."""
+    return Path(path).suffix.lower()
 
 
-def same_file(path: str | Path) -> Any:
-    """What two paths of one file have in common, there or not."""
+def file_key(path: str | Path) -> Any:
+    """Return a value that is equal for all paths of one file, whether or not it exists."""
     try:
         about = os.stat(path)
     except (OSError, ValueError):
@@ -64,30 +65,32 @@ def same_file(path: str | Path) -> Any:
     return about.st_dev, about.st_ino
 
 
-def check_apart(out: Path, read: Mapping[Any, Path]) -> None:
-    """Refuse to write over what is read: files by what `same_file` says of them."""
-    if (path := read.get(same_file(out))) is not None:
+def check_not_an_input(out: Path, inputs: Mapping[Any, Path]) -> None:
+    """Raise if `out` is one of the input files, given by their `file_key`."""
+    if (path := inputs.get(file_key(out))) is not None:
         raise ArgumentError(
-            f"out must not be a file that is read, got {str(out)!r}, which is {str(path)!r}. "
-            "Name another."
+            f"out must not be one of the input files, got {str(out)!r}, which is {str(path)!r}. "
+            "Choose another path."
         )
 
 
-def find(paths: Sequence[str | Path], note: Callable[[str], None] | None = None) -> list[Path]:
-    """The files that are meant: those given, and in folders all of a known kind, by name.
+def find_files(
+    paths: Sequence[str | Path], note: Callable[[str], None] | None = None
+) -> list[Path]:
+    """List the given files and, for folders, all files of a known kind in them, by name.
 
     Parameters
     ----------
     paths
         In the order in which they are to be read.
     note
-        Told of statistics that are left out of a folder: they are no data.
+        Called with a line for each file of saved statistics that is skipped in a folder.
 
     Raises
     ------
     ArgumentError
-        Something is not there, is of another kind, is named twice, cannot be read, or a folder
-        holds nothing.
+        A path does not exist, cannot be read, is of an unknown kind or given twice, or a folder
+        contains no data.
     """
     found: list[Path] = []
     for given in paths:
@@ -97,8 +100,8 @@ def find(paths: Sequence[str | Path], note: Callable[[str], None] | None = None)
             )
         path = Path(given)
         if is_folder(path):
-            found += _inside(path, note)
-        elif kind_of(path) not in ARRAYS + TABLES:
+            found += _files_inside(path, note)
+        elif suffix_of(path) not in ARRAYS + TABLES:
             raise ArgumentError(
                 f"{path}: must be a {_kinds()} file or a folder of them, got "
                 f"{path.suffix or 'no suffix'}. Convert it, or rename it if it is one of these."
@@ -107,48 +110,53 @@ def find(paths: Sequence[str | Path], note: Callable[[str], None] | None = None)
             found.append(path)
     seen = set()
     for path in found:
-        if (file := same_file(path)) in seen:
+        if (key := file_key(path)) in seen:
             raise ArgumentError(
                 f"{path}: is named twice, and its values would count twice. Name it once."
             )
-        seen.add(file)
+        seen.add(key)
     return found
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it is a folder and no file; a pipe or a device, which may have no end, is neither."""
-    with reading(path):
+    """Whether `path` is a folder; raises unless it is a folder or a regular file."""
+    with explain_read_errors(path):
         try:
             mode = os.stat(path).st_mode
         except ValueError as error:  # a NUL in its name
             raise OSError(str(error)) from error
     if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-        raise ArgumentError(f"{path}: must be a file or a folder, and is neither. Copy it to one.")
+        # Reading a pipe or a device may never end.
+        raise ArgumentError(
+            f"{path}: must be a file or a folder, got a pipe, socket or device. "
+            "Copy its content to a file."
+        )
     return stat.S_ISDIR(mode)
 
 
-def _inside(folder: Path, note: Callable[[str], None] | None) -> list[Path]:
+def _files_inside(folder: Path, note: Callable[[str], None] | None) -> list[Path]:
     def refuse(error: OSError) -> None:
-        with reading(error.filename):
+        with explain_read_errors(error.filename):
             raise error
 
     inside = []
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if name[0] not in "._"]
         for path in (Path(root, name) for name in names if name[0] not in "._"):
-            if kind_of(path) not in ARRAYS + TABLES:
+            if suffix_of(path) not in ARRAYS + TABLES:
                 continue
-            is_folder(path)  # raises where a link leads nowhere
+            is_folder(path)  # raises for a link to nowhere
             if not is_statistics(path):
                 inside.append(path)
             elif note is not None:
-                note(f"{path} holds statistics and no data: left out")
+                note(f"skipped {path}: it holds saved statistics, not data")
     if not inside:
         raise ArgumentError(
-            f"{folder}: must hold {_kinds()} files, and holds none. Name another folder."
+            f"{folder}: must contain {_kinds()} files, got none. Name another folder."
         )
     return sorted(inside)
 
 
 def _kinds() -> str:
-    return ", ".join((*ARRAYS, TABLES[0])) + f" or {TABLES[1]}"
+    *others, last = ARRAYS + TABLES
+    return f"{', '.join(others)} or {last}"

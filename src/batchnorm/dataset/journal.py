@@ -1,4 +1,4 @@
-"""What an interrupted run has measured, kept beside the file it was to write."""
+"""A journal of the files that a run has measured, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..atomic import replacing, writing
+from ..atomic import explain_write_errors, replacing
 from ..moments import Moments
-from .block import Measured
-from .files import Identity
-from .sources import File
+from .files import Fingerprint
+from .parts import Part
+from .sources import FileSource
 
 FORMAT = "batchnorm journal 2"
 
@@ -23,16 +23,16 @@ FORMAT = "batchnorm journal 2"
 class Journal:
     """One line for each file that has been measured, below a line with the options.
 
-    A line holds, between tabs, the file's identity in JSON, the number of its values, and count,
-    mean and m2 as the base64 of their bytes. A file counts as measured if its identity and the
-    options are the same. A line that was being written when the run ended is no line.
+    A line holds, separated by tabs, the file's fingerprint in JSON, the number of its values, and
+    count, mean and m2 in base64. A file counts as measured if its fingerprint and the options are
+    the same. A last line without its end, from a run that was killed, is ignored.
 
     Parameters
     ----------
     out
-        The file that the run is to write; the journal is called the same with ``.partial``.
+        The file that the run will write; the journal has the same name and ``.partial``.
     options
-        All that the result depends on, beside the files.
+        Everything besides the files that the result depends on.
     """
 
     def __init__(self, out: Path, options: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ class Journal:
         self._first = json.dumps({"format": FORMAT, **options}, sort_keys=True).encode() + b"\n"
         self._old: IO[bytes] | None = None
         self._new: IO[bytes] | None = None
-        #: Where a file's line begins: lines are long, and there may be many.
+        #: Where each file's line begins; lines are long, and there may be many.
         self._lines: dict[bytes, int] = {}
         with contextlib.suppress(OSError):
             self._old = self.path.open("rb")
@@ -50,28 +50,28 @@ class Journal:
                     self._lines[line.partition(b"\t")[0]] = at
                 at += len(line)
 
-    def find(self, source: File) -> Measured | None:
-        """What a file was measured to be, if it has not changed since."""
-        at = self._lines.get(_key(source.identity))
+    def find(self, source: FileSource) -> Part | None:
+        """Return the moments of a file that has been measured and has not changed since."""
+        at = self._lines.get(_key(source.fingerprint))
         if at is None or self._old is None:
             return None
         self._old.seek(at)
         try:
-            _, seen, *arrays = self._old.readline().split(b"\t")
+            _, total, *arrays = self._old.readline().split(b"\t")
             count, mean, m2 = (np.frombuffer(base64.b64decode(text), "<f8") for text in arrays)
             moments = Moments(count[0] if count.size == 1 else count, mean, m2)
-            measured = Measured(moments, int(seen))
+            part = Part(moments, int(total))
         except ValueError:
             return None
-        return measured if mean.size == source.features else None
+        return part if mean.size == source.features else None
 
-    def add(self, source: File, measured: Measured) -> None:
-        """Keep what a file was measured to be."""
-        moments = measured.moments
-        fields = [_key(source.identity), str(measured.seen).encode()]
+    def add(self, source: FileSource, part: Part) -> None:
+        """Write down the moments of a file."""
+        moments = part.moments
+        fields = [_key(source.fingerprint), str(part.total).encode()]
         for values in (moments.count, moments.mean, moments.m2):
             fields.append(base64.b64encode(values.astype("<f8").tobytes()))
-        with writing(self.path):
+        with explain_write_errors(self.path):
             if self._new is None:
                 self._begin()
             assert self._new is not None
@@ -79,10 +79,10 @@ class Journal:
             self._new.flush()
 
     def _begin(self) -> None:
-        """Begin afresh: without what was torn, or of other options.
+        """Start a new file with the valid lines of the old one.
 
-        The file stays open. Another run with the same `out` puts its own in the place of this one,
-        and neither writes into the other's.
+        The file stays open. Another run with the same `out` replaces it by its own, so that neither
+        writes into the journal of the other.
         """
         with replacing(self.path) as beside:
             file = beside.open("wb")
@@ -99,19 +99,19 @@ class Journal:
         self._new = file
 
     def remove(self) -> None:
-        """Forget everything, for the run is done; unless it is another run's by now."""
+        """Delete the file, unless another run has replaced it."""
         file = self._new or self._old
         with contextlib.suppress(OSError):
             if file is not None and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
                 self.path.unlink()
 
     def close(self) -> None:
-        """Close the files; what was kept stays."""
+        """Close the file, and keep it."""
         for file in (self._old, self._new):
             if file is not None:
-                with contextlib.suppress(OSError):  # of a full disk, which was said before
+                with contextlib.suppress(OSError):  # a full disk, which has been reported
                     file.close()
 
 
-def _key(identity: Identity) -> bytes:
-    return json.dumps(identity).encode()
+def _key(fingerprint: Fingerprint) -> bytes:
+    return json.dumps(fingerprint).encode()

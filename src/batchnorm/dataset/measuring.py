@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,24 @@ from .. import native
 from ..atomic import check_place
 from ..errors import ArgumentError, ShapeError
 from ..moments import is_dask
-from . import sources
-from .block import Measured, Sums, check_policy, check_squares, measure_source
-from .files import check_apart, find, same_file
+from .block_moments import check_overflow, check_policy, measure_source
+from .cluster import measure_files
+from .dask_arrays import measure_array
+from .files import check_not_an_input, file_key, find_files
 from .journal import Journal
-from .sources import Source
+from .parts import PairwiseMerge, Part
+from .sources import (
+    FileOptions,
+    FileSource,
+    Source,
+    blocks,
+    check_unchanged,
+    open_file,
+    open_memory,
+)
 from .statistics import Statistics, check_suffix
 
-#: Meter which file is being read, and how many bytes are done of how many.
+#: Called with the name of what is being read, the bytes done, and the bytes in all.
 Progress = Callable[[str, int, int], None]
 
 
@@ -41,43 +53,45 @@ def measure(
     Parameters
     ----------
     source : path, list of paths, (N, C, *S) array, or Dask array
-        Files end in .npy, .npz, .csv or .parquet; of a folder, all such files in it and below are
-        meant, in the order of their names, but not what begins with a dot or an underscore, folders
-        that are links, or saved statistics. Files need not fit in memory, and are merged in the
-        order given.
+        Files end in .npy, .npz, .csv or .parquet. A folder stands for all such files in it and its
+        subfolders, sorted by name, except those that begin with a dot or an underscore, folders
+        that are links, and saved statistics. Files may exceed memory, and are merged in the order
+        given.
     channel_axis : int
-        The axis whose entries are features. Columns are the features of a table.
+        The axis of the features. The features of a table are its columns.
     missing : {"refuse", "skip"}
         What to do about NaN, masked values, and null in tables: raise, or leave each out of its own
         feature. Infinity is always refused.
     columns : names
-        The columns of tables that are features; all of them if None.
+        Columns of tables that are features; None for all.
     header : bool
-        Whether .csv files begin with a line of names. Columns are called f0, f1, … if not.
+        Whether .csv files begin with a line of names. If not, columns are called f0, f1, …
     array : str
-        Which array of .npz files; needed where they hold several.
+        Name of the array in .npz files; needed if they hold several.
     out : path
-        Where to save the statistics, .npz or .json; not one of the files that are read. Of a run
-        that was interrupted, files that were done and have not changed since are not read again.
+        Where to save the statistics, .npz or .json; not one of the input files. If the run is
+        interrupted, the same call resumes it and reads only files that were not done or have
+        changed.
     client : distributed.Client
         A cluster to run on. Its workers read the files themselves, by the same paths.
     progress : callable
-        Called with a name, the bytes done, and the bytes in all. Not for Dask arrays.
+        Called with the name of what is read, the bytes done, and the bytes in all. Not called for
+        Dask arrays.
     note : callable
-        Called with what else is worth saying.
+        Called with a line for each file that is skipped, and when a run is resumed.
 
     Returns
     -------
     Statistics
         As exact as `Moments.of` all values at once, and the same to the last bit each time, on any
-        number of threads, after an interruption, and for files on a cluster, if the machines have
-        the same instruction set.
+        number of threads, after an interruption, and on a cluster, if the machines have the same
+        instruction set.
 
     Raises
     ------
     BatchNormError
-        A file is not there, damaged or of another kind; files differ in their features; values are
-        missing, infinite or no numbers. The message names file, feature and place.
+        A file does not exist, is damaged or of another kind; files differ in their features; values
+        are missing, infinite or not numbers. The message names file, feature and place.
 
     Examples
     --------
@@ -87,38 +101,31 @@ def measure(
     >>> found.mean, found.var(), found.count
     (array([ 2., 20.]), array([  1., 100.]), array([2., 2.]))
     """
-    axis = sources.as_axis(channel_axis)
+    axis = as_axis(channel_axis)
     check_policy(missing)
     if columns is not None and (isinstance(columns, str) or not list(columns)):
         raise ArgumentError(
             f"columns must be a list of names, got {columns!r}. Put names in a list, or leave "
             "columns out for all."
         )
+    options = FileOptions(None if columns is None else list(columns), header, array)
     paths = as_paths(source)
-    reading: dict[str, Any] = {
-        "columns": columns and list(columns),
-        "header": header,
-        "array": array,
-    }
     if not paths:
-        check_in_memory(**reading, client=None if is_dask(source) else client)
-    target = journal = None
+        check_in_memory(options, client=None if is_dask(source) else client)
+    target = None
     if out is not None:
         target = Path(out)
         check_suffix(target)
         check_place(target, "a .npz or .json file", "stats.npz")
-    if target is not None and paths:
-        options = {**reading, "channel_axis": axis, "missing": missing}
-        options |= {
-            "block_bytes": sources.BLOCK_BYTES,
-            "native": native.show_config()["instruction_set"],
-        }
-        journal = Journal(target, options)
-    with contextlib.closing(journal) if journal is not None else contextlib.nullcontext():
-        if paths:
-            found = _measure_paths(
-                paths, axis, missing, reading, target, journal, client, progress, note
+    with contextlib.ExitStack() as stack:
+        journal = None
+        if target is not None and paths:
+            journal = stack.enter_context(
+                contextlib.closing(_journal(target, axis, missing, options))
             )
+        if paths:
+            files = _open_files(paths, axis, options, target, note)
+            found = _measure_files(files, axis, missing, journal, client, progress, note)
         else:
             found = _measure_array(source, axis, missing, client, progress)
         if target is not None:
@@ -128,147 +135,16 @@ def measure(
     return found
 
 
-def check_in_memory(
-    *,
-    columns: Sequence[str] | None = None,
-    header: bool = True,
-    array: str | None = None,
-    client: Any = None,
-) -> None:
-    """Refuse what can be said of files only."""
-    said = {
-        "columns": columns is not None,
-        "header": not header,
-        "array": array is not None,
-        "client": client is not None,
-    }
-    for name, given in said.items():
-        if given:
-            raise ArgumentError(
-                f"{name} must be left out for arrays in memory: it is about files"
-                f"{' and Dask arrays' if name == 'client' else ''}."
-            )
-
-
-def _measure_array(
-    source: Any, axis: int, missing: str, client: Any, progress: Progress | None
-) -> Statistics:
-    """An array in memory, or of Dask."""
-    if is_dask(source):
-        from .cluster import measure_array
-
-        measured = measure_array(source, axis, missing, client=client)
-        check_squares(measured.moments, "x", lambda k: f"feature {k}")
-    else:
-        data = sources.of_memory(source, axis)
-        measured = measure_source(data, missing, Meter([data], progress).by(data))
-    return Statistics(measured.moments, measured.missing, channel_axis=axis)
-
-
-class Meter:
-    """How far the work is, for who wants to know."""
-
-    def __init__(self, of: Sequence[Source], progress: Progress | None) -> None:
-        self._whole, self._done, self._progress = sum(s.nbytes for s in of), 0, progress
-
-    def skip(self, nbytes: int) -> None:
-        """Count bytes that were done before."""
-        self._done += nbytes
-
-    def __call__(self, label: str, nbytes: int = 0) -> None:
-        """Say that something with this name went on by some bytes."""
-        self._done = min(self._done + nbytes, self._whole)
-        if self._progress is not None:
-            self._progress(label, self._done, self._whole)
-
-    def by(self, source: Source) -> Callable[[int], None]:
-        """What to call with bytes of a source that begins now."""
-        self(source.label)
-        return partial(self, source.label)
-
-
-def _measure_paths(
-    paths: Sequence[str | Path],
-    axis: int,
-    missing: str,
-    reading: dict[str, Any],
-    target: Path | None,
-    journal: Journal | None,
-    client: Any,
-    progress: Progress | None,
-    note: Callable[[str], None] | None,
-) -> Statistics:
-    """All files, merged as they are done; those that the journal knows from there."""
-    files = find(paths, note)
-    if target is not None:
-        check_apart(target, {same_file(path): path for path in files})
-    opened = [sources.open_source(path, channel_axis=axis, **reading) for path in files]
-    names = check_alike(opened)
-    meter, sums, todo = Meter(opened, progress), Sums(), dict(enumerate(opened))
-    for k, source in enumerate(opened):
-        known = None if journal is None else journal.find(source)
-        if known is not None:
-            sums.add(0, k, known)
-            del todo[k]
-            meter.skip(source.nbytes)
-    if len(todo) < len(opened) and note is not None and journal is not None:
-        note(
-            f"{len(opened) - len(todo)} of {len(opened)} files were measured by a run that was "
-            f"interrupted, and have not changed since ({journal.path})"
-        )
-
-    def finished(k: int, measured: Measured) -> None:
-        sources.check_unchanged(opened[k])
-        sums.add(0, k, measured)
-        del todo[k]
-        if journal is not None and todo:
-            journal.add(opened[k], measured)
-
-    if client is None:
-        for k, source in list(todo.items()):
-            finished(k, measure_source(source, missing, meter.by(source)))
-    elif todo:
-        from .cluster import measure_files
-
-        meter(next(iter(todo.values())).label)
-        measure_files(client, dict(todo), missing, meter, finished)
-    total = sums.total(opened[0].features)
-    check_squares(
-        total.moments,
-        f"{files[0]} … {files[-1]}",
-        lambda k: f"feature {k}{f' ({names[k]!r})' if names else ''}",
-    )
-    return Statistics(total.moments, total.missing, names, axis, tuple(map(str, files)))
-
-
-def check_alike(opened: Sequence[Source]) -> tuple[str, ...] | None:
-    """The names of the features, after seeing that all files have the same.
-
-    Raises
-    ------
-    ShapeError
-        Numbers or names differ; two files are named.
-    """
-    first = opened[0]
-    named = next((source for source in opened if source.names is not None), first)
-    for other in opened:
-        if other.features != first.features:
-            raise ShapeError(
-                f"{other.label}: must have as many features as {first.label}, {first.features}, "
-                f"got {other.features}. Measure them apart, or choose channel_axis or columns."
-            )
-        if other.names is not None and named.names is not None and other.names != named.names:
-            at = next(k for k, n in enumerate(other.names) if n != named.names[k])
-            raise ShapeError(
-                f"{other.label}: must have the columns of {named.label} in the same order, got "
-                f"{other.names[at]!r} for {named.names[at]!r}. Name them in one order by "
-                "columns=[...], --columns A,B."
-            )
-    return named.names
+def as_axis(channel_axis: Any) -> int:
+    """Return an axis as a plain integer."""
+    try:
+        return operator.index(channel_axis)
+    except TypeError:
+        raise ArgumentError(f"channel_axis must be an integer, got {channel_axis!r}.") from None
 
 
 def as_paths(source: Any) -> list[str | Path]:
-    """The paths that `source` is; none if it is an array."""
+    """Return the paths that `source` consists of, or none if it is an array."""
     if isinstance(source, (str, Path)):
         return [source]
     if isinstance(source, (list, tuple)):
@@ -283,3 +159,151 @@ def as_paths(source: Any) -> list[str | Path]:
                     )
             return list(source)
     return []
+
+
+def check_in_memory(options: FileOptions, client: Any = None) -> None:
+    """Raise if an argument is given that does not apply to arrays in memory."""
+    given = {
+        "columns": options.columns is not None,
+        "header": not options.header,
+        "array": options.array is not None,
+        "client": client is not None,
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        raise ArgumentError(
+            f"{name} must be left out for arrays in memory: it applies to files"
+            f"{' and Dask arrays' if name == 'client' else ''} only."
+        )
+
+
+def _measure_array(
+    source: Any, axis: int, missing: str, client: Any, progress: Progress | None
+) -> Statistics:
+    """Measure an array in memory, or a Dask array."""
+    if is_dask(source):
+        part = measure_array(source, axis, missing, client=client)
+        check_overflow(part.moments, "x")
+    else:
+        data = open_memory(source, axis)
+        part = measure_source(data, missing, Meter([data], progress).start(data))
+    return Statistics(part.moments, part.missing, channel_axis=axis)
+
+
+class Meter:
+    """Report how many bytes of some sources are done."""
+
+    def __init__(self, sources: Sequence[Source], progress: Progress | None) -> None:
+        self._whole, self._done, self._progress = sum(s.nbytes for s in sources), 0, progress
+
+    def skip(self, nbytes: int) -> None:
+        """Count bytes that were done before."""
+        self._done += nbytes
+
+    def advance(self, label: str, nbytes: int = 0) -> None:
+        """Count bytes of the source with this label, and report."""
+        self._done = min(self._done + nbytes, self._whole)
+        if self._progress is not None:
+            self._progress(label, self._done, self._whole)
+
+    def start(self, source: Source) -> Callable[[int], None]:
+        """Report the start of a source; returns what counts its bytes."""
+        self.advance(source.label)
+        return partial(self.advance, source.label)
+
+
+def _journal(target: Path, axis: int, missing: str, options: FileOptions) -> Journal:
+    """Open the journal of runs that give the same bits."""
+    return Journal(
+        target,
+        {
+            **asdict(options),
+            "channel_axis": axis,
+            "missing": missing,
+            "block_bytes": blocks.BLOCK_BYTES,
+            "native": native.show_config()["instruction_set"],
+        },
+    )
+
+
+def _open_files(
+    paths: Sequence[str | Path],
+    axis: int,
+    options: FileOptions,
+    target: Path | None,
+    note: Callable[[str], None] | None,
+) -> list[FileSource]:
+    """Find and open all files, and check that they can be measured together."""
+    found = find_files(paths, note)
+    if target is not None:
+        check_not_an_input(target, {file_key(path): path for path in found})
+    files: list[FileSource] = [open_file(path, axis, options) for path in found]
+    check_same_features(files)
+    return files
+
+
+def _measure_files(
+    files: Sequence[FileSource],
+    axis: int,
+    missing: str,
+    journal: Journal | None,
+    client: Any,
+    progress: Progress | None,
+    note: Callable[[str], None] | None,
+) -> Statistics:
+    """Measure the files that the journal does not know, and merge all."""
+    meter, merge, todo = Meter(files, progress), PairwiseMerge(), dict(enumerate(files))
+    if journal is not None:
+        for k, file in enumerate(files):
+            if (known := journal.find(file)) is not None:
+                merge.add(0, k, known)
+                del todo[k]
+                meter.skip(file.nbytes)
+        if len(todo) < len(files) and note is not None:
+            note(
+                f"resuming: {len(files) - len(todo)} of {len(files)} files were measured by an "
+                f"interrupted run and have not changed since ({journal.path})"
+            )
+
+    def finished(k: int, part: Part) -> None:
+        check_unchanged(files[k])
+        merge.add(0, k, part)
+        del todo[k]
+        if journal is not None and todo:
+            journal.add(files[k], part)
+
+    if client is None:
+        for k, file in list(todo.items()):
+            finished(k, measure_source(file, missing, meter.start(file)))
+    elif todo:
+        meter.start(next(iter(todo.values())))
+        measure_files(client, dict(todo), missing, meter.advance, finished)
+    total = merge.result(files[0].features)
+    names = next((file.names for file in files if file.names is not None), None)
+    paths = tuple(file.path for file in files)
+    check_overflow(total.moments, f"{paths[0]} … {paths[-1]}", names)
+    return Statistics(total.moments, total.missing, names, axis, paths)
+
+
+def check_same_features(sources: Sequence[Source]) -> None:
+    """Raise if the number of features or their names differ.
+
+    Raises
+    ------
+    ShapeError
+        Names two files that differ.
+    """
+    first = sources[0]
+    named = next((source for source in sources if source.names is not None), first)
+    for other in sources:
+        if other.features != first.features:
+            raise ShapeError(
+                f"{other.label}: must have as many features as {first.label}, {first.features}, "
+                f"got {other.features}. Measure them apart, or choose channel_axis or columns."
+            )
+        if other.names is not None and named.names is not None and other.names != named.names:
+            at = next(k for k, n in enumerate(other.names) if n != named.names[k])
+            raise ShapeError(
+                f"{other.label}: must have the columns of {named.label} in the same order, got "
+                f"{other.names[at]!r} for {named.names[at]!r}. Name them in one order by "
+                "columns=[...], --columns A,B."
+            )

@@ -1,4 +1,4 @@
-"""Statistics: what a data set's features are normalized by, as a value and as a small file."""
+"""`Statistics` of the features of a data set, which can be saved and loaded."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..atomic import replacing, writing
+from ..atomic import explain_write_errors, replacing
 from ..errors import ArgumentError, ShapeError
 from ..moments import Moments
 from ..native import Float64
 
-#: Written into every file, and asked for in every file that is read.
+#: Marks every saved file, and is checked when one is loaded.
 FORMAT = "batchnorm statistics 1"
 SUFFIXES = (".npz", ".json")
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Moments of each feature of a data set, and how many of its values are missing.
+    """Moments of each feature of a data set, and the number of missing values.
 
     Parameters
     ----------
     moments : Moments
-        Of the values that are there. `count` is () where all features have the same, else (C,).
+        Moments of the present values. `count` is () if it is the same for all features, else (C,).
     missing : (C,)
-        Values that are not there: NaN, and null in tables.
+        Number of missing values: NaN, masked values, and null in tables.
     names : C names, or None
-        Of the columns of a table.
+        Names of the columns, if a table was measured.
     channel_axis : int
-        The axis of the features in the arrays that were measured.
+        Axis of the features in the arrays that were measured.
     files : tuple of str
-        What was measured, in the order in which it was merged.
+        Files that were measured, in the order in which they were merged.
     """
 
     moments: Moments
@@ -46,7 +46,7 @@ class Statistics:
     files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Own a read-only copy of `missing`, of the shape of the moments."""
+        """Copy `missing`, make it read-only, and check the shapes."""
         missing = np.array(self.missing, np.int64)
         shape = self.moments.mean.shape
         if missing.shape != shape or len(shape) != 1:
@@ -60,17 +60,17 @@ class Statistics:
 
     @property
     def features(self) -> int:
-        """Their number, C."""
+        """Number of features, C."""
         return self.moments.mean.size
 
     @property
     def count(self) -> Float64:
-        """Number of values of each feature: (C,)."""
+        """Number of present values of each feature: (C,)."""
         return np.broadcast_to(self.moments.count, self.moments.mean.shape)
 
     @property
     def mean(self) -> Float64:
-        """Mean of each feature: (C,); zero where nothing was seen."""
+        """Mean of each feature: (C,); zero where no value is present."""
         return self.moments.mean
 
     def var(self, ddof: float = 0) -> Float64:
@@ -95,22 +95,22 @@ class Statistics:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        """Features, values and missing values, in numbers."""
+        """Numbers of features, values and missing values."""
         return (
             f"Statistics({self.features} features, {int(self.count.sum())} values, "
             f"{int(self.missing.sum())} missing)"
         )
 
     def save(self, path: str | Path) -> None:
-        """Write to a .npz or .json file, by the suffix; every digit is kept.
+        """Save to a .npz or .json file, by the suffix, with every digit.
 
         The file holds count, mean, m2, missing, names, channel_axis and files, and the biased
-        variance for readers that have only NumPy.
+        variance for readers without this library.
 
         Raises
         ------
         ArgumentError
-            The suffix is another, or the file cannot be written.
+            The suffix is neither .npz nor .json, or the file cannot be written.
         """
         path = Path(path)
         check_suffix(path)
@@ -126,19 +126,19 @@ class Statistics:
         }
         if self.names is not None:
             content["names"] = list(self.names)
-        with writing(path), replacing(path) as beside, beside.open("wb") as file:
+        with explain_write_errors(path), replacing(path) as beside, beside.open("wb") as file:
             if path.suffix.lower() == ".npz":
                 np.savez(file, **content)
                 return
-            # Array by array: all of them as text would take several times their memory.
+            # One array at a time: the text of all takes several times their memory.
             for k, (name, value) in enumerate(content.items()):
-                line = json.dumps(value, default=_listed, allow_nan=False)
+                line = json.dumps(value, default=_as_list, allow_nan=False)
                 file.write(f'{"," if k else "{"}\n "{name}": {line}'.encode())
             file.write(b"\n}\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read what `save` has written.
+        """Load a file that `save` has written.
 
         Raises
         ------
@@ -176,19 +176,19 @@ class Statistics:
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether a file is a .npz with the mark of statistics; False if it cannot be read."""
+    """Whether a .npz file holds saved statistics; False if it cannot be read."""
     if path.suffix.lower() != ".npz":
         return False
     try:
         with np.load(path, allow_pickle=False) as file:
             mark = file.zip.getinfo("format.npy")
             return mark.file_size < 1000 and str(file["format"]) == FORMAT
-    except Exception:  # whatever a damaged file does: who reads it as data says what is wrong
+    except Exception:  # a damaged file may raise anything; reading it as data explains the error
         return False
 
 
 def check_suffix(path: Path, what: str = "out") -> None:
-    """Refuse what is neither .npz nor .json."""
+    """Raise unless the suffix is .npz or .json."""
     if path.suffix.lower() not in SUFFIXES:
         raise ArgumentError(
             f"{what} must be a file that ends in .npz or .json, got {str(path)!r}. "
@@ -196,11 +196,16 @@ def check_suffix(path: Path, what: str = "out") -> None:
         )
 
 
-def _listed(value: Any) -> Any:
-    """Arrays for JSON, whose numbers Python writes with as many digits as they need.
+def _as_list(value: Any) -> Any:
+    """Convert an array to a list for JSON; Python writes as many digits as a number needs.
 
-    JSON has no NaN: null is a variance that is not defined, and that nothing reads back.
+    JSON has no NaN: an undefined variance becomes null, which `load` does not read.
     """
     if np.isnan(value).any():
         return [None if np.isnan(v) else v for v in value.tolist()]
     return value.tolist()
+
+
+def feature_label(index: int, names: tuple[str, ...] | None = None) -> str:
+    """Name a feature in messages, as in "feature 2 ('age')"."""
+    return f"feature {index} ({names[index]!r})" if names else f"feature {index}"

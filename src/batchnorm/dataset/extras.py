@@ -1,4 +1,4 @@
-"""Packages that only some data sets need, imported when they do."""
+"""Optional packages, imported when a data set needs them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from ..errors import BatchNormError
 
 
-def need(module: str, extra: str, what: str) -> Any:
-    """Import a package of an extra.
+def import_extra(module: str, extra: str, purpose: str) -> Any:
+    """Import a module of an optional package.
 
     Raises
     ------
@@ -23,6 +23,12 @@ def need(module: str, extra: str, what: str) -> Any:
         if error.name is not None and error.name.split(".")[0] != package:
             package = f"{package} and its requirement {error.name}"
         raise BatchNormError(
-            f"{what} need {package}, which is not installed. "
+            f"{purpose} need {package}, which is not installed. "
             f"pip install 'batchnorm[{extra}]' adds it."
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a package's error message, or its type if it has none."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

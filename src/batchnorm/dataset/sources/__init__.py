@@ -1,0 +1,75 @@
+"""What can be measured: arrays and tables in files, and arrays in memory.
+
+`blocks` is the interface that all of them have, and each kind is a module beside it. To read
+another format, write such a module and open it in `open_file`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import ArgumentError
+from ..files import ARRAYS, suffix_of
+from .array_files import ArrayFile, open_array
+from .blocks import Block, FileSource, Source, check_unchanged, check_width
+from .csv_files import open_csv
+from .memory import ArrayInMemory, open_memory
+from .parquet_files import open_parquet
+from .prefetch import prefetch
+from .tables import TableFile
+
+__all__ = [
+    "ArrayFile",
+    "ArrayInMemory",
+    "Block",
+    "FileOptions",
+    "FileSource",
+    "Source",
+    "TableFile",
+    "check_unchanged",
+    "check_width",
+    "open_file",
+    "open_memory",
+    "prefetch",
+]
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How files are read, as `measure` explains it."""
+
+    columns: Sequence[str] | None = None
+    header: bool = True
+    array: str | None = None
+
+
+def open_file(path: Path, channel_axis: int, options: FileOptions) -> ArrayFile | TableFile:
+    """Read what a file says about its content, and check that it can be measured.
+
+    Raises
+    ------
+    BatchNormError
+        It is damaged or of another kind, holds no numbers, or the options do not apply to it.
+    """
+    suffix = suffix_of(path)
+    if options.array is not None and suffix != ".npz":
+        raise ArgumentError(
+            f"{path}: array names one in a .npz file, got {options.array!r} for a {suffix} file. "
+            "Leave it out."
+        )
+    if suffix in ARRAYS:
+        if options.columns is not None:
+            raise ArgumentError(
+                f"{path}: arrays have no named columns, got columns {', '.join(options.columns)}. "
+                "Leave columns out."
+            )
+        return open_array(path, array=options.array, channel_axis=channel_axis)
+    if channel_axis not in (1, -1):
+        raise ArgumentError(
+            f"{path}: the features of a table are its columns, channel_axis 1, got "
+            f"{channel_axis}. Leave it out."
+        )
+    open_table = open_csv if suffix == ".csv" else open_parquet
+    return open_table(path, columns=options.columns, header=options.header)

@@ -1,0 +1,53 @@
+"""Values as the kernels take them: native byte order, NaN for masked values, exact integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ... import native
+from ...errors import ArgumentError
+from ...native import Array
+
+#: Below this, every integer is a float64; a float64 of this size may have been rounded to it.
+EXACT = 2**53
+
+
+def is_real(dtype: np.dtype[Any]) -> bool:
+    """Whether values of this type can be measured, in whatever byte order."""
+    return dtype.kind in "iub" or native.is_supported(dtype.newbyteorder("="))
+
+
+def floating_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return the type in native byte order, or float64 for integers and booleans."""
+    return np.dtype(np.float64) if dtype.kind in "iub" else dtype.newbyteorder("=")
+
+
+def to_native(values: Array, label: str) -> Array:
+    """Return values in native byte order, with NaN where they are masked.
+
+    Raises
+    ------
+    ArgumentError
+        There are integers that float64 cannot hold exactly.
+    """
+    masked: Any = values if isinstance(values, np.ma.MaskedArray) else None
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 8:
+        present = values if masked is None else masked.compressed()
+        if present.size:
+            check_exact(present.min(), present.max(), label)
+    if masked is not None:
+        filled: Array = masked.astype(floating_type(values.dtype)).filled(np.nan)
+        return filled
+    return values if values.dtype.isnative else values.astype(values.dtype.newbyteorder("="))
+
+
+def check_exact(least: Any, most: Any, label: str) -> None:
+    """Raise if float64 rounds integers in this range: every digit of the result could be wrong."""
+    if int(most) >= EXACT or int(least) <= -EXACT:
+        beyond = most if int(most) >= EXACT else least
+        raise ArgumentError(
+            f"{label}: integers must be below 2**53 in magnitude, so that float64 holds them "
+            f"exactly, got {int(beyond)}. Subtract a constant first."
+        )
