@@ -1,4 +1,4 @@
-"""Who may import whom, and that `import batchnorm` loads no framework."""
+"""Who may import whom, that no imports form a circle, and what `import batchnorm` loads."""
 
 import ast
 import subprocess
@@ -17,10 +17,10 @@ CORE = {
     "errors": set(),
     "_version": set(),
     "native": {"_core", "errors", "_version"},
-    "moments": {"_core", "errors", "native", "dataset"},  # the last for Dask arrays, when they come
+    "moments": {"_core", "errors", "native"},
     "functional": {"_core", "errors", "native", "moments"},
-    "reference": {"errors", "moments"},
-    "folding": {"errors", "moments"},
+    "reference": set(),
+    "folding": {"errors"},
     "layer": {"errors", "native", "moments", "functional"},
     "atomic": {"errors"},
 }
@@ -88,6 +88,124 @@ def test_rooms_core_module_imports_numpy_and_the_standard_library_alone(name):
 def test_rooms_dataset_imports_the_core_alone(path):
     inside = {m.split(".")[1] for m, _ in _imports(path) if m.startswith("batchnorm.")}
     assert inside <= {*CORE, "dataset"}
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p.parts[:2] == ("dataset", "sources")], ids=str
+)
+def test_rooms_kinds_of_data_know_nothing_of_what_is_done_with_them(path):
+    inside = {m.split(".")[2] for m, _ in _imports(path) if m.startswith("batchnorm.dataset.")}
+    assert inside <= {"sources", "files", "extras"}
+
+
+# ---- circles ------------------------------------------------------------------------------------
+
+
+def _dotted(path):
+    parts = ["batchnorm", *path.with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _statements(node):
+    """All statements below `node`, but not those that only a type checker sees."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            for other in child.orelse:
+                yield other
+                yield from _statements(other)
+        else:
+            yield child
+            yield from _statements(child)
+
+
+def _imported_modules(source, package, modules):
+    """The `modules` that a source text imports, also inside functions.
+
+    `from package import name` imports the module `name` if there is one, and else the package.
+    """
+    for node in _statements(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from {alias.name for alias in node.names} & modules
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield from {full if full in modules else base} & modules
+
+
+def _import_graph():
+    """Module → the modules of this package that it imports."""
+    paths = {_dotted(path): path for path in MODULES}
+    compiled = {_dotted(p.relative_to(SOURCE)) for p in SOURCE.rglob("*.pyi")}
+    graph = {name: set() for name in compiled}
+    for name, path in paths.items():
+        package = ["batchnorm", *path.parts[:-1]]
+        found = _imported_modules((SOURCE / path).read_text(), package, {*paths, *compiled})
+        graph[name] = set(found) - {name}
+    return graph
+
+
+def _circles(graph):
+    """A shortest circle through each module that lies on one, each circle once."""
+    found = {}
+    for start in graph:
+        before, queue = {start: None}, [start]
+        for module in queue:  # breadth first
+            if start in graph[module]:
+                circle = [module]
+                while (previous := before[circle[-1]]) is not None:
+                    circle.append(previous)
+                found.setdefault(frozenset(circle), [*reversed(circle), start])
+                break
+            for following in sorted(graph[module] - before.keys()):
+                before[following] = module
+                queue.append(following)
+    return list(found.values())
+
+
+def _room_of_module(name):
+    first = [*name.split("."), "core"][1]
+    return "core" if first in CORE or first == "_core" else first
+
+
+@pytest.fixture(scope="module")
+def circles():
+    return _circles(_import_graph())
+
+
+@pytest.mark.parametrize("room", sorted({_room_of_module(_dotted(path)) for path in MODULES}))
+def test_rooms_imports_form_no_circle(room, circles):
+    """Wherever the import stands: one inside a function only hides that two modules are one."""
+    own = [circle for circle in circles if room in map(_room_of_module, circle)]
+    assert not own, "\n" + "\n".join(" → ".join(circle) for circle in own)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("from . import b", {"p.a.b"}),
+        ("from . import f", {"p.a"}),
+        ("from .b import f", {"p.a.b"}),
+        ("from ..c import f", {"p.c"}),
+        ("from .. import c", {"p.c"}),
+        ("import p.c", {"p.c"}),
+        ("import numpy", set()),
+        ("def f():\n    if x:\n        from p import c", {"p.c"}),
+        ("if TYPE_CHECKING:\n    from p import c", set()),
+        ("if typing.TYPE_CHECKING:\n    import p\nelse:\n    import p.c", {"p.c"}),
+    ],
+)
+def test_imported_modules_are_found_wherever_they_are_imported(source, expected):
+    assert set(_imported_modules(source, ["p", "a"], {"p", "p.a", "p.a.b", "p.c"})) == expected
+
+
+def test_circles_are_shortest_and_listed_once():
+    graph = {"a": {"b", "c"}, "b": {"a"}, "c": {"d"}, "d": {"e"}, "e": {"c", "b"}, "f": {"a"}}
+    assert sorted(_circles(graph)) == [["a", "b", "a"], ["c", "d", "e", "c"]]
+
+
+# ---- frameworks and presentation ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
