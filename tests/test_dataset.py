@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm import Moments, _core, dataset
-from batchnorm.dataset import Statistics, journal, measuring, parts
+from batchnorm.dataset import Statistics, journal, parts
+from batchnorm.dataset.arguments import as_paths
 from batchnorm.dataset.sources import array_files, blocks, prefetch
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 
@@ -1019,7 +1020,7 @@ def test_measure_tells_how_far_it_is(tmp_path, small_blocks):
 
 def test_paths_and_arrays_are_not_mixed(tmp_path):
     with pytest.raises(ArgumentError, match="paths or one array"):
-        measuring.as_paths([tmp_path, np.ones(3)])
+        as_paths([tmp_path, np.ones(3)])
 
 
 # ---- memory -------------------------------------------------------------------------------------

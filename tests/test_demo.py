@@ -120,7 +120,7 @@ def _unwritable(tmp_path):
     return [
         (tmp_path, "a directory"),
         (tmp_path / "missing" / "page.html", "existing directory"),
-        (Path(os.devnull), "neither a file nor free"),
+        (Path(os.devnull), "not a regular file"),
     ]
 
 

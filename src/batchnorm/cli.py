@@ -1,7 +1,7 @@
 """The command line: ``batchnorm`` and ``python -m batchnorm``.
 
-Every subcommand is one function below that adds it to the application, and imports what it needs
-when it is called. To add one, write such a function and list it in `SUBCOMMANDS`.
+Each subcommand is added to the application by a function below, and imports the modules it needs
+when it runs. To add a subcommand, write such a function and list it in `SUBCOMMANDS`.
 
 Exit status: 0 done; 1 the command ran and found something wrong; 2 the call or its input was
 unusable; 130 interrupted.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Missing(str, enum.Enum):
-    """What `stats` may do about NaN and null."""
+    """What `stats` does about NaN and null."""
 
     refuse = "refuse"
     skip = "skip"
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments
-        What follows the program's name; None for those of this process.
+        Arguments after the program's name; None for those of this process.
 
     Returns
     -------
@@ -62,13 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog_name="batchnorm",
             standalone_mode=False,
         )
-        sys.stdout.flush()  # while there is still something to be said about it
+        sys.stdout.flush()  # here, where an error can still be reported
     except BatchNormError as error:
         return _refuse(str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except BrokenPipeError:
-        _drop_output()  # the reader of a pipe has seen enough
+        _drop_output()  # the reader of the pipe is gone
         return DONE
     except OSError as error:
         if error.filename is not None:
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"standard output cannot be written ({error.strerror or error}). Send it elsewhere."
         )
     except Exception as error:
-        # typer brings click's exceptions from one place or another, depending on its version.
+        # The module of click's exceptions depends on the version of typer, so look for a method.
         explain = getattr(error, "format_message", None)
         if explain is None:
             raise
@@ -104,7 +104,8 @@ def application() -> "typer.Typer":
     def batchnorm(
         context: typer.Context,
         version: Annotated[
-            bool, typer.Option("--version", help="Print the version and what runs here, and exit.")
+            bool,
+            typer.Option("--version", help="Print version, instruction set and threads, and exit."),
         ] = False,
     ) -> None:
         if version:
@@ -120,7 +121,7 @@ def application() -> "typer.Typer":
 
 
 def version_line() -> str:
-    """Version, instruction set in use, and whether and with how many threads OpenMP runs."""
+    """Return the version, the instruction set in use, and the threads of OpenMP."""
     import batchnorm
 
     config = batchnorm.show_config()
@@ -133,12 +134,12 @@ def version_line() -> str:
 
 
 def _drop_output() -> None:
-    """Have nothing more written: Python would complain once more at exit."""
+    """Discard further output, or Python would report the same error again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _console(**options: Any) -> "Console":
-    """Make a console that takes text as it is, and raises when the reader of a pipe has gone."""
+    """Make a console that prints text unchanged, and raises when the reader of a pipe is gone."""
     from rich.console import Console
 
     class Piped(Console):
@@ -154,10 +155,10 @@ def _refuse(message: str) -> int:
 
 
 def _names(text: str | None) -> list[str] | None:
-    """Split what is given as ``a,b,c``; quotes hold together what has commas."""
+    """Split ``a,b,c``; names that contain commas are quoted."""
     if text is None:
         return None
-    # Nothing but commas is a mistake, and is to be refused as one name that there is not.
+    # Commas alone are a mistake, and are refused as a column without a name.
     parts = next(csv.reader([text], skipinitialspace=True), [])
     return [part.strip() for part in parts if part.strip()] or [""]
 
@@ -292,7 +293,7 @@ def _stats(app: "typer.Typer") -> None:
             Path | None,
             typer.Option(
                 help="Where to save the statistics, .npz or .json. If the run is interrupted, the "
-                "same command goes on after the files that were done."
+                "same command resumes it."
             ),
         ] = None,
         channel_axis: Annotated[
@@ -304,7 +305,7 @@ def _stats(app: "typer.Typer") -> None:
         columns: Annotated[
             str | None,
             typer.Option(
-                help="Columns of tables; all if left out. Quote names that hold commas, as in "
+                help="Columns of tables; all if left out. Quote names that contain commas, as in "
                 "'\"a,b\",c'.",
                 metavar="A,B",
             ),
@@ -313,7 +314,7 @@ def _stats(app: "typer.Typer") -> None:
             bool, typer.Option(help="Whether .csv files begin with a line of names.")
         ] = True,
         array: Annotated[
-            str | None, typer.Option(help="Which array of .npz files.", metavar="NAME")
+            str | None, typer.Option(help="Name of the array in .npz files.", metavar="NAME")
         ] = None,
         dask: Annotated[
             str | None,
@@ -324,7 +325,7 @@ def _stats(app: "typer.Typer") -> None:
             ),
         ] = None,
     ) -> None:
-        """Measure count, mean and deviation of each feature of files larger than memory.
+        """Compute count, mean and standard deviation of each feature, also beyond memory.
 
         For example: batchnorm stats train/ --missing skip --out stats.npz
         """
@@ -370,7 +371,7 @@ def _normalize(app: "typer.Typer") -> None:
         file: Annotated[
             str, typer.Argument(help="A .npy, .npz, .csv or .parquet file, or a folder of them.")
         ],
-        stats: Annotated[Path, typer.Option(help="Statistics that 'batchnorm stats' has saved.")],
+        stats: Annotated[Path, typer.Option(help="Statistics saved by 'batchnorm stats'.")],
         out: Annotated[Path, typer.Option(help="The file to write, or the folder for a folder.")],
         eps: Annotated[
             float,
@@ -383,16 +384,17 @@ def _normalize(app: "typer.Typer") -> None:
             typer.Option(help="float16, float32 or float64; that of the data if left out."),
         ] = None,
         channel_axis: Annotated[
-            int | None, typer.Option(help="Axis of the features; as it was measured if left out.")
+            int | None,
+            typer.Option(help="Axis of the features; if left out, as measured."),
         ] = None,
         header: Annotated[
             bool, typer.Option(help="Whether .csv files begin with a line of names.")
         ] = True,
         array: Annotated[
-            str | None, typer.Option(help="Which array of a .npz file.", metavar="NAME")
+            str | None, typer.Option(help="Name of the array in a .npz file.", metavar="NAME")
         ] = None,
     ) -> None:
-        """Subtract the mean of each feature and divide by its deviation, as measured by stats.
+        """Subtract the mean of each feature and divide by its standard deviation.
 
         For example: batchnorm normalize test.npy --stats stats.npz --out test_normalized.npy
         """
@@ -421,7 +423,7 @@ def _note(text: str) -> None:
 
 
 def _show_statistics(found: "Statistics", console: "Console") -> None:
-    """Print a table of the features, of many the first."""
+    """Print a table of the features, or of the first `SHOWN`."""
     import rich.box
     from rich.table import Table
 
@@ -444,7 +446,7 @@ def _many(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-#: Features of which `stats` prints a line.
+#: Features that `stats` prints at most.
 SHOWN = 20
 
 SUBCOMMANDS = (_demo, _bench, _stats, _normalize)

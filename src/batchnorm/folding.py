@@ -1,4 +1,4 @@
-"""Folding: the affine map of a frozen batch norm, absorbed by the linear layer before it."""
+"""Fold a frozen batch norm into the linear layer before it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def fold_linear(
     Parameters
     ----------
     weight : (out, in)
-        Of the linear layer that computes x @ weight.T + bias.
+        Weight of the linear layer, which computes x @ weight.T + bias.
     bias : (out,)
-        None means 0.
+        Bias of the linear layer; None means 0.
     mean, var : (out,)
-        The statistics the batch norm uses at test time: running averages, or those of the
-        population. The variance is biased (ddof=0) or not as the batch norm has it.
+        Statistics that the batch norm uses at test time: running or population statistics. The
+        variance is used as given, biased or unbiased.
     gamma, beta : (out,)
         Scale and shift of the batch norm; None means 1 and 0.
     eps : scalar
@@ -44,16 +44,16 @@ def fold_linear(
     Returns
     -------
     weight : (out, in)
-        A new array in the dtype of the given weight.
+        A new array in the dtype of `weight`.
     bias : (out,)
-        A new array in the dtype of the given weight.
+        A new array in the dtype of `weight`.
 
     Raises
     ------
     ShapeError
-        `weight` has not two axes, or another array has not one value per row of `weight`.
+        `weight` does not have two axes, or another array does not have one value per row of it.
     ArgumentError
-        `var + eps` is not positive (NaN included), so that no scale exists.
+        `var + eps` is not positive, or is NaN.
 
     References
     ----------
@@ -100,7 +100,7 @@ def fold_linear(
 def _per_row(
     name: str, values: Array | None, rows: int, default: float | None = None
 ) -> npt.NDArray[np.float64]:
-    """Return `values` as float64 after checking that there is one for each row of the weight."""
+    """Convert to float64, and check that there is one value for each row of the weight."""
     if values is None and default is not None:
         return np.full(rows, default)
     converted = np.asarray(values, dtype=np.float64)

@@ -1,7 +1,7 @@
-"""The paper's equations, line for line, in float64: the readable twin of the kernels.
+"""The paper's equations, line for line, in float64.
 
-Nothing here is fast, and nothing here is used by the rest of the library; it is what the rest is
-tested against, and what to read first. m is the number of values per channel.
+Read this first; the tests compare the kernels with it. Nothing here is fast, and the rest of the
+library does not use it. m is the number of values per channel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Cache:
-    """What the backward pass needs, as the paper names it; all but `axes` broadcast over x."""
+    """Values for the backward pass, named as in the paper; all but `axes` broadcast over x."""
 
     x: Float64
     mu: Float64

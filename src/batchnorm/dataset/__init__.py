@@ -1,8 +1,8 @@
-"""Statistics of data sets larger than memory, and data sets normalized by them.
+"""Statistics of data sets larger than memory, and normalization by them.
 
-`measure` streams files, arrays and Dask arrays into exact `Statistics`; `normalize` streams them
-through the same mean and variance. NumPy's files need nothing but NumPy, CSV and Parquet the extra
-``data``, Dask the extra ``dask``.
+`measure` computes exact `Statistics` of files, arrays and Dask arrays, block by block, and
+`normalize` normalizes data by them. .npy and .npz files need only NumPy, CSV and Parquet files the
+extra ``data``, Dask the extra ``dask``.
 
 >>> import numpy as np
 >>> from batchnorm import dataset

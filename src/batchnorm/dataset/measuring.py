@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +12,13 @@ from .. import native
 from ..atomic import check_place
 from ..errors import ArgumentError, ShapeError
 from ..moments import is_dask
+from .arguments import as_axis, as_paths, check_in_memory
 from .block_moments import check_overflow, check_policy, measure_source
 from .cluster import measure_files
 from .dask_arrays import measure_array
 from .files import check_not_an_input, file_key, find_files
 from .journal import Journal
+from .meter import Meter, Progress
 from .parts import PairwiseMerge, Part
 from .sources import (
     FileOptions,
@@ -30,9 +30,6 @@ from .sources import (
     open_memory,
 )
 from .statistics import Statistics, check_suffix
-
-#: Called with the name of what is being read, the bytes done, and the bytes in all.
-Progress = Callable[[str, int, int], None]
 
 
 def measure(
@@ -135,47 +132,6 @@ def measure(
     return found
 
 
-def as_axis(channel_axis: Any) -> int:
-    """Return an axis as a plain integer."""
-    try:
-        return operator.index(channel_axis)
-    except TypeError:
-        raise ArgumentError(f"channel_axis must be an integer, got {channel_axis!r}.") from None
-
-
-def as_paths(source: Any) -> list[str | Path]:
-    """Return the paths that `source` consists of, or none if it is an array."""
-    if isinstance(source, (str, Path)):
-        return [source]
-    if isinstance(source, (list, tuple)):
-        if not source:
-            raise ArgumentError("source must be at least one file or folder, got none.")
-        if any(isinstance(s, (str, Path)) for s in source):
-            for s in source:
-                if not isinstance(s, (str, Path)):
-                    raise ArgumentError(
-                        f"source must be paths or one array, got {type(s).__name__} beside paths. "
-                        "Save it to a file, or measure it apart."
-                    )
-            return list(source)
-    return []
-
-
-def check_in_memory(options: FileOptions, client: Any = None) -> None:
-    """Raise if an argument is given that does not apply to arrays in memory."""
-    given = {
-        "columns": options.columns is not None,
-        "header": not options.header,
-        "array": options.array is not None,
-        "client": client is not None,
-    }
-    for name in (name for name, is_given in given.items() if is_given):
-        raise ArgumentError(
-            f"{name} must be left out for arrays in memory: it applies to files"
-            f"{' and Dask arrays' if name == 'client' else ''} only."
-        )
-
-
 def _measure_array(
     source: Any, axis: int, missing: str, client: Any, progress: Progress | None
 ) -> Statistics:
@@ -187,28 +143,6 @@ def _measure_array(
         data = open_memory(source, axis)
         part = measure_source(data, missing, Meter([data], progress).start(data))
     return Statistics(part.moments, part.missing, channel_axis=axis)
-
-
-class Meter:
-    """Report how many bytes of some sources are done."""
-
-    def __init__(self, sources: Sequence[Source], progress: Progress | None) -> None:
-        self._whole, self._done, self._progress = sum(s.nbytes for s in sources), 0, progress
-
-    def skip(self, nbytes: int) -> None:
-        """Count bytes that were done before."""
-        self._done += nbytes
-
-    def advance(self, label: str, nbytes: int = 0) -> None:
-        """Count bytes of the source with this label, and report."""
-        self._done = min(self._done + nbytes, self._whole)
-        if self._progress is not None:
-            self._progress(label, self._done, self._whole)
-
-    def start(self, source: Source) -> Callable[[int], None]:
-        """Report the start of a source; returns what counts its bytes."""
-        self.advance(source.label)
-        return partial(self.advance, source.label)
 
 
 def _journal(target: Path, axis: int, missing: str, options: FileOptions) -> Journal:

@@ -15,9 +15,10 @@ from ..atomic import check_place, explain_write_errors, replacing
 from ..errors import ArgumentError, DTypeError
 from ..moments import is_dask
 from .affine import Affine
+from .arguments import as_axis, as_paths, check_in_memory
 from .dask_arrays import normalize_array
 from .files import ARRAYS, TABLES, check_not_an_input, file_key, find_files, suffix_of
-from .measuring import Meter, Progress, as_axis, as_paths, check_in_memory
+from .meter import Meter, Progress
 from .sources import ArrayFile, FileOptions, TableFile, open_file, open_memory
 from .statistics import Statistics, is_statistics
 from .writers import write_normalized

@@ -17,7 +17,7 @@ from .blocks import Block, FileSource, Source, check_unchanged, check_width
 from .csv_files import open_csv
 from .memory import ArrayInMemory, open_memory
 from .parquet_files import open_parquet
-from .prefetch import prefetch
+from .prefetching import prefetch
 from .tables import TableFile
 
 __all__ = [
