@@ -69,6 +69,24 @@ def test_moments_of_a_dask_array_pass_nan_on(x):
     np.testing.assert_array_equal(np.isnan(found.mean), np.arange(6) == 2)
 
 
+def test_moments_of_a_dask_array_take_masked_values_for_nan(x):
+    mask = np.zeros(x.shape, bool)
+    mask[3, 2, 1] = True
+    array = da.ma.masked_array(chunked(x, (7, 4, 3)), chunked(mask, (7, 4, 3)))
+    found = Moments.of(array)
+    np.testing.assert_array_equal(np.isnan(found.mean), np.arange(6) == 2)
+
+
+def test_moments_of_a_dask_array_have_the_same_bits_on_any_scheduler(x, workers):
+    array = chunked(x.astype(">f8"), (7, 4, 3))
+    with dask.config.set(scheduler="synchronous"):
+        found = Moments.of(array)
+    with dask.config.set(scheduler="threads"):
+        assert Moments.of(array) == found
+    with dask.config.set(scheduler=workers.get):
+        assert Moments.of(array) == found
+
+
 @pytest.mark.parametrize("dtype", ["i4", "?", "f2", ">f8"])
 def test_measure_takes_every_real_type(dtype, rng):
     x = rng.integers(0, 2, (40, 3)).astype(dtype)
