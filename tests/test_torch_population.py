@@ -23,11 +23,12 @@ from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 import batchnorm.torch  # noqa: E402
-from batchnorm.errors import ArgumentError, BatchNormError, ShapeError  # noqa: E402
+from batchnorm.errors import ArgumentError, ShapeError  # noqa: E402
 from batchnorm.torch import (  # noqa: E402
     BatchNorm1d,
     BatchNorm2d,
     NonFiniteError,
+    SynchronizationError,
     convert,
     freeze,
     population,
@@ -270,7 +271,7 @@ def test_recalibrate_exact_lets_no_more_batches_wait_than_there_may_be_threads(
 ):
     most = []
     start = threading.Thread.start
-    monkeypatch.setattr(population.exact, "_THREADS", 2)
+    monkeypatch.setattr(population.system, "_MOST_THREADS", 2)
     monkeypatch.setattr(
         threading.Thread, "start", lambda t: (start(t), most.append(threading.active_count()))[0]
     )
@@ -989,7 +990,15 @@ def test_recalibrate_restores_everything_when_an_input_is_not_finite(method, bat
 
 def _recalibrated(model, batches, method, interrupt_at):
     """How many lines ran of what enters and leaves, and whether it came through."""
-    names = {"recalibrate", "enter", "leave", "write", "measure", "undisturbed", "_restore"}
+    names = {
+        "recalibrate",
+        "enter",
+        "leave",
+        "write",
+        "measure",
+        "interrupts_delayed",
+        "_restore_modes",
+    }
     lines = 0
 
     def trace(frame, event, arg):
@@ -1116,11 +1125,11 @@ def test_report_prints_a_table(batches):
     freeze(model[5])
     lines = str(recalibrate(model, batches, method="exact")).splitlines()
     assert lines[0].startswith(
-        "2 batch norms recalibrated, exact: 203 examples, 5 batches, 6 forwards, "
+        "recalibrated 2 batch-norm layers (exact): 203 examples, 5 batches, 6 forwards, "
     )
     assert lines[1].endswith("values  shift  channel  rms shift  std old/new")
     assert len({len(line) for line in lines[1:4]}) == 1
-    assert lines[-1] == "left alone: 5: its statistics are frozen"
+    assert lines[-1] == "skipped 5: its statistics are frozen"
 
 
 def test_report_prints_the_farthest_moved_of_many(batches):
@@ -1262,7 +1271,7 @@ def test_recalibrate_ends_everywhere_when_a_process_fails(method, how, raised, f
     assert (answers[2][0], answers[2][2]) == (raised, True)
     for rank in (0, 1, 3):
         name, message, same = answers[rank]
-        assert name == BatchNormError.__name__
+        assert name == SynchronizationError.__name__
         assert "failed in process 2 of 4" in message
         assert same
 

@@ -15,8 +15,9 @@ from torch.func import functional_call  # noqa: E402
 
 from batchnorm.errors import ArgumentError  # noqa: E402
 from batchnorm.torch import BatchNorm1d, recalibrate  # noqa: E402
-from batchnorm.torch.population import batches as batches_module  # noqa: E402
-from batchnorm.torch.population import exact  # noqa: E402
+from batchnorm.torch.population import system  # noqa: E402
+from batchnorm.torch.population.batches import to_device  # noqa: E402
+from batchnorm.torch.population.state import process_settings  # noqa: E402
 
 C = 3
 methods = pytest.mark.parametrize("method", ["precise", "exact"])
@@ -233,10 +234,10 @@ def in_float64(model, x):
 
 @pytest.mark.parametrize("around", [settled, without_cudnn, in_float64])
 def test_recalibrate_exact_leaves_settings_that_a_forward_changes_for_the_while(around, x):
-    before = exact._settings()
+    before = process_settings()
     model = Chain(around)
     report = recalibrate(model, x.split(20), method="exact")
-    assert exact._settings() == before
+    assert process_settings() == before
     assert "settings of the process" in report.notes[0]
     right(model, x)
 
@@ -316,7 +317,7 @@ def test_recalibrate_exact_takes_data_that_overwrite_a_batch_with_the_next(order
 
     model = Chain()
     report = recalibrate(model, Reuses(), method="exact")
-    assert "overwrite" in report.notes[0]
+    assert "reuses a batch's memory" in report.notes[0]
     right(model, torch.cat([parts[k] for k in order]))
 
 
@@ -364,9 +365,9 @@ def test_recalibrate_counts_examples_in_dataclasses(x):
     assert report.examples == 60
 
 
-def test_batches_are_sent_whatever_holds_them():
+def test_batches_are_moved_to_the_device_whatever_holds_them():
     packed = nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])
-    sent = batches_module.sent(
+    sent = to_device(
         {"a": [torch.ones(2)], "b": (Labelled(torch.ones(2), []), packed), "c": 3}, "meta"
     )
     assert sent["a"][0].is_meta
@@ -438,4 +439,5 @@ def test_layers_without_channels_are_left_alone():
 def test_no_more_threads_are_begun_than_a_share_of_what_the_system_allows(monkeypatch):
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrlimit", lambda what: (80, 80))
-    assert exact._room_for_threads() == 10
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert system.most_threads() == 5

@@ -1,4 +1,4 @@
-"""Population statistics: what batch norms use at test time, measured over a data set."""
+"""Population statistics: the statistics for test time, measured over a data set."""
 
 from .report import LayerShift as LayerShift
 from .report import Recalibration as Recalibration

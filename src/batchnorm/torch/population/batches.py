@@ -1,4 +1,4 @@
-"""The data, batch by batch, and the tensors in them."""
+"""The data, batch by batch, and the tensors in a batch."""
 
 from __future__ import annotations
 
@@ -12,50 +12,64 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
-from .state import Rng
+from .state import RngState
+
+Fingerprint = list[tuple[Any, str]]
 
 
 class Source:
-    """The batches of `data`, the same ones in every pass as far as random numbers make them."""
+    """The batches of `data`. Every pass starts with the same random numbers.
 
-    def __init__(self, data: Iterable[Any], samples: int | None, rng: Rng, again: bool) -> None:
-        self.data, self.samples, self.rng, self.again = data, samples, rng, again
-        self.examples = self.number = 0
-        #: Number of batches, where it is known beforehand.
+    Attributes
+    ----------
+    example_count, batch_count : int
+        Of the first pass.
+    length : int or None
+        Number of batches, if it is known in advance.
+    varies : bool
+        A later pass gave other batches than the first; only with `compare_passes`.
+    """
+
+    def __init__(
+        self, data: Iterable[Any], samples: int | None, rng: RngState, compare_passes: bool
+    ) -> None:
+        self._data, self._samples, self._rng = data, samples, rng
+        self._compare_passes = compare_passes
+        self.example_count = self.batch_count = 0
         self.length: int | None = None
         if samples is None and isinstance(data, Sized):
             with suppress(TypeError):  # a loader of an IterableDataset
                 self.length = len(data)
         self.varies = False
-        self._marks: list[Any] = []
+        self._fingerprints: list[Fingerprint] = []
 
-    def renew(self) -> None:
-        """Take the next pass for the first: a loader that keeps its workers begins otherwise."""
-        self.varies, self._marks = False, []
+    def forget_first_pass(self) -> None:
+        """Compare with the next pass: the first differs if a loader keeps its workers."""
+        self.varies, self._fingerprints = False, []
 
     def batches(self) -> Iterator[Any]:
-        """One pass."""
-        first, seen = self.number == 0, 0
-        self.rng.restore()
-        for index, batch in enumerate(self.data):
-            size = _examples(batch, self.samples is not None)
-            seen += size
+        """One pass over the data."""
+        first, examples = self.batch_count == 0, 0
+        self._rng.restore()
+        for index, batch in enumerate(self._data):
+            examples += _size_of(batch, self._samples is not None)
             if first:
-                self.examples, self.number = seen, index + 1
-            if self.again:
-                mark = mark_of(batch)
-                if index == len(self._marks):
-                    self._marks.append(mark)
-                elif self._marks[index] != mark:
+                self.example_count, self.batch_count = examples, index + 1
+            if self._compare_passes:
+                found = fingerprint(batch)
+                if index == len(self._fingerprints):
+                    self._fingerprints.append(found)
+                elif self._fingerprints[index] != found:
                     self.varies = True
             yield batch
-            if self.samples is not None and seen >= self.samples:
+            if self._samples is not None and examples >= self._samples:
                 return
 
 
-def _examples(batch: Any, needed: bool) -> int:
+def _size_of(batch: Any, required: bool) -> int:
+    """Number of examples: the length of the first axis of the first tensor."""
     first = next((t for t in tensors_in(batch) if t.dim()), None)
-    if first is None and needed:
+    if first is None and required:
         raise ArgumentError(
             "samples needs batches with tensors, whose first axis is counted, got "
             f"{type(batch).__name__} without any. Leave samples out, and pass fewer batches."
@@ -63,8 +77,8 @@ def _examples(batch: Any, needed: bool) -> int:
     return 0 if first is None else first.size(0)
 
 
-def mark_of(batch: Any) -> list[tuple[Any, str]]:
-    """What tells one batch from another."""
+def fingerprint(batch: Any) -> Fingerprint:
+    """Shapes and sums of the tensors of a batch, which tell it from another."""
     return [
         (t.shape, str(t.sum(dtype=torch.float64).item())) if is_dense(t) else (t.layout, "")
         for t in tensors_in(batch)
@@ -88,7 +102,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def is_dense(t: Tensor) -> bool:
-    """Whether its values lie in memory of its own, and nothing but torch says what they are."""
+    """True if the values are plain numbers in the tensor's own memory."""
     return (
         t.layout is torch.strided
         and type(t) in (Tensor, nn.Parameter)
@@ -96,34 +110,42 @@ def is_dense(t: Tensor) -> bool:
     )
 
 
-def place(t: Tensor) -> int:
-    """Where the memory of a tensor begins."""
+def address(t: Tensor) -> int:
+    """Address of the storage of a tensor, which views of it share."""
     return t.untyped_storage().data_ptr()
 
 
-def sent(value: Any, device: torch.device) -> Any:
-    """A batch on a device."""
+def to_device(value: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if callable(getattr(value, "to", None)):  # a PackedSequence, a batch of tokens
         return value.to(device)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(sent(item, device) for item in value))
+        return type(value)(*(to_device(item, device) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(sent(item, device) for item in value)
+        return type(value)(to_device(item, device) for item in value)
     if isinstance(value, dict):
         copied = copy.copy(value)
-        copied.update((key, sent(item, device)) for key, item in value.items())
+        copied.update((key, to_device(item, device)) for key, item in value.items())
         return copied
     if is_dataclass(value) and not isinstance(value, type):
         return replace(
-            value, **{f.name: sent(getattr(value, f.name), device) for f in fields(value)}
+            value, **{f.name: to_device(getattr(value, f.name), device) for f in fields(value)}
         )
     return value
 
 
-def first_item(model: nn.Module, batch: Any) -> Any:
-    """Call the model as `recalibrate` does without `forward`."""
+def copy_of(batch: Any) -> Any:
+    """A deep copy of a batch, or the batch itself if it cannot be copied."""
+    try:
+        return copy.deepcopy(batch)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return batch
+
+
+def call_with_first_item(model: nn.Module, batch: Any) -> Any:
+    """Call the model with the first item of a batch: what `recalibrate` does without `forward`."""
     while not isinstance(batch, Tensor):
         if isinstance(batch, Mapping) and len(batch):
             batch = next(iter(batch.values()))

@@ -13,27 +13,27 @@ _ROWS = 25
 class LayerShift:
     """How far the statistics of one layer have moved.
 
-    A standard deviation is √(variance + eps), by which the layer divides.
+    Standard deviations are √(variance + eps), by which the layer divides.
 
     Attributes
     ----------
     name : str
-        Of the layer in the model.
+        Name of the layer in the model.
     kind : str
-        Its class.
+        Name of its class.
     calls : int
         Calls of the layer that were measured.
     count : float
-        Values per channel; under a mask, their weight.
+        Values per channel; under a mask, the sum of their weights.
     shift : float
-        Distance of the new mean from the old in new standard deviations, the largest over the
-        channels; infinite where the old statistics were not finite.
+        Distance of the new mean from the old one in new standard deviations, the largest over the
+        channels; infinite if the old statistics were not finite.
     channel : int
-        Where it is largest.
+        The channel of the largest shift.
     rms_shift : float
-        Root of the mean square of it over the channels.
+        Root mean square of the shifts of all channels.
     std_ratio : float
-        Old over new standard deviation, in the channel where it is farthest from one.
+        Old over new standard deviation, in the channel where this is farthest from one.
     """
 
     name: str
@@ -48,23 +48,23 @@ class LayerShift:
 
 @dataclass(frozen=True, kw_only=True)
 class Recalibration:
-    """What `recalibrate` has done; `print` it.
+    """The result of `recalibrate`; `print` shows a table.
 
     Attributes
     ----------
     method : str
     examples, batches : int
-        Seen, by all processes together. Examples are counted along the first axis of the first
-        tensor of a batch.
+        Number seen by all processes together. Examples are counted along the first axis of the
+        first tensor of a batch.
     forwards : int
-        Forwards begun, in all processes: a batch that is run again up to some layer counts again.
+        Forwards started, in all processes: a batch that runs again up to some layer counts again.
     seconds : float
     layers : tuple of LayerShift
-        The farthest moved first.
+        In the order of their shifts, the largest first.
     skipped : dict
-        Why, by the name of each layer that was left alone.
+        The reason, by the name of each skipped layer.
     notes : tuple of str
-        What was out of the ordinary.
+        Anything unusual.
     """
 
     method: str
@@ -77,13 +77,14 @@ class Recalibration:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as dicts, lists, strings and numbers."""
+        """The report as dicts, lists, strings and numbers, as JSON takes them."""
         return {**asdict(self), "layers": [asdict(s) for s in self.layers], "notes": [*self.notes]}
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.layers)} batch norms recalibrated, {self.method}: {self.examples:,} "
-            f"examples, {self.batches:,} batches, {self.forwards:,} forwards, {self.seconds:.1f} s"
+            f"recalibrated {len(self.layers)} batch-norm layer{'s'[: len(self.layers) != 1]} "
+            f"({self.method}): {self.examples:,} examples, {self.batches:,} batches, "
+            f"{self.forwards:,} forwards, {self.seconds:.1f} s"
         ]
         if self.layers:
             rows = [("layer", "class", "values", "shift", "channel", "rms shift", "std old/new")]
@@ -103,6 +104,6 @@ class Recalibration:
                 lines.append("  " + "  ".join(cells).rstrip())
             if len(self.layers) > _ROWS:
                 lines.append(f"  … and {len(self.layers) - _ROWS} that moved less")
-        lines += [f"left alone: {name}: {reason}" for name, reason in self.skipped.items()]
+        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)

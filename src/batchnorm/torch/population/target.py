@@ -1,8 +1,11 @@
-"""A layer to measure."""
+"""A layer to measure: its input, and the statistics by which it normalizes meanwhile.
+
+This is the only file of `population` that knows how layers work inside: `functional`, `kernels` and
+the methods of `Layer`.
+"""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,29 +16,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ...errors import ShapeError
 from ...moments import Moments
-from .. import functional, native
-from ..contract import Config as Form
-from ..contract import NonFiniteError, values_per_example
+from .. import functional, kernels
+from ..kernels import Form, NonFiniteError
 from ..modules import Layer
 from .report import LayerShift
 
-#: Told of each tensor that a layer is about to normalize, with its mask; says what was seen in it
-#: where the layer is to normalize by the batch.
-Visit = Callable[["Target", Tensor, "Tensor | None"], "Input | None"]
+#: Called with each tensor that a layer is about to normalize, and its mask. Returns the input if
+#: the layer shall normalize by the statistics of this batch; None if not.
+OnInput = Callable[["Target", Tensor, "Tensor | None"], "LayerInput | None"]
+
+#: Mean and variance.
+Pair = tuple[Tensor, Tensor]
 
 # Moments of one layer are merged pairwise in blocks of so many batches.
 _BLOCK = 256
 
 
-Pair = tuple[Tensor, Tensor]
+class LayerInput:
+    """What a layer normalizes in one call, and its moments.
 
-
-class Input:
-    """What a layer was called with, and its moments."""
+    Attributes
+    ----------
+    values : int
+        Number of values per channel that are not masked.
+    """
 
     __slots__ = ("moments", "values", "x")
 
@@ -43,52 +52,66 @@ class Input:
         self.x = x
         self.moments = functional.measure(x, mask)
         if mask is None:
-            self.values = x.shape[0] * values_per_example(x)
+            self.values = x.shape[0] * kernels.values_per_example(x)
         else:
             self.values = int(torch.count_nonzero(functional.as_weights(mask, x)))
 
 
 class Target:
-    """A layer to measure: its own statistics, those it is lent, and those found."""
+    """A layer to measure.
 
-    def __init__(self, layer: _BatchNorm, name: str, index: int) -> None:
+    Attributes
+    ----------
+    parts : list of Moments
+        Measured so far, merged in part.
+    calls : int
+        Calls of the layer that were measured, without those of empty input.
+    batches : set of int
+        Numbers of the batches that reached the layer.
+    finished : bool
+        The layer has been measured, over all batches and processes.
+    found : pair of tensors, or None
+        Mean and variance, in the type of the layer's buffers, once it is finished; None if nothing
+        reached it.
+    count : float
+        Values per channel behind `found`.
+    problem : str
+        Why the layer could not be measured.
+    """
+
+    def __init__(self, layer: nn.Module, name: str, index: int) -> None:
         self.layer, self.name, self.index = layer, name, index
         mean, var = layer._buffers["running_mean"], layer._buffers["running_var"]
         assert mean is not None
         assert var is not None
         self._mean, self._var, self.channels = mean, var, mean.numel()
-        self._has_others = False  # statistics
-        self.problem = ""  # why it could not be measured
-        self.forget()
+        self.problem = ""
+        self.start_over()
 
-    def forget(self) -> None:
-        """Begin anew."""
+    def start_over(self) -> None:
+        """Forget all that was measured."""
         self.parts: list[Moments] = []
         self.calls = 0
-        self.seen_in: set[int] = set()  # batches, by their number
-        self.settled = False
+        self.batches: set[int] = set()
+        self.finished = False
         self.found: Pair | None = None
         self.count = 0.0
-        self.take_back()
 
-    # ---- measuring
+    # ---- interception
 
-    def watch(self, visit: Visit, stack: ExitStack) -> None:
-        """Tell `visit` of what the layer normalizes, and let it use what it is to, until the end.
+    def intercept(self, on_input: OnInput, stack: ExitStack) -> None:
+        """Call `on_input` before the layer normalizes, and replace its statistics; `stack` undoes.
 
-        Ours hand input and mask to `_layer`. torch's begin with `_check_input_dim`, which shows the
-        input as a subclass has changed it, and look for their statistics after that. A subclass
-        whose forward does without the one it inherits is taken by its first argument.
+        Our layers pass input, mask and statistics to `_layer`. All others are torch's own and
+        subclasses of them, which normalize by `torch.nn.functional.batch_norm`, whatever their
+        forward does before and after it.
         """
-        if not _goes_on(self.layer):
-            hook = partial(self._before_call, visit)
-            handle = self.layer.register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-            return
-        name = "_normalize" if isinstance(self.layer, Layer) else "_check_input_dim"
-        look = self._instead_of_layer if isinstance(self.layer, Layer) else self._after_check
+        if isinstance(self.layer, Layer):
+            name, replacement = "_layer", self._instead_of_layer
+        else:
+            name, replacement = "forward", self._instead_of_forward
         own, inner = self.layer.__dict__.get(name), getattr(self.layer, name)
-        self.layer.__dict__[name] = partial(look, visit, inner)
+        self.layer.__dict__[name] = partial(replacement, on_input, inner)
         stack.callback(self._restore, name, own)
 
     def _restore(self, name: str, own: Any) -> None:
@@ -98,7 +121,7 @@ class Target:
 
     def _instead_of_layer(
         self,
-        visit: Visit,
+        on_input: OnInput,
         inner: Callable[..., Any],
         x: Tensor,
         mean: Tensor | None,
@@ -110,31 +133,29 @@ class Target:
         residual: Tensor | None,
         mask: Tensor | None,
     ) -> Any:
-        seen = visit(self, x, mask)
+        seen = on_input(self, x, mask)
         rest = form, residual, mask
         if seen is not None and seen.values > 1 and form.group_size:
             return inner(x, mean, var, weight, bias, True, *rest)
-        pair = self._to_use(seen, wide=native.supports(x)) or (mean, var)
+        pair = self.statistics_for(seen, wide=kernels.fits(x)) or (mean, var)
         return inner(x, *pair, weight, bias, False, *rest)
 
-    def _after_check(self, visit: Visit, inner: Callable[[Tensor], None], x: Tensor) -> None:
-        inner(x)
-        self._lend(self._to_use(visit(self, x, None), wide=False))
+    def _instead_of_forward(
+        self, on_input: OnInput, inner: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        with _BatchNormCalls(self, on_input) as calls:
+            y = inner(*args, **kwargs)
+        if not calls.seen:
+            self.problem = (
+                "its forward does not call torch.nn.functional.batch_norm with its running "
+                "statistics"
+            )
+        return y
 
-    def _before_call(
-        self,
-        visit: Visit,
-        layer: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
-        bound = inspect.signature(layer.forward).bind(*args, **kwargs)
-        x = next(iter(bound.arguments.values()), None)
-        if isinstance(x, Tensor):
-            self._lend(self._to_use(visit(self, x, None), wide=False))
+    # ---- measuring
 
-    def measure(self, x: Tensor, mask: Tensor | None) -> Input | None:
-        """The moments of an input; None where the layer will refuse it, and says best why.
+    def measure(self, x: Tensor, mask: Tensor | None) -> LayerInput | None:
+        """The moments of an input; None if the layer will refuse it, with the better message.
 
         Raises
         ------
@@ -144,7 +165,7 @@ class Target:
         if not (x.is_floating_point() and x.dim() >= 2 and x.shape[1] == self.channels):
             self.problem = f"its input, {tuple(x.shape)}, is not (N, {self.channels}, …)"
             return None
-        seen = Input(x, mask)
+        seen = LayerInput(x, mask)
         bad = np.flatnonzero(~(np.isfinite(seen.moments.mean) & np.isfinite(seen.moments.m2)))
         if len(bad):
             raise NonFiniteError(
@@ -155,40 +176,18 @@ class Target:
         return seen
 
     def add(self, moments: Moments, batch: int = 0) -> None:
-        """Take up one call's moments."""
-        self.seen_in.add(batch)
+        """Add the moments of one call."""
+        self.batches.add(batch)
         self.calls += bool(np.any(moments.count))
         self.parts.append(moments)
         if len(self.parts) == _BLOCK:
             self.parts = [Moments.merge(self.parts)]
 
-    # ---- statistics
-
-    def _to_use(self, seen: Input | None, wide: bool) -> Pair | None:
-        """By what the layer is to normalize: the batch, what was found, or None for its own."""
-        if seen is None or seen.values <= 1:
-            return self.found
-        # Ours take wider statistics than their input.
-        dtype = torch.float64 if wide else None
-        return self._in_buffers(seen.moments.mean, seen.moments.var(), dtype)
-
-    def _lend(self, pair: Pair | None) -> None:
-        """Put other statistics in the place of the layer's own, or take them back."""
-        if pair is not None or self._has_others:
-            buffers = self.layer._buffers
-            buffers["running_mean"], buffers["running_var"] = pair or (self._mean, self._var)
-            self._has_others = pair is not None
-
-    def take_back(self) -> None:
-        """Give the layer its own statistics again."""
-        self._has_others = True
-        self._lend(None)
-
-    def settle(self, moments: Moments, calls: int) -> None:
-        """Let the layer use the population statistics from here on; its own if there are none."""
-        self.settled = True
+    def finish(self, moments: Moments, calls: int) -> None:
+        """Normalize by these population statistics from now on; by the layer's own if none."""
+        self.finished, self.parts = True, []
         if not calls:
-            if self.seen_in:
+            if self.batches:
                 self.problem = self.problem or "only empty inputs reached it"
             return
         var = moments.var(ddof=1)
@@ -199,12 +198,24 @@ class Target:
                 f"{count:g} in all for the layer '{self.name}'. Give it more data."
             )
         self.count, self.calls = count, calls
-        self.found = self._in_buffers(moments.mean, var, None)
+        self.found = self._as_buffers(moments.mean, var, None)
 
-    def _in_buffers(
+    # ---- statistics
+
+    def statistics_for(self, seen: LayerInput | None, wide: bool) -> Pair | None:
+        """Statistics to normalize by: of the batch, those found, or None for the layer's own.
+
+        `wide`: the layer takes float64 statistics beside any input.
+        """
+        if seen is None or seen.values <= 1:
+            return self.found
+        dtype = torch.float64 if wide else None
+        return self._as_buffers(seen.moments.mean, seen.moments.var(), dtype)
+
+    def _as_buffers(
         self, mean: NDArray[np.float64], var: NDArray[np.float64], dtype: torch.dtype | None
     ) -> Pair:
-        """Statistics as the layer's buffers hold them, or in `dtype`."""
+        """Statistics on the device of the layer's buffers, in `dtype` or in the buffers' own."""
         tensors = []
         for what, values, own in (("mean", mean, self._mean), ("var", var, self._var)):
             t = torch.from_numpy(values.copy()).to(dtype or own.dtype).to(own.device)
@@ -219,15 +230,15 @@ class Target:
 
     # ---- the end
 
-    def own(self) -> list[Tensor]:
-        """The layer's own buffers that `write` changes."""
+    def own_buffers(self) -> list[Tensor]:
+        """The buffers of the layer that `write` changes."""
         tracked = self.layer._buffers.get("num_batches_tracked")
         return [self._mean, self._var, *([] if tracked is None else [tracked])]
 
     def write(self) -> None:
-        """Make what was found the layer's own."""
+        """Write what was found into the layer's buffers."""
         assert self.found is not None
-        for own, new in zip(self.own(), (*self.found, self.calls), strict=False):
+        for own, new in zip(self.own_buffers(), (*self.found, self.calls), strict=False):
             own.copy_(torch.as_tensor(new))
 
     def shift(self) -> LayerShift:
@@ -236,10 +247,11 @@ class Target:
         old_mean, old_var, mean, var = (
             t.detach().cpu().double().numpy() for t in (self._mean, self._var, *self.found)
         )
+        eps: Any = self.layer.eps
         with np.errstate(all="ignore"):
-            std = np.sqrt(var + self.layer.eps)
+            std = np.sqrt(var + eps)
             shift = np.nan_to_num(np.abs(mean - old_mean) / std, nan=math.inf, posinf=math.inf)
-            ratio = np.nan_to_num(np.sqrt(old_var + self.layer.eps) / std, nan=math.inf)
+            ratio = np.nan_to_num(np.sqrt(old_var + eps) / std, nan=math.inf)
             farthest = np.abs(np.log(ratio))
         return LayerShift(
             name=self.name,
@@ -253,10 +265,44 @@ class Target:
         )
 
 
-def _goes_on(layer: nn.Module) -> bool:
-    """Whether the forward of a layer calls the one it inherits, or begins as that one does."""
-    if "forward" in layer.__dict__:  # something around the layer's own
-        return True
-    forward = inspect.unwrap(layer.forward)
-    code = getattr(forward, "__code__", None)
-    return code is None or not {"forward", "_check_input_dim"}.isdisjoint(code.co_names)
+class _BatchNormCalls(TorchFunctionMode):
+    """Intercepts the calls of `torch.nn.functional.batch_norm` with a layer's running statistics.
+
+    The layer is told from others inside it, and from other uses of the function, by these.
+
+    Attributes
+    ----------
+    seen : bool
+        There was such a call.
+    """
+
+    def __init__(self, target: Target, on_input: OnInput) -> None:
+        super().__init__()
+        self._target, self._on_input, self.seen = target, on_input, False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        call = self._batch_norm if func is F.batch_norm else func
+        return call(*args, **(kwargs or {}))
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        target, pair = self._target, (running_mean, running_var)
+        # functional_call replaces the buffers of the layer, so this compares with those of now.
+        own = target.layer._buffers.get("running_mean")
+        if running_mean is not None and running_mean is own:
+            self.seen = True
+            pair = target.statistics_for(self._on_input(target, input, None), wide=False) or pair
+            if training:  # by the batch even in evaluation: there is nothing to update now
+                pair = None, None
+        return F.batch_norm(input, *pair, weight, bias, training, momentum, eps)
