@@ -1,5 +1,6 @@
 """recalibrate on models and data that are out of the ordinary, each of which was got wrong once."""
 
+import contextlib
 import copy
 import json
 import threading
@@ -164,6 +165,8 @@ def test_recalibrate_keeps_what_an_instance_had_in_its_place(method, x):
 def test_recalibrate_says_that_an_input_has_no_channels_where_they_belong():
     class Last(nn.BatchNorm1d):
         def forward(self, x):
+            with contextlib.suppress(RuntimeError):
+                return super().forward(x)
             return x
 
     report = recalibrate(Last(4), [torch.randn(10, 6, 4)])

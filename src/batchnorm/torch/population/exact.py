@@ -40,7 +40,9 @@ class Restart(IntEnum):
 _REASONS = {
     Restart.VARIES: "the data differ from pass to pass",
     Restart.OVERWRITES: "the loader reuses a batch's memory for the next one",
-    Restart.SETTINGS: "the forward changes settings of the process between layers",
+    Restart.SETTINGS: (
+        "the forward changes settings of the process or tensors of the model between layers"
+    ),
 }
 
 
@@ -105,8 +107,8 @@ class Exact:
     def _note_passes(self, why: str) -> None:
         self._noted = True
         self.measurement.notes.append(
-            f"{why}; no batch has waited for a layer therefore, and each layer has taken a pass "
-            "over the layers before it"
+            f"{why}; so no batch waited for a layer, and each layer took a pass over the layers "
+            "before it"
         )
 
     def _sweep(self) -> Restart:

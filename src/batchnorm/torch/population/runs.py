@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...moments import Moments
 from .baton import PausableThread, Suspended
@@ -67,8 +67,9 @@ class BatchRunner:
     budget : Budget
         The memory that waiting batches may keep.
     settings_changed : bool
-        A batch waits where its forward has changed settings of the process. Another batch would
-        run with these, and leave its own behind.
+        A batch waits where its forward has changed settings of the process, or replaced tensors of
+        the model (`torch.func.functional_call`). Another batch would run with these, and leave its
+        own behind.
     """
 
     def __init__(self, measurement: Measurement, memory: float) -> None:
@@ -83,12 +84,27 @@ class BatchRunner:
         """Take notice of tensors that go into modules and come out, until `stack` closes."""
         self._process_settings = process_settings()
         self._thread_settings = ThreadSettings(self.measurement.model)
+        self._tensors = list(self._own_tensors())
         if not self.budget.limit:
             return
         for module in self.measurement.model.modules():
             if not isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                 for register in (module.register_forward_pre_hook, module.register_forward_hook):
                     stack.callback(register(self._note, with_kwargs=True).remove)
+
+    def _own_tensors(self) -> Iterator[tuple[dict[str, Tensor | None], str, Tensor | None]]:
+        """Where the model keeps its parameters and the statistics that are measured."""
+        for module in self.measurement.model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                for name, parameter in module._parameters.items():
+                    yield cast(Any, module._parameters), name, parameter
+        for target in self.measurement.targets:
+            buffers = target.layer._buffers
+            yield buffers, "running_mean", buffers["running_mean"]
+
+    def _has_changed_settings(self) -> bool:
+        replaced = any(tensors.get(name) is not own for tensors, name, own in self._tensors)
+        return replaced or process_settings() != self._process_settings
 
     def _note(self, module: nn.Module, *values: Any) -> None:
         if self.active.thread is not None and self.active.activations is not None:
@@ -134,7 +150,7 @@ class BatchRunner:
         """Keep the thread of a batch, if it waits and there is room for it; else stop it."""
         assert run.activations is not None
         waits = run.waits_at is not None
-        if waits and process_settings() != self._process_settings:
+        if waits and self._has_changed_settings():
             self.settings_changed = True
         if waits and not self.settings_changed:
             nbytes = run.activations.nbytes()

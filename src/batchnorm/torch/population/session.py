@@ -122,7 +122,8 @@ def recalibrate(
     attribute of a module, another batch would find it there. Therefore one batch runs again at the
     end, and if its results differ, the work is done once more without waiting batches, and the
     report says so. The same holds if a forward changes settings of the process for a part of the
-    model, and if the loader reuses a batch's memory for the next one. A lock that is held across a
+    model, or replaces its parameters (`torch.func.functional_call`), and if the loader reuses a
+    batch's memory for the next one. A lock that is held across a
     layer would block everything, and thread-local values are not found in another thread: use
     ``memory=0``, which needs no threads.
 
