@@ -1,7 +1,7 @@
-"""Weights averaged over training need statistics of their own: three ways to give them some.
+"""Weights averaged over training need statistics of their own: three ways to measure them.
 
-An average of weights (EMA) is kept beside a network that is trained in small batches, with dropout.
-Its batch norms hold what was right for other weights.
+A network is trained in small batches, with dropout, and an average of its weights (EMA) is kept.
+The running statistics of the average belong to other weights.
 """
 
 import copy
@@ -54,7 +54,7 @@ print(report, "\n")
 for name, value in found.items():
     print(f"{name:24}{value:8.4f}")
 
-# What "exact" promises: each layer has the statistics of what it gets in evaluation.
+# "exact" promises that each layer has the statistics of its input in evaluation.
 inside = exact.module
 for k, layer in enumerate(inside):
     if isinstance(layer, nn.BatchNorm1d):

@@ -1,7 +1,7 @@
-"""Running averages forget; moments merge. Statistics of a data set that arrives in unequal batches.
+"""Statistics of a data set that arrives in unequal batches: running averages and merged moments.
 
-The last batch is small and unlike the others. A running average gives it a tenth of the weight, an
-average over batches a fifth; merged moments give it what its size is worth.
+The last batch is small and differs from the others. A running average gives it a tenth of the
+weight, an average over batches a fifth; merged moments weight it by its size.
 """
 
 import numpy as np

@@ -186,7 +186,7 @@ def test_recalibrate_exact_is_right_where_others_are_far_off(monkeypatch):
     assert worst["exact"] < 1e-4 < 0.1 < worst["precise"] < min(others.values())
 
 
-def test_sweeps_over_all_layers_at_once_go_astray_until_there_is_one_for_each_layer(batches):
+def test_sweeps_over_all_layers_at_once_diverge_until_there_is_one_for_each_layer(batches):
     model = _deep().eval()
     x, expected = torch.cat(batches), _brute_force(model, batches)
     errors = []
@@ -594,7 +594,7 @@ class Stash(nn.Module):
         return self.b(self.a(x)[:, :1] + self.kept)
 
 
-def test_recalibrate_exact_sees_that_a_forward_keeps_something_between_layers(randn):
+def test_recalibrate_exact_notices_that_a_forward_keeps_something_between_layers(randn):
     parts = [randn(7, WIDTH) + k for k in range(3)]
     model = Stash().double()
     expected = Stash().double()
@@ -682,7 +682,7 @@ def test_recalibrate_draws_no_batch_that_it_does_not_need(batches):
 
 @pytest.mark.parametrize("memory", [0, 30_000, math.inf])
 @pytest.mark.parametrize("own", [False, True], ids=["global generator", "own generator"])
-def test_recalibrate_exact_takes_a_loader_that_shuffles(memory, own, batches):
+def test_recalibrate_exact_accepts_a_loader_that_shuffles(memory, own, batches):
     model = _deep()
     expected = _brute_force(model, batches)
     loader = DataLoader(
@@ -735,7 +735,7 @@ def test_recalibrate_exact_refuses_data_that_become_fewer(batches):
 
 
 @methods
-def test_recalibrate_leaves_frozen_layers_alone(method, batches):
+def test_recalibrate_skips_frozen_layers(method, batches):
     model = _deep(batchnorm.torch).train()
     freeze(model[5])
     model[5].running_mean.fill_(0.5)
@@ -750,7 +750,7 @@ def test_recalibrate_leaves_frozen_layers_alone(method, batches):
 
 
 @methods
-def test_recalibrate_leaves_layers_in_evaluation_mode_alone_while_the_model_trains(method, batches):
+def test_recalibrate_skips_layers_in_evaluation_mode_while_the_model_trains(method, batches):
     model = _deep().train()
     model[1].eval()
     before = copy.deepcopy(model[1].state_dict())
@@ -761,7 +761,7 @@ def test_recalibrate_leaves_layers_in_evaluation_mode_alone_while_the_model_trai
 
 
 @methods
-def test_recalibrate_leaves_layers_without_running_statistics_alone(method, batches):
+def test_recalibrate_skips_layers_without_running_statistics(method, batches):
     model = _deep(depth=2)
     model[1] = nn.BatchNorm1d(WIDTH, track_running_stats=False).double()
     report = recalibrate(model, batches, method=method)
@@ -770,7 +770,7 @@ def test_recalibrate_leaves_layers_without_running_statistics_alone(method, batc
 
 
 @methods
-def test_recalibrate_leaves_layers_alone_that_the_data_never_reach(method, batches):
+def test_recalibrate_skips_layers_that_the_data_never_reach(method, batches):
     model = _deep(depth=2)
     model[0].register_module("unused", nn.BatchNorm1d(3))
     before = copy.deepcopy(model[0].unused.state_dict())
@@ -989,7 +989,7 @@ def test_recalibrate_restores_everything_when_an_input_is_not_finite(method, bat
 
 
 def _recalibrated(model, batches, method, interrupt_at):
-    """How many lines ran of what enters and leaves, and whether it came through."""
+    """How many lines of the code that enters and leaves ran, and whether it was not interrupted."""
     names = {
         "recalibrate",
         "enter",
@@ -1132,7 +1132,7 @@ def test_report_prints_a_table(batches):
     assert lines[-1] == "skipped 5: its statistics are frozen"
 
 
-def test_report_prints_the_farthest_moved_of_many(batches):
+def test_report_prints_the_layers_with_the_largest_shifts(batches):
     report = recalibrate(_deep(depth=30), batches)
     lines = str(report).splitlines()
     assert len(lines) == 28

@@ -1,4 +1,4 @@
-"""recalibrate on models and data that are out of the ordinary, each of which was got wrong once."""
+"""recalibrate on unusual models and data, each of which gave a wrong result once."""
 
 import contextlib
 import copy
@@ -153,16 +153,19 @@ def test_recalibrate_sees_through_a_forward_that_was_replaced(method):
 
 
 @methods
-def test_recalibrate_keeps_what_an_instance_had_in_its_place(method, x):
+def test_recalibrate_keeps_methods_of_an_instance(method, x):
     layer = nn.BatchNorm1d(C).double()
     seen = []
     layer._check_input_dim = check = lambda x: seen.append(x.shape)
+    inner = layer.forward
+    layer.forward = forward = lambda x: inner(x)
     recalibrate(layer, [x], method=method)
     assert layer._check_input_dim is check
+    assert layer.forward is forward
     assert torch.Size([60, C]) in seen
 
 
-def test_recalibrate_says_that_an_input_has_no_channels_where_they_belong():
+def test_recalibrate_reports_an_input_whose_channels_are_elsewhere():
     class Last(nn.BatchNorm1d):
         def forward(self, x):
             with contextlib.suppress(RuntimeError):
@@ -174,7 +177,7 @@ def test_recalibrate_says_that_an_input_has_no_channels_where_they_belong():
 
 
 @memories
-def test_recalibrate_takes_buffers_that_were_taken_out_before(memory, x):
+def test_recalibrate_accepts_functional_call_with_the_own_tensors(memory, x):
     model = Chain()
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     recalibrate(
@@ -236,7 +239,7 @@ def in_float64(model, x):
 
 
 @pytest.mark.parametrize("around", [settled, without_cudnn, in_float64])
-def test_recalibrate_exact_leaves_settings_that_a_forward_changes_for_the_while(around, x):
+def test_recalibrate_exact_restores_settings_that_a_forward_changes_temporarily(around, x):
     before = process_settings()
     model = Chain(around)
     report = recalibrate(model, x.split(20), method="exact")
@@ -309,7 +312,7 @@ def test_recalibrate_exact_takes_a_forward_that_changes_its_input(x):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 1, 0)], ids=["all", "first is last"])
-def test_recalibrate_exact_takes_data_that_overwrite_a_batch_with_the_next(order, x):
+def test_recalibrate_exact_accepts_a_loader_that_reuses_memory(order, x):
     parts = x.split(20)
 
     class Reuses:
@@ -435,11 +438,11 @@ def test_report_is_finite_or_infinite_where_the_old_variance_was_negative(x):
     assert "NaN" not in json.dumps(recalibrate(layer, [x]).to_dict())
 
 
-def test_layers_without_channels_are_left_alone():
+def test_recalibrate_skips_layers_without_channels():
     assert recalibrate(nn.BatchNorm1d(0), [torch.zeros(3, 0)]).skipped == {"": "it has no channels"}
 
 
-def test_no_more_threads_are_begun_than_a_share_of_what_the_system_allows(monkeypatch):
+def test_most_threads_is_a_share_of_what_the_system_allows(monkeypatch):
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(resource, "getrlimit", lambda what: (80, 80))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

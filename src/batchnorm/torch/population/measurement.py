@@ -88,10 +88,10 @@ class Measurement:
         found = self.processes.gather([int.from_bytes(digest, "big"), len(self.targets)])
         if (found != found[0]).any():
             raise ArgumentError(
-                "model must have the same batch norms to measure in every process, by name, order "
-                "and channels, and method be the same, got different ones "
-                f"({', '.join(str(int(n)) for n in found[:, 1])} batch norms). Make the same "
-                "model, freeze the same layers, and use the same mode, everywhere."
+                "model must have the same batch norms to measure in every process (names, order "
+                "and channels), and method must be the same, got models with "
+                f"{', '.join(str(int(n)) for n in found[:, 1])} batch norms. Use the same model, "
+                "frozen layers, mode and method in all processes."
             )
 
     def check_data(self) -> None:

@@ -194,7 +194,7 @@ class Target:
         count = float(np.max(moments.count, initial=0.0))
         if not np.all(moments.count > 1):
             raise ShapeError(
-                "recalibrate needs more than one value per channel to tell a variance, got "
+                "recalibrate needs more than one value per channel to compute a variance, got "
                 f"{count:g} in all for the layer '{self.name}'. Give it more data."
             )
         self.count, self.calls = count, calls
