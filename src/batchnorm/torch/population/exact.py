@@ -65,13 +65,14 @@ class Exact:
         self._runs: list[BatchRun] = []
         self._on_input: OnInput = self._measure_and_wait
         self._order: dict[int, int] | None = None  # rank of each target, once it was looked up
-        self._unordered: set[Target] = set()  # no order brings all their inputs before they finish
+        # Layers that get inputs after they are finished, in whatever order layers are finished.
+        self._unordered: set[Target] = set()
         self._restart = Restart.NO
         self._witness: Witness | None = None
         self._noted = False
 
     def enter(self, stack: ExitStack) -> None:
-        """Make threads possible, and end them all at the end."""
+        """Prepare to run batches; end all threads when `stack` closes."""
         self._runner.enter(stack)
         stack.callback(self._stop_all)
 
