@@ -25,7 +25,15 @@ TORCH_MODULES = [
     "batchnorm.torch",
     *(
         f"batchnorm.torch.{name}"
-        for name in ("functional", "modules", "convert", "freeze", "accumulate", "parameters")
+        for name in (
+            "functional",
+            "modules",
+            "adapters",
+            "convert",
+            "freeze",
+            "accumulate",
+            "parameters",
+        )
     ),
 ]
 TABLES = ROOT / "benchmarks" / "tables.py"

@@ -361,23 +361,23 @@ def images(randn):
     return [randn(n, 3, 12, 12) + k for k, n in enumerate([6, 1, 4])]
 
 
-@pytest.mark.parametrize("fuse", [True, False, None], ids=["fused", "converted", "torch"])
-def test_recalibrate_exact_equals_brute_force_on_a_residual_network(fuse, images):
+@pytest.mark.parametrize("converted", [True, False], ids=["converted", "torch"])
+def test_recalibrate_exact_equals_brute_force_on_a_residual_network(converted, images):
     model = _residual()
     expected = _brute_force(model, images)
     # The shortcut's layer runs after the branch's, as it stands in the model.
-    if fuse is not None:
-        model = convert(model, fuse=fuse)
+    if converted:
+        model = convert(model)
     recalibrate(model, images, method="exact")
     _assert_equal(_statistics(model), expected)
 
 
 @methods
-def test_recalibrate_fused_layers_measure_what_separate_ones_do(method, images):
-    model, fused = _residual(), convert(_residual())
-    for m in (model, fused):
+def test_recalibrate_converted_layers_measure_what_torchs_do(method, images):
+    model, converted = _residual(), convert(_residual())
+    for m in (model, converted):
         recalibrate(m, images, method=method)
-    _assert_equal(_statistics(fused), _statistics(model))
+    _assert_equal(_statistics(converted), _statistics(model))
 
 
 @methods

@@ -14,6 +14,7 @@ except ImportError as missing:
 
 from . import functional as functional
 from .accumulate import accumulate as accumulate
+from .adapters import register_adapter as register_adapter
 from .contract import NonFiniteError as NonFiniteError
 from .convert import convert as convert
 from .convert import explain as explain
@@ -46,6 +47,7 @@ __all__ = [
     "functional",
     "parameter_groups",
     "recalibrate",
+    "register_adapter",
     "revert",
     "unfreeze",
 ]

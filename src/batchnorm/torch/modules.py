@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -18,6 +19,15 @@ __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 _ON_NONFINITE = ("skip", "raise", "propagate")
 _ON_SINGLE = ("raise", "population")
+
+NOT_SCRIPTABLE = (
+    "torch.jit.script cannot compile {}, a layer of batchnorm.torch. Call "
+    "batchnorm.torch.revert(model) first, or use torch.jit.trace or torch.export instead."
+)
+_NOT_QUANTIZABLE = (
+    "torch.ao.quantization fuses and folds torch's batch-norm layers only. Call "
+    "batchnorm.torch.revert(model) before it prepares the model."
+)
 
 
 class Layer(nn.Module):
@@ -49,12 +59,11 @@ class Layer(nn.Module):
 
     _thawed: tuple[str, ...] = ()  # parameters that `unfreeze` gives their gradient back
     _name: str = ""
-    _joined: str = ""  # what `convert` has let join this layer
     _accumulated: Tensor | None = None  # the merged statistics of `accumulate`
 
     EXTRAS: ClassVar[tuple[str, ...]] = (
         "activation", "negative_slope", "on_nonfinite", "on_single", "group_size", "stats_frozen",
-        "affine_frozen", "_thawed", "_name", "_joined", "_accumulated",
+        "affine_frozen", "_thawed", "_name", "_accumulated",
     )  # fmt: skip
 
     def __init__(
@@ -131,6 +140,8 @@ class Layer(nn.Module):
         """
         if isinstance(input, Proxy):  # torch.fx takes torch's own layers as they are, and so ours
             tracer: Any = input.tracer
+            if type(tracer).__name__ == "QuantizationTracer":
+                warnings.warn(_NOT_QUANTIZABLE, stacklevel=2)
             extra = {k: v for k, v in (("residual", residual), ("mask", mask)) if v is not None}
             proxy: Tensor = tracer.create_proxy(
                 "call_module", tracer.path_of_module(self), (input,), extra
@@ -236,6 +247,9 @@ class Layer(nn.Module):
         if nonfinite is not None:
             nonfinite.zero_()
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ArgumentError(NOT_SCRIPTABLE.format(type(self).__name__))
+
     # ---- what torch's layer does, with statistics that stay wide --------------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -264,7 +278,8 @@ class Layer(nn.Module):
         """torch's, and what differs from it."""
         parts = [super().extra_repr()]
         for name in ("activation", "negative_slope", "on_nonfinite", "on_single", "group_size"):
-            value = getattr(self, name)
+            # Of the instance: a class may compute it from what its repr shows anyway.
+            value = self.__dict__.get(name, getattr(Layer, name))
             if value != getattr(Layer, name) and (
                 name != "negative_slope" or self.activation == "leaky_relu"
             ):

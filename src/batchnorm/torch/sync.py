@@ -98,10 +98,10 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """`convert` without fusion; torch's own would make layers of torch's."""
+        """`convert` with ``sync=True``; torch's own would make layers of torch's."""
         from .convert import convert
 
-        return convert(module, fuse=False, sync=True, process_group=process_group)
+        return convert(module, sync=True, process_group=process_group)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Nothing yet: `_normalize` does, where it can tell the other processes."""
