@@ -8,6 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
+from torch.nn.utils import parametrize, prune  # noqa: E402
+from torch.optim.swa_utils import update_bn  # noqa: E402
 
 from batchnorm.errors import ArgumentError  # noqa: E402
 from batchnorm.torch import BatchNorm1d, convert, freeze, unfreeze  # noqa: E402
@@ -119,6 +121,31 @@ def test_unfrozen_statistics_move_again(x):
         torch.testing.assert_close(ours, theirs, **FLOAT64)
 
 
+@pytest.mark.parametrize("method", ["reset_running_stats", "reset_parameters"])
+def test_frozen_statistics_stay_when_they_are_reset(method):
+    net = freeze(_net())
+    before = _values(net, "running_mean", "running_var", "num_batches_tracked")
+    for layer in _layers(net):
+        getattr(layer, method)()
+    after = _values(net, "running_mean", "running_var", "num_batches_tracked")
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    for layer in _layers(unfreeze(net)):
+        layer.reset_running_stats()
+        assert torch.equal(layer.running_mean, torch.zeros(3, dtype=torch.float64))
+
+
+def test_frozen_statistics_stay_in_update_bn(x):
+    net = _net()
+    freeze(net[1])
+    before = _values(net, "running_mean", "running_var", "num_batches_tracked")
+    update_bn(x.split(4), net)
+    after = _values(net, "running_mean", "running_var", "num_batches_tracked")
+    assert [torch.equal(a, b) for a, b in zip(after, before, strict=True)] == [True] * 3 + [
+        False
+    ] * 3
+    assert [layer.momentum for layer in _layers(net)] == [0.1, 0.1]
+
+
 # ---- scale and shift ----------------------------------------------------------------------------
 
 
@@ -215,6 +242,88 @@ def test_unfreeze_of_what_is_not_frozen_changes_nothing():
 def test_freeze_takes_layers_without_scale_and_shift(x):
     net = freeze(_net(affine=False), affine=True)
     torch.testing.assert_close(net(x), _net(affine=False).eval()(x), **FLOAT64)
+
+
+def _pruned(net):
+    prune.l1_unstructured(net[4], "weight", 1)
+    return net
+
+
+def _parametrized(net):
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    parametrize.register_parametrization(net[4], "weight", Doubled())
+    return net
+
+
+computed = pytest.mark.parametrize("change", [_pruned, _parametrized])
+
+
+@computed
+def test_scale_that_is_computed_is_frozen_with_what_it_is_computed_from(change, x):
+    net = freeze(change(_net()), affine=True)
+    before = copy.deepcopy(net.state_dict())
+    net.eval()  # statistics are frozen as well
+    _step(net, x)
+    after = net.state_dict()
+    for name, value in before.items():
+        assert torch.equal(after[name], value) == name.startswith(("1.", "4.")), name
+    assert not any(p.requires_grad for p in net[4].parameters())
+    unfreeze(net)
+    assert all(p.requires_grad for p in net.parameters())
+    _step(net, x)
+    assert not any(torch.equal(p, before[n]) for n, p in net.named_parameters())
+
+
+def test_scale_that_is_pruned_while_frozen_is_unfrozen():
+    net = unfreeze(_pruned(freeze(_net(), affine=True)))
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_scale_whose_pruning_ends_while_frozen_is_unfrozen():
+    net = freeze(_pruned(_net()), affine=True)
+    prune.remove(net[4], "weight")
+    assert not net[4].weight.requires_grad
+    assert all(p.requires_grad for p in unfreeze(net).parameters())
+
+
+# ---- all or nothing -----------------------------------------------------------------------------
+
+
+def _flags(net):
+    return [
+        (m.__dict__.copy(), [(p.requires_grad, p.grad) for p in m.parameters()])
+        for m in _layers(net)
+    ]
+
+
+class _BrokenError(Exception):
+    pass
+
+
+@functions
+def test_freeze_that_raises_midway_has_changed_nothing(function, monkeypatch, x):
+    net = _net()
+    net(x).sum().backward()
+    if function is unfreeze:
+        freeze(net, affine=True)
+    before, calls = _flags(net), []
+
+    def set_attribute(self, name, value):
+        calls.append(name)
+        if calls.count("affine_frozen") == 2:  # of the second layer
+            raise _BrokenError
+        nn.Module.__setattr__(self, name, value)
+
+    monkeypatch.setattr(BatchNorm1d, "__setattr__", set_attribute, raising=False)
+    with pytest.raises(_BrokenError):
+        function(net, affine=True)
+    for (attributes, flags), (earlier, earlier_flags) in zip(_flags(net), before, strict=True):
+        assert attributes == earlier
+        assert [f for f, _ in flags] == [f for f, _ in earlier_flags]
+        assert all(a is b for (_, a), (_, b) in zip(flags, earlier_flags, strict=True))
 
 
 # ---- what shows it, and what keeps it -----------------------------------------------------------

@@ -1,14 +1,15 @@
-"""Batch norms that stay as they are while the rest of a model trains."""
+"""Batch-norm layers that stay as they are while the rest of a model trains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TypeVar
 
 from torch import nn
 
 from ..errors import ArgumentError
+from .adapters import FrozenLayer, adapter_of
 from .modules import Layer
+from .undo import undone_on_error
 
 __all__ = ["freeze", "unfreeze"]
 
@@ -16,29 +17,30 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def freeze(model: M, *, stats: bool = True, affine: bool = False) -> M:
-    """Keep the batch norms of `model` as they are, whatever mode it is put into.
+    """Keep the batch-norm layers of `model` as they are in every mode.
 
     Parameters
     ----------
     model : Module
-        Its batch norms are ours (see `convert`); may itself be one.
+        Its batch-norm layers are ours (see `convert`); may itself be one. Layers that are frozen by
+        their class, such as torchvision's `FrozenBatchNorm2d`, are left as they are.
     stats : bool
-        Normalize by the running statistics and leave them alone, through ``model.train()`` too.
-        A layer without running statistics has none to keep, and goes on with the batch's.
+        Normalize by the running statistics and do not update them, after ``model.train()`` either,
+        nor reset them. A layer without running statistics still uses the batch's.
     affine : bool
-        Give scale and shift no gradient. What gradient they have is dropped, so that no optimizer
-        applies it.
+        Give scale and shift no gradient, also where pruning or a parametrization computes them from
+        other parameters. Gradients that they have are dropped, so no optimizer applies them.
 
     Returns
     -------
     Module
-        `model`. Layers show what is frozen; state dicts do not hold it.
+        `model`. The repr of a layer shows what is frozen; state dicts do not hold it.
 
     Raises
     ------
     ArgumentError
-        `model` has no batch norm, or one of torch's own, which cannot be kept frozen; nothing has
-        been frozen then.
+        `model` has no batch-norm layer, or one that is not ours, which cannot be kept frozen. After
+        any exception the model is as it was.
 
     Examples
     --------
@@ -48,22 +50,25 @@ def freeze(model: M, *, stats: bool = True, affine: bool = False) -> M:
     >>> net.train()[1].stats_frozen
     True
     """
-    for layer in list(layers_of(model, "freeze")):
-        if stats:
-            layer.stats_frozen = True
-        if affine and not layer.affine_frozen:
-            layer.affine_frozen = True
-            for name in ("weight", "bias"):
-                parameter = getattr(layer, name)
-                if parameter is not None and parameter.requires_grad:
-                    layer._thawed = (*layer._thawed, name)
-                    parameter.requires_grad_(False)
-                    parameter.grad = None
+    layers = layers_of(model, "freeze")
+    with undone_on_error(layers):
+        for layer in layers:
+            if stats:
+                layer.stats_frozen = True
+            if affine and not layer.affine_frozen:
+                layer.affine_frozen = True
+                for name, parameters in _affine_parameters(layer).items():
+                    trained = [p for p in parameters if p.requires_grad]
+                    if trained:
+                        layer._thawed = (*layer._thawed, name)
+                    for parameter in trained:
+                        parameter.requires_grad_(False)
+                        parameter.grad = None
     return model
 
 
 def unfreeze(model: M, *, stats: bool = True, affine: bool = True) -> M:
-    """Let frozen batch norms train again: what `freeze` does, undone.
+    """Let frozen batch-norm layers train again: undo `freeze`.
 
     Parameters
     ----------
@@ -81,31 +86,59 @@ def unfreeze(model: M, *, stats: bool = True, affine: bool = True) -> M:
     ArgumentError
         As `freeze`.
     """
-    for layer in list(layers_of(model, "unfreeze")):
-        if stats:
-            layer.stats_frozen = False
-        if affine and layer.affine_frozen:
-            layer.affine_frozen = False
-            for name in layer._thawed:
-                getattr(layer, name).requires_grad_(True)
-            layer._thawed = ()
+    layers = layers_of(model, "unfreeze")
+    with undone_on_error(layers):
+        for layer in layers:
+            if stats:
+                layer.stats_frozen = False
+            if affine and layer.affine_frozen:
+                layer.affine_frozen = False
+                for name in layer._thawed:
+                    for parameter in _affine_parameters(layer)[name]:
+                        parameter.requires_grad_(True)
+                layer._thawed = ()
     return model
 
 
-def layers_of(model: nn.Module, name: str) -> Iterator[Layer]:
-    """Our layers in a model; refuses one with torch's own, or with none."""
+def layers_of(model: nn.Module, name: str) -> list[Layer]:
+    """Our layers in a model; refuses one with layers that are not ours, or without any."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{name} takes a torch.nn.Module, got {type(model).__name__}.")
-    found = False
+    layers, constant = [], False
     for path, module in model.named_modules():
         if isinstance(module, Layer):
-            found = True
-            yield module
+            layers.append(module)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ArgumentError(
-                f"{name} takes a model whose batch norms are of batchnorm.torch, got a "
-                f"{type(module).__name__} of torch's at '{path}'. Call convert(model) first; "
-                "explain(model) says why a layer cannot be converted."
+                f"{name} takes a model whose batch-norm layers are of batchnorm.torch, got a "
+                f"{type(module).__name__} of {type(module).__module__.partition('.')[0]}'s at "
+                f"'{path}'. Call convert(model) first; explain(model) says why a layer cannot be "
+                "converted."
             )
-    if not found:
-        raise ArgumentError(f"{name} takes a model with batch norms, got one without.")
+        elif _is_constant(type(module)):
+            constant = True
+    if not layers and not constant:
+        raise ArgumentError(f"{name} takes a model with batch-norm layers, got one without.")
+    return layers
+
+
+def _is_constant(kind: type[nn.Module]) -> bool:
+    """Whether statistics, scale and shift of the class never change."""
+    adapter = adapter_of(kind)
+    return issubclass(kind if adapter is None else adapter.ours, FrozenLayer)
+
+
+def _affine_parameters(layer: Layer) -> dict[str, list[nn.Parameter]]:
+    """The parameters that scale and shift are computed from: one each, or those behind them.
+
+    `weight` may be made of `weight_orig` by pruning or of `parametrizations.weight.original`.
+    """
+    found: dict[str, list[nn.Parameter]] = {"weight": [], "bias": []}
+    for path, parameter in layer.named_parameters():
+        own = path.removeprefix("parametrizations.")
+        if own == path and "." in path:
+            continue  # of a module inside, like an activation
+        for name, parameters in found.items():
+            if own.startswith(name):
+                parameters.append(parameter)
+    return found

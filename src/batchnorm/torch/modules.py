@@ -247,6 +247,11 @@ class Layer(nn.Module):
         if nonfinite is not None:
             nonfinite.zero_()
 
+    def reset_running_stats(self) -> None:
+        """As torch's; frozen statistics stay, also in `torch.optim.swa_utils.update_bn`."""
+        if not self.stats_frozen:
+            super().reset_running_stats()  # type: ignore[misc]
+
     def __prepare_scriptable__(self) -> nn.Module:
         raise ArgumentError(NOT_SCRIPTABLE.format(type(self).__name__))
 

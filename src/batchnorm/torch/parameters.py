@@ -62,7 +62,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         id(parameter)
         for module in model.modules()
         if isinstance(module, _NORMALIZATIONS)
-        for parameter in module.parameters()
+        for name, parameter in module.named_parameters()
+        # Not those of a module inside, like the activation of one of timm's layers.
+        if "." not in name or name.startswith("parametrizations.")
     }
     decay: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
