@@ -1,6 +1,10 @@
 """accumulate: one update of the running statistics for the micro-batches of one step."""
 
 import copy
+import io
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -321,6 +325,140 @@ def test_state_dict_inside_is_torchs(x):
     with accumulate(layer):
         layer(x)
         assert list(layer.state_dict()) == list(nn.BatchNorm1d(3).state_dict())
+
+
+# ---- copies, other buffers, threads -------------------------------------------------------------
+
+
+def _saved(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), _saved],
+    ids=["copy", "pickle", "save"],
+)  # fmt: skip
+def test_copy_made_inside_has_no_part_in_the_block(x, way):
+    layer, usual, twice = _layer(), _layer(), _layer()
+    with accumulate(layer):
+        layer(x)
+        other, third = way(layer), way(layer)
+        other(x)  # updates at once
+        usual(x)
+        _assert_state(other, usual.state_dict())
+        with accumulate(third):
+            third(x[:9]), third(x[9:])
+    _assert_state(layer, usual.state_dict(), **EXACT[torch.float64])
+    _assert_state(third, usual.state_dict(), **EXACT[torch.float64])
+    for net in (twice, other):
+        net(x)
+    twice(x)
+    _assert_state(other, twice.state_dict())
+    assert other.__dict__.keys() == _layer().__dict__.keys()
+
+
+def test_nothing_stays_on_the_layer_afterwards(x):
+    layer = _layer()
+    keys = set(layer.__dict__)
+    _accumulated(layer, [x])
+    assert set(layer.__dict__) == keys
+
+
+def test_forward_with_other_buffers_updates_these(x):
+    layer, large = _layer(), _layer()
+    others = {name: value.clone() for name, value in large.named_buffers()}
+    with accumulate(layer):
+        layer(x[:9])
+        torch.func.functional_call(layer, others, x)
+        layer(x[9:])
+    large(x)
+    _assert_state(layer, large.state_dict(), **EXACT[torch.float64])
+    for name, value in large.named_buffers():
+        torch.testing.assert_close(others[name], value, rtol=0, atol=0)
+
+
+def _double(layer):
+    layer.double()
+
+
+def _assign(layer):
+    layer.load_state_dict(_state(layer), assign=True)
+
+
+@pytest.mark.parametrize("change", [_double, _assign])
+def test_layer_that_gets_new_buffers_inside_goes_on(x, change):
+    layer, large = _layer(), _layer()
+    with accumulate(layer):
+        layer(x[:9])
+        change(layer)
+        layer(x[9:])
+    large(x)
+    _assert_state(layer, large.state_dict(), **EXACT[torch.float64])
+
+
+def test_no_forward_of_several_threads_is_lost(x):
+    layer, large = _layer(), _layer()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with accumulate(layer), ThreadPoolExecutor(8) as pool:
+            list(pool.map(layer, [x] * 200))
+    finally:
+        sys.setswitchinterval(interval)
+    large(x.repeat(200, 1, 1))
+    # 200 merges, each right to a few u of values below 8.
+    _assert_state(layer, large.state_dict(), **EXACT[torch.float64])
+
+
+def test_compiled_model_is_accumulated(x):
+    torch._dynamo.reset()
+    layer, large = _layer(), _layer()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with accumulate(layer):
+        compiled(x[:9]), compiled(x[9:])
+    large(x)
+    torch._dynamo.reset()
+    _assert_state(layer, large.state_dict(), **EXACT[torch.float64])
+
+
+# ---- all or nothing -----------------------------------------------------------------------------
+
+
+def _end(net, x):
+    with accumulate(net):
+        for layer in net:
+            layer(x)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
+def test_update_that_raises_midway_has_changed_nothing(x, kind):
+    net, usual = nn.ModuleList([_layer(), _layer(), _layer()]), _layer()
+    before = _state(net)
+
+    def broken():
+        raise kind
+
+    net[1].take_accumulated = broken
+    with pytest.raises(kind):
+        _end(net, x)
+    _assert_state(net, before)
+    del net[1].take_accumulated
+    _end(net, x)
+    usual(x)
+    for layer in net:
+        _assert_state(layer, usual.state_dict(), **EXACT[torch.float64])
+
+
+def test_block_that_cannot_begin_has_changed_nothing():
+    net = nn.ModuleList([_layer(), _layer()])
+    del net[1].num_features
+    keys = [set(layer.__dict__) for layer in net]
+    with pytest.raises(AttributeError), accumulate(net):
+        pass
+    assert [set(layer.__dict__) for layer in net] == keys
 
 
 # ---- what is not finite -------------------------------------------------------------------------

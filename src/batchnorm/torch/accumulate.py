@@ -11,6 +11,8 @@ from torch import nn
 from ..errors import ArgumentError
 from .contract import ROWS
 from .freeze import layers_of
+from .modules import Layer
+from .undo import undone_on_error
 
 __all__ = ["accumulate"]
 
@@ -19,25 +21,27 @@ __all__ = ["accumulate"]
 def accumulate(model: nn.Module) -> Iterator[None]:
     """Merge the statistics of all forwards inside into one update of the running statistics.
 
-    The moments of the micro-batches merge exactly (`batchnorm.Moments`), so that the running
-    statistics take up what one large batch of the same inputs would have given them, as one batch.
-    What it does not make equal is the normalization: each micro-batch is still normalized by its
-    own mean and variance, and so are the gradients.
+    The moments of the micro-batches merge exactly (`batchnorm.Moments`), so the running statistics
+    get one update, that of one large batch of the same inputs. Normalization is not affected: each
+    micro-batch is still normalized by its own mean and variance, and its gradients follow.
 
     Parameters
     ----------
     model : Module
-        Its batch norms are ours (see `convert`).
+        Its batch-norm layers are ours (see `convert`). Layers with constant statistics, such as
+        torchvision's `FrozenBatchNorm2d`, have none to update.
 
     Raises
     ------
     ArgumentError
-        `model` has no batch norm, or one of torch's own, or is being accumulated already.
+        `model` has no batch-norm layer, or one that is not ours, or is inside such a block already.
 
     Notes
     -----
-    The update comes at the end. If an exception leaves the block, the running statistics are those
-    from before it.
+    The update comes at the end. If it, or the block, raises, all running statistics are those from
+    before the block. Copies that are made inside, with `copy`, `pickle` or `torch.save`, are
+    layers of their own, which the block does not concern; and a call with other buffers, as by
+    `torch.func.functional_call`, updates those.
 
     Examples
     --------
@@ -50,19 +54,33 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     >>> int(layer.num_batches_tracked), torch.allclose(layer.running_mean, 0.1 * x.mean(0))
     (1, True)
     """
-    layers = list(layers_of(model, "accumulate"))
+    layers = layers_of(model, "accumulate")
     if any(layer._accumulated is not None for layer in layers):
         raise ArgumentError(
             "accumulate takes a model that is not being accumulated already: leave the outer block "
             "first."
         )
-    try:
+    with undone_on_error(layers):
         for layer in layers:
             total = torch.zeros((1, ROWS, layer.num_features), dtype=torch.float64, device="cpu")
-            layer._accumulated = total
+            layer._accumulated = total, layer._buffers.get("running_mean")
+    try:
         yield
-        for layer in layers:
-            layer.take_accumulated()
+        _update(layers)
     finally:
         for layer in layers:
-            layer._accumulated = None
+            layer.__dict__.pop("_accumulated", None)
+
+
+def _update(layers: list[Layer]) -> None:
+    """Update the running statistics of all layers, or of none."""
+    tensors = [t for layer in layers for t in layer._buffers.values() if t is not None]
+    before = [(t, t.clone()) for t in tensors]
+    try:
+        for layer in layers:
+            layer.take_accumulated()
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        raise

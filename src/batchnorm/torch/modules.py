@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +30,8 @@ _NOT_QUANTIZABLE = (
     "torch.ao.quantization fuses and folds torch's batch-norm layers only. Call "
     "batchnorm.torch.revert(model) before it prepares the model."
 )
+
+_MERGING = threading.Lock()  # one forward at a time merges into the statistics of `accumulate`
 
 
 class Layer(nn.Module):
@@ -59,7 +63,8 @@ class Layer(nn.Module):
 
     _thawed: tuple[str, ...] = ()  # parameters that `unfreeze` gives their gradient back
     _name: str = ""
-    _accumulated: Tensor | None = None  # the merged statistics of `accumulate`
+    # The merged statistics of `accumulate`, and the running mean that they are for.
+    _accumulated: tuple[Tensor, Tensor | None] | None = None
 
     EXTRAS: ClassVar[tuple[str, ...]] = (
         "activation", "negative_slope", "on_nonfinite", "on_single", "group_size", "stats_frozen",
@@ -205,10 +210,10 @@ class Layer(nn.Module):
                     tracked.add_(1)  # as in torch
             return
         nonfinite = self._buffers.get("_nonfinite")
-        if self._accumulated is not None:
-            functional.merge_into(
-                self._accumulated, statistics, nonfinite, self.on_nonfinite, self._label()
-            )
+        # Buffers that stand in for the layer's own, as in functional_call, are not accumulated.
+        if self._accumulated is not None and self._accumulated[1] is mean:
+            total = self._accumulated[0]
+            functional.merge_into(total, statistics, nonfinite, self.on_nonfinite, self._label())
             return
         if momentum is None and tracked is None:
             momentum = 0.0  # as in torch
@@ -226,9 +231,12 @@ class Layer(nn.Module):
 
     def take_accumulated(self) -> None:
         """Bring what `accumulate` has merged into the running statistics, as one batch."""
-        total, self._accumulated = self._accumulated, None
+        accumulated, self._accumulated = self._accumulated, None
         _, _, mean, var = self._tensors()
-        if total is None or mean is None or var is None or not bool((total[0, 0] > 0).any()):
+        if accumulated is None or mean is None or var is None:
+            return
+        total = accumulated[0]
+        if not bool((total[0, 0] > 0).any()):
             return
         self._track(mean, var, total.to(mean.device), None)
 
@@ -251,6 +259,14 @@ class Layer(nn.Module):
         """As torch's; frozen statistics stay, also in `torch.optim.swa_utils.update_bn`."""
         if not self.stats_frozen:
             super().reset_running_stats()  # type: ignore[misc]
+
+    def __getstate__(self) -> Any:
+        """Without what belongs to an `accumulate` block, in which a copy has no part."""
+        inherited = getattr(super(), "__getstate__", None)  # Python 3.11 and later, or a subclass
+        state = self.__dict__ if inherited is None else inherited()
+        if not isinstance(state, dict):  # a subclass with slots
+            return state
+        return {name: value for name, value in state.items() if name != "_accumulated"}
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise ArgumentError(NOT_SCRIPTABLE.format(type(self).__name__))
@@ -278,6 +294,8 @@ class Layer(nn.Module):
                 self._buffers[name] = now.float()
             else:
                 self._buffers[name] = old.to(now.device)
+        if self._accumulated is not None:  # the layer's own buffers are others now
+            self._accumulated = self._accumulated[0], self._buffers["running_mean"]
 
     def extra_repr(self) -> str:
         """torch's, and what differs from it."""
