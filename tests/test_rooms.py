@@ -21,7 +21,7 @@ CORE = {
     "functional": {"_core", "errors", "native", "moments"},
     "reference": set(),
     "folding": {"errors"},
-    "layer": {"errors", "native", "moments", "functional"},
+    "layer": {"_core", "errors", "native", "moments", "functional"},
     "atomic": {"errors"},
 }
 FRAMEWORKS = {

@@ -316,9 +316,19 @@ def test_convert_keeps_names():
 
 def test_convert_keeps_parameters_and_buffers_the_objects_they_are():
     net = Net()
-    tensors = [*net.parameters(), *net.buffers()]
-    convert(net)
-    assert all(a is b for a, b in zip([*net.parameters(), *net.buffers()], tensors, strict=True))
+    tensors = net.state_dict(keep_vars=True)
+    converted = convert(net).state_dict(keep_vars=True)
+    assert list(converted) == list(tensors)
+    assert all(converted[name] is t for name, t in tensors.items())
+
+
+def test_revert_leaves_no_buffer_that_torchs_layer_does_not_have():
+    net = Net()
+    buffers = [name for name, _ in net.named_buffers()]
+    persistent = [set(m._non_persistent_buffers_set) for m in net.modules()]
+    revert(convert(net))
+    assert [name for name, _ in net.named_buffers()] == buffers
+    assert [set(m._non_persistent_buffers_set) for m in net.modules()] == persistent
 
 
 def test_convert_keeps_hooks():

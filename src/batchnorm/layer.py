@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import functional, native
+from . import _core, functional, native
 from .errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 from .functional import Saved
-from .moments import Moments, update_running
+from .moments import Moments, as_block
 from .native import Array
 
 __all__ = ["BatchNorm"]
@@ -187,7 +187,11 @@ class BatchNorm:
         # Copies: a backward pass in evaluation may still need the arrays as they are.
         mean, var = self.running_mean.copy(), self.running_var.copy()
         tracked = np.array(self.num_batches_tracked, np.int64)
-        bad = update_running(batch, mean, var, tracked, self.momentum, count_empty=not weighted)
+        address = tracked.__array_interface__["data"][0]
+        momentum = np.nan if self.momentum is None else self.momentum
+        bad = _core.update_running(
+            as_block(batch), mean, var, address, momentum, False, not weighted
+        )
         if bad >= 0:
             self.nonfinite_batches += 1
             if self.nonfinite_batches == 1:

@@ -270,10 +270,14 @@ def _of_chunk(chunk: Any, axis: int) -> NDArray[Any]:
     return part
 
 
-def measured(count: float, mean: Float64, m2: Float64, dof: float) -> Moments:
+def measured(
+    count: float | Float64, mean: Float64, m2: Float64, dof: float | None = None
+) -> Moments:
     """Moments from what the core returned: fresh arrays of one length, not checked again."""
     moments = object.__new__(Moments)
-    moments._set(np.array(count), mean, m2, np.array(dof))
+    counts = np.array(count, np.float64)
+    dofs = np.maximum(counts - 1, 0) if dof is None else dof
+    moments._set(counts, mean, m2, np.array(dofs, np.float64))
     return moments
 
 
@@ -282,21 +286,3 @@ def as_block(moments: Moments) -> Float64:
     zero = np.zeros_like(moments.mean)
     rows = (moments.count, moments.mean, zero, moments.m2, moments.dof)
     return np.stack([zero + row for row in rows])[None]
-
-
-def update_running(
-    batch: Moments,
-    mean: Float64,
-    var: Float64,
-    tracked: NDArray[np.int64],
-    momentum: float | None,
-    *,
-    count_empty: bool,
-) -> int:
-    """Bring one batch into running averages, in place; as the layers of every face do.
-
-    Returns the first channel whose statistics are not finite, and then has changed nothing; or -1.
-    """
-    share = np.nan if momentum is None else momentum
-    address = tracked.__array_interface__["data"][0]
-    return _core.update_running(as_block(batch), mean, var, address, share, False, count_empty)

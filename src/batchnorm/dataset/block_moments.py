@@ -130,7 +130,7 @@ def measure_block(
             full = rows[alike][present[alike]].reshape(which.size, int(n))
             part = Moments.of(full, channel_axis=0)
             counts[which], mean[which], m2[which] = n, part.mean, part.m2
-    found = moments_without_copy(counts, mean, m2)  # type: ignore[arg-type]
+    found = moments_without_copy(counts, mean, m2)
     check_overflow(found, label, names, block.channels.start)
     return Part(found, total)
 

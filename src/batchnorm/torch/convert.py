@@ -208,8 +208,7 @@ def revert(model: M) -> M:
                     module.training = False
                 if getattr(module, "_alone", None) is not None:
                     _desynchronize(module)
-                for attribute in {*type(module).EXTRAS} & module.__dict__.keys():
-                    del module.__dict__[attribute]
+                module.release()
             set_class(module, original)
     return model
 

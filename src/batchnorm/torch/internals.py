@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 is_compiling = torch.compiler.is_compiling
 
@@ -77,7 +78,7 @@ def has_dispatch_modes() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def function_modes() -> list[Any]:
-    """The function modes that see every call of this thread."""
+def has_function_modes() -> bool:
+    """Whether a function mode, other than a default device, sees every call of this thread."""
     modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return modes
+    return any(not isinstance(mode, DeviceContext) for mode in modes)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -30,8 +28,6 @@ _NOT_QUANTIZABLE = (
     "torch.ao.quantization fuses and folds torch's batch-norm layers only. Call "
     "batchnorm.torch.revert(model) before it prepares the model."
 )
-
-_MERGING = threading.Lock()  # one forward at a time merges into the statistics of `accumulate`
 
 
 class Layer(nn.Module):
@@ -115,6 +111,13 @@ class Layer(nn.Module):
             count = torch.zeros((), dtype=torch.int64, device=self.running_mean.device)
             self.register_buffer("_nonfinite", count, persistent=False)
         self._widen({})
+
+    def release(self) -> None:
+        """Remove what torch's layer does not have, before the class changes back."""
+        for name in {*type(self).EXTRAS} & self.__dict__.keys():
+            del self.__dict__[name]
+        self._buffers.pop("_nonfinite", None)
+        self._non_persistent_buffers_set.discard("_nonfinite")
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
@@ -247,18 +250,13 @@ class Layer(nn.Module):
         return 0 if count is None else int(count)
 
     def reset_running_stats(self) -> None:
-        """Start the running statistics anew, unless they are frozen."""
+        """As torch's; frozen statistics stay, also in `torch.optim.swa_utils.update_bn`."""
         if self.stats_frozen:
             return
         super().reset_running_stats()  # type: ignore[misc]
         nonfinite = self._buffers.get("_nonfinite")
         if nonfinite is not None:
             nonfinite.zero_()
-
-    def reset_running_stats(self) -> None:
-        """As torch's; frozen statistics stay, also in `torch.optim.swa_utils.update_bn`."""
-        if not self.stats_frozen:
-            super().reset_running_stats()  # type: ignore[misc]
 
     def __getstate__(self) -> Any:
         """Without what belongs to an `accumulate` block, in which a copy has no part."""

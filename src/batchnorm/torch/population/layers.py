@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ...errors import ArgumentError
+from ..adapters import FrozenLayer
 from .target import Target
 
 # Classes whose statistics nothing ever changes, by name: those of torchvision and detectron2, of
@@ -58,7 +59,8 @@ def _check_values(module: nn.Module, name: str) -> None:
 
 def _reason_to_skip(module: nn.Module, name: str, model: nn.Module) -> str:
     """Why a batch-norm layer is not measured; "" if it is, and for all other modules."""
-    if _FROZEN.intersection(c.__name__ for c in type(module).__mro__):
+    frozen = isinstance(module, FrozenLayer)
+    if frozen or _FROZEN.intersection(c.__name__ for c in type(module).__mro__):
         return "its statistics are frozen"
     if not isinstance(module, _BatchNorm):
         scripted = "BatchNorm" in getattr(module, "original_name", "")

@@ -107,8 +107,9 @@ class Measurement:
         moments, calls = Moments.merge(target.parts), target.calls
         if self.processes.size > 1:
             channels = target.channels
-            own = [np.broadcast_to(v, channels) for v in (moments.count, moments.mean, moments.m2)]
+            fields = (moments.count, moments.mean, moments.m2, moments.dof)
+            own = [np.broadcast_to(v, channels) for v in fields]
             rows = self.processes.gather(np.concatenate([*own, [calls]]))
-            moments = Moments.merge(Moments(*row[:-1].reshape(3, channels)) for row in rows)
+            moments = Moments.merge(Moments(*row[:-1].reshape(4, channels)) for row in rows)
             calls = int(rows[:, -1].sum())
         target.finish(moments, calls)

@@ -12,8 +12,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import nn
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
+
+from ..internals import has_dispatch_modes, has_function_modes, is_transformed
 
 
 class RngState:
@@ -80,14 +80,7 @@ def other_threads_can_run_the_model() -> bool:
 
     A default device is such a mode, too, but `ThreadSettings` carries it over.
     """
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and all(
-            isinstance(mode, DeviceContext)
-            for mode in _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-        )
-    )
+    return not (has_dispatch_modes() or has_function_modes() or is_transformed())
 
 
 class ThreadSettings:

@@ -1,6 +1,6 @@
 """A layer to measure: its input, and the statistics by which it normalizes meanwhile.
 
-This is the only file of `population` that knows how layers work inside: `functional`, `kernels` and
+This is the only file of `population` that knows how layers work inside: `functional`, `native` and
 the methods of `Layer`.
 """
 
@@ -21,8 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import ShapeError
 from ...moments import Moments
-from .. import functional, kernels
-from ..kernels import Form, NonFiniteError
+from .. import functional, native
+from ..contract import Config, NonFiniteError, values_per_example
 from ..modules import Layer
 from .report import LayerShift
 
@@ -52,7 +52,7 @@ class LayerInput:
         self.x = x
         self.moments = functional.measure(x, mask)
         if mask is None:
-            self.values = x.shape[0] * kernels.values_per_example(x)
+            self.values = x.shape[0] * values_per_example(x)
         else:
             self.values = int(torch.count_nonzero(functional.as_weights(mask, x)))
 
@@ -102,12 +102,12 @@ class Target:
     def intercept(self, on_input: OnInput, stack: ExitStack) -> None:
         """Call `on_input` before the layer normalizes, and replace its statistics; `stack` undoes.
 
-        Our layers pass input, mask and statistics to `_layer`. All others are torch's own and
+        Our layers pass input, mask and statistics to `_normalize`. All others are torch's own and
         subclasses of them, which normalize by `torch.nn.functional.batch_norm`, whatever their
         forward does before and after it.
         """
         if isinstance(self.layer, Layer):
-            name, replacement = "_layer", self._instead_of_layer
+            name, replacement = "_normalize", self._instead_of_normalize
         else:
             name, replacement = "forward", self._instead_of_forward
         own, inner = self.layer.__dict__.get(name), getattr(self.layer, name)
@@ -119,7 +119,7 @@ class Target:
         if own is not None:
             self.layer.__dict__[name] = own
 
-    def _instead_of_layer(
+    def _instead_of_normalize(
         self,
         on_input: OnInput,
         inner: Callable[..., Any],
@@ -129,15 +129,15 @@ class Target:
         weight: Tensor | None,
         bias: Tensor | None,
         batch: bool,
-        form: Form,
+        config: Config,
         residual: Tensor | None,
         mask: Tensor | None,
     ) -> Any:
         seen = on_input(self, x, mask)
-        rest = form, residual, mask
-        if seen is not None and seen.values > 1 and form.group_size:
+        rest = config, residual, mask
+        if seen is not None and seen.values > 1 and config.group_size:
             return inner(x, mean, var, weight, bias, True, *rest)
-        pair = self.statistics_for(seen, wide=kernels.fits(x)) or (mean, var)
+        pair = self.statistics_for(seen, wide=native.supports(x)) or (mean, var)
         return inner(x, *pair, weight, bias, False, *rest)
 
     def _instead_of_forward(
@@ -192,7 +192,7 @@ class Target:
             return
         var = moments.var(ddof=1)
         count = float(np.max(moments.count, initial=0.0))
-        if not np.all(moments.count > 1):
+        if not np.all(moments.dof > 0):
             raise ShapeError(
                 "recalibrate needs more than one value per channel to compute a variance, got "
                 f"{count:g} in all for the layer '{self.name}'. Give it more data."
