@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from itertools import permutations
 
 import pytest
 
@@ -1174,3 +1175,69 @@ def test_batch_norm_y_can_be_seen_as_an_array(randn):
     y = batch_norm(randn(*LARGE), None, None, training=True)
     y.numpy()[0] = 5.0
     assert bool((y[0] == 5.0).all())
+
+
+# ---- memory formats, odd shapes, and what torch's own samples hold -------------------------------
+
+
+def _in_any_order(values, order):
+    """`values`, laid out so that the axes lie in memory as `order` says."""
+    inverse = [order.index(a) for a in range(len(order))]
+    return values.permute(order).contiguous().permute(inverse)
+
+
+STRIDES = {
+    "2 axes, transposed": lambda v: v[:, :, 0, 0].t().contiguous().t(),
+    "2 axes, sliced": lambda v: v[:, :, 0, 0].repeat(1, 2)[:, ::2],
+    "3 axes, transposed": lambda v: _in_any_order(v[..., 0], (0, 2, 1)),
+    "channels_last, sliced": lambda v: v.repeat(1, 1, 1, 2).to(memory_format=torch.channels_last)[
+        ..., ::2
+    ],
+    **{str(order): lambda v, o=order: _in_any_order(v, o) for order in permutations(range(4))},
+}
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("training", [True, False])
+def test_output_and_gradient_have_torchs_memory_format(randn, strides, training):
+    x = STRIDES[strides](randn(4, 3, 5, 6))
+    found = []
+    for function in (batch_norm, F.batch_norm):
+        leaf = x.detach().requires_grad_()
+        y = function(leaf, torch.zeros(3), torch.ones(3), training=training)
+        found.append((y.stride(), torch.autograd.grad(y.sum(), leaf)[0].stride()))
+    assert found[0] == found[1]
+
+
+def test_output_of_large_arrays_has_torchs_memory_format(randn):
+    x = randn(64, 3, 40, 41).permute(0, 1, 3, 2)  # above 256 KB memory is pooled
+    assert batch_norm(x, None, None, training=True).is_contiguous()
+
+
+def test_transposed_input_gives_output_that_can_be_viewed(randn):
+    z = randn(4, 6, 3)
+    assert batch_norm(z.transpose(1, 2), None, None, training=True).view(4, -1).shape == (4, 18)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_input_of_one_axis_gives_empty_output(training):
+    empty = torch.empty(0)
+    assert batch_norm(empty, empty, empty.clone(), training=training).shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3), (3, 1, 1)])
+@pytest.mark.parametrize("layout", [torch.clone, lambda x: x.permute(0, 1, 3, 2)])
+def test_parameters_of_odd_shapes_are_refused_by_name(randn, name, shape, layout):
+    x = layout(randn(4, 3, 5, 5))
+    with pytest.raises(ShapeError, match=rf"{name} must have shape \(3,\), got \({shape[0]}, "):
+        batch_norm(x, None, None, training=True, **{name: torch.ones(shape)})
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(3, 1), (3, 2), (5,), ()])
+def test_no_internal_assertion_of_torchs_reaches_the_caller(randn, training, shape):
+    x = randn(4, 5, 5, 3).permute(0, 3, 2, 1)
+    with pytest.raises(Exception, match="running_mean|TensorAccessor|must have") as raised:
+        batch_norm(x, torch.ones(shape), torch.ones(3), training=training)
+    assert "INTERNAL ASSERT" not in str(raised.value)

@@ -1040,3 +1040,67 @@ def test_multiprocessing_reduction_sends_a_layer(randn):
 def test_layers_are_those_that_the_module_exports():
     exported = {BatchNorm1d, BatchNorm2d, BatchNorm3d, NonFiniteError}
     assert exported <= {getattr(batchnorm.torch, name) for name in batchnorm.torch.__all__}
+
+
+# ---- batches that the running statistics cannot take up -----------------------------------------
+
+
+def test_variance_that_the_buffer_cannot_hold_is_left_out():
+    layer = BatchNorm1d(1)
+    with pytest.warns(RuntimeWarning, match="too large for the running statistics .channel 0"):
+        layer(torch.tensor([[-1e20], [1e20]]))
+    assert (float(layer.running_mean), float(layer.running_var)) == (0, 1)
+    assert (int(layer.num_batches_tracked), layer.nonfinite_batches) == (0, 1)
+
+
+def test_variance_that_the_buffer_cannot_hold_raises_when_asked():
+    layer = BatchNorm1d(1, on_nonfinite="raise")
+    with pytest.raises(NonFiniteError, match="too large for the running statistics"):
+        layer(torch.tensor([[-1e20], [1e20]]))
+    assert (float(layer.running_var), int(layer.num_batches_tracked)) == (1, 0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_running_variance_of_softmax_weights_is_that_of_pairs(randn, scale):
+    x, mask = randn(64, 3), scale * torch.softmax(randn(64), 0)
+    layer = BatchNorm1d(3, momentum=1.0)
+    layer(x, mask=mask)
+    w, v = mask.double(), x.double()
+    pairs = w[:, None] * w * (1 - torch.eye(64))
+    exact = (pairs[..., None] * (v[:, None] - v) ** 2 / 2).sum((0, 1)) / pairs.sum()
+    torch.testing.assert_close(layer.running_var.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_all_masked_batch_changes_nothing_in_either_face(randn):
+    layer, numpys = BatchNorm1d(3), batchnorm.BatchNorm(3)
+    x, mask = randn(4, 3), torch.zeros(4)
+    layer(x, mask=mask)
+    numpys(x.numpy(), weights=mask.numpy())
+    for mean, var, tracked in (
+        (layer.running_mean, layer.running_var, layer.num_batches_tracked),
+        (numpys.running_mean, numpys.running_var, numpys.num_batches_tracked),
+    ):
+        assert (mean.tolist(), var.tolist(), int(tracked)) == ([0, 0, 0], [1, 1, 1], 0)
+
+
+@pytest.mark.parametrize("weights", ["ones", "mask", "real", "small"])
+def test_both_faces_update_by_one_rule(randn, weights):
+    x, w = randn(20, 3), randn(20).abs()
+    mask = {"ones": torch.ones(20), "mask": (w > 0.5).float(), "real": w, "small": w / 100}[weights]
+    layer, numpys = BatchNorm1d(3, dtype=torch.float64), batchnorm.BatchNorm(3)
+    for _ in range(3):
+        layer(x, mask=mask)
+        numpys(x.numpy(), weights=mask.numpy())
+    assert layer.running_mean.tolist() == numpys.running_mean.tolist()
+    assert layer.running_var.tolist() == numpys.running_var.tolist()
+
+
+def test_batches_are_counted_without_running_statistics_as_in_torch(randn):
+    counts = []
+    for kind in (BatchNorm1d, nn.BatchNorm1d):
+        layer = kind(3)
+        layer.running_mean = layer.running_var = None
+        layer(randn(4, 3))
+        layer.eval()(randn(4, 3))
+        counts.append(int(layer.num_batches_tracked))
+    assert counts == [1, 1]

@@ -18,7 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from . import native, operators, portable
 from .contract import IDENTITY, Config, Needs, saved_y
-from .internals import below_autograd, is_compiling, is_direct, is_transformed, is_vmapped_gradient
+from .internals import (
+    below_autograd,
+    is_compiling,
+    is_direct,
+    is_transformed,
+    is_vmapped_gradient,
+    uncompiled,
+)
 
 
 class Call:
@@ -203,4 +210,4 @@ for _name, _kernel in (
     ("normalize", _normalize),
     ("update_running", _update_running),
 ):
-    torch.library.impl(f"batchnorm::{_name}", "Autograd")(_kernel)
+    torch.library.impl(f"batchnorm::{_name}", "Autograd")(uncompiled(_kernel))

@@ -19,7 +19,7 @@ from ..moments import Moments
 from . import autograd, native, operators, portable, running
 from .autograd import Call, is_differentiated
 from .contract import IDENTITY, Config, config_of, joins, values_per_example
-from .internals import is_direct, is_tracing
+from .internals import is_direct, is_exporting_to_onnx, is_tracing
 
 __all__ = ["batch_norm"]
 
@@ -161,7 +161,11 @@ def normalize(
         y, statistics = normalize(x, *vectors, training, alone, None, mask)
         return portable.finish(y, residual, weights, config), statistics
     tensors = (weight, bias, residual, weights)
-    if x.dim() < 2 or not native.supports(x, *tensors, running_mean, running_var):
+    if (
+        x.dim() < 2
+        or not native.supports(x, *tensors, running_mean, running_var)
+        or is_exporting_to_onnx()
+    ):
         if training and x.dim() >= 2:
             return portable.forward_by_torch(x, *tensors, config)
         y = F.batch_norm(x, *vectors, training, 0.0, config.eps)

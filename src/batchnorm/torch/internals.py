@@ -6,7 +6,8 @@ package imports from ``torch._C``, ``torch._functorch`` or other private modules
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 is_compiling = torch.compiler.is_compiling
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # With these types a tensor is what it seems.
 _PLAIN = (Tensor, nn.Parameter)
@@ -54,6 +57,20 @@ def is_vmapped_gradient(t: Tensor) -> bool:
 def is_tracing() -> bool:
     """Whether `torch.jit.trace` records: to compare a size would fix it."""
     return torch._C._get_tracing_state() is not None
+
+
+def is_exporting_to_onnx() -> bool:
+    """Whether one of torch's ONNX exporters records: it knows torch's operators only."""
+    return (is_tracing() or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export()
+
+
+def uncompiled(function: F) -> F:
+    """Keep `torch.compile` out of a function, which it then calls as it is.
+
+    `torch.compiler.disable` does the same, and imports the compiler at once.
+    """
+    wrapped: F = torch._disable_dynamo(function)  # type: ignore[no-untyped-call]
+    return wrapped
 
 
 def is_recomputing() -> bool:

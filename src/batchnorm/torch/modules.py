@@ -199,7 +199,7 @@ class Layer(nn.Module):
 
         Compiled code has no name of its own: a compiler would make it anew for each layer.
         """
-        if self._name and not is_compiling():
+        if not is_compiling() and self._name:
             return self._name
         return f"{type(self).__name__}({self.num_features})"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import native, running
 from .contract import ROWS, Config, Gradients, Needs, groups_of
-from .internals import memory_format_of
+from .internals import memory_format_of, uncompiled
 
 _operators: Any = torch.ops.batchnorm
 
@@ -315,7 +315,9 @@ def _define() -> None:
         operator = f"batchnorm::{name}"
         torch.library.define(operator, f"({rest}", tags=(torch.Tag.pt2_compliant_tag,))
         # Merging waits for statistics wherever they are.
-        torch.library.impl(operator, "default" if name == "merge_into" else "cpu")(kernel)
+        torch.library.impl(operator, "default" if name == "merge_into" else "cpu")(
+            uncompiled(kernel)
+        )
         torch.library.register_fake(operator)(fake)
         if batched is not None:
             torch.library.register_vmap(operator, batched)

@@ -18,7 +18,7 @@ from . import autograd, functional, native, portable
 from .autograd import Call
 from .contract import IDENTITY, ROWS, Config, check_mask, joins
 from .exact_sums import Examples, statistics_of
-from .internals import is_compiling, is_direct, is_transformed
+from .internals import is_compiling, is_direct, is_transformed, uncompiled
 from .modules import Layer
 from .processes import Processes
 
@@ -130,10 +130,7 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
         tensors = (x, running_mean, running_var, weight, bias)
         if batch and self.training and self._is_shared():
             if is_compiling():  # the graph breaks here
-                found: tuple[Tensor, Any] = _normalize_uncompiled(
-                    self, *tensors, config, residual, mask
-                )
-                return found
+                return _normalize_uncompiled(self, *tensors, config, residual, mask)
             return _normalize_together(self, *tensors, config, residual, mask)
         super()._check_input_dim(x)
         return functional.normalize(*tensors, batch, config, residual, mask)
@@ -205,7 +202,7 @@ def _normalize_together(
     return (portable.finish(y, residual, part.weights, config) if apart else y), statistics
 
 
-_normalize_uncompiled = torch.compiler.disable(_normalize_together)  # type: ignore[no-untyped-call]
+_normalize_uncompiled = uncompiled(_normalize_together)
 
 
 class _Part:
