@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from batchnorm.bench import cases, environment, harness, providers, report
+from batchnorm.bench import cases, environment, harness, memory, providers, report, rows, timing
 from batchnorm.bench.cases import Case, Inputs
-from batchnorm.bench.harness import AccuracyRow, Plan, Results, SpeedRow
+from batchnorm.bench.harness import AccuracyRow, Plan, Providers, Results, SpeedRow
 from batchnorm.bench.providers import Call, Provider, UnavailableError
+from batchnorm.bench.timing import Sample
+from batchnorm.bench.worker import Worker, WorkerError
 from batchnorm.errors import ArgumentError, BatchNormError
 
 SMALL = (6, 5, 4, 3)
@@ -69,18 +71,15 @@ def no_copy(inputs: Inputs, run: Callable[[], object] = lambda: None) -> Call:
 COPY = Provider("memcpy", no_copy)
 
 
-def measure(
-    *given: Provider, unavailable: Callable[[Provider, str], None] = lambda one, why: None
-) -> list[SpeedRow]:
+def measure(*given: Provider, note: Callable[[str], None] = lambda text: None) -> list[SpeedRow]:
     """A small forward case, timed by a clock that ticks once whenever it is looked at."""
     ticks = itertools.count(step=1000)
     return harness.measure(
         cases.make_inputs(Case("forward", SMALL)),
-        given,
+        Providers(given, note),
         (COPY,),
         BRIEF,
         clock=lambda: next(ticks),
-        unavailable=unavailable,
     )
 
 
@@ -213,68 +212,91 @@ def test_missing_provider_names_the_install_command() -> None:
 # --- harness --------------------------------------------------------------------------------------
 
 
+def sampled(clock: FakeClock, run: Callable[[], object], repeats: int = 1) -> Callable[[], Sample]:
+    return lambda: timing.sample(run, repeats=repeats, untimed=repeats, clock=clock)
+
+
 def test_interleave_draws_the_order_anew_for_every_round() -> None:
     order: list[str] = []
-    runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
-    harness.interleave(
-        runs, dict.fromkeys("abc", 2), min_rounds=9, max_rounds=9, budget_s=0.0, clock=FakeClock()
-    )
-    # Each is called twice untimed, to find the machine as it leaves it itself, and twice timed.
-    assert order[0::4] == order[1::4] == order[2::4] == order[3::4]
-    rounds = ["".join(order[i : i + 12 : 4]) for i in range(0, len(order), 12)]
+    takes = {name: (lambda name=name: order.append(name) or Sample(1.0)) for name in "abc"}
+    timing.interleave(takes, min_rounds=9)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert {"".join(sorted(one)) for one in rounds} == {"abc"}
     assert len(set(rounds)) > 3
 
 
-def test_interleave_times_one_call_of_a_repeated_sample() -> None:
+def test_sample_is_one_call_after_untimed_ones() -> None:
     clock = FakeClock()
-    samples = harness.interleave(
-        {"a": clock.taking(500)}, {"a": 4}, min_rounds=2, max_rounds=9, budget_s=0.0, clock=clock
-    )
-    assert samples["a"].times == pytest.approx([500e-9, 500e-9])
+    assert sampled(clock, clock.taking(500), 4)().seconds == pytest.approx(500e-9)
+    assert clock.now == 8 * 500
 
 
 @pytest.mark.parametrize(
     ("min_rounds", "max_rounds", "budget_s", "rounds"),
     # A round takes 2 s: one call untimed and one timed.
-    [(3, 99, 0.0, 3), (3, 99, 9.0, 5), (3, 4, 1e9, 4)],
+    [(3, None, 0.0, 3), (3, 99, 9.0, 5), (3, 4, 1e9, 4)],
 )
 def test_interleave_ends_after_both_rounds_and_budget(
-    min_rounds: int, max_rounds: int, budget_s: float, rounds: int
+    min_rounds: int, max_rounds: int | None, budget_s: float, rounds: int
 ) -> None:
     clock = FakeClock()
-    samples = harness.interleave(
-        {"a": clock.taking(10**9)},
-        {"a": 1},
+    samples = timing.interleave(
+        {"a": sampled(clock, clock.taking(10**9))},
         min_rounds=min_rounds,
         max_rounds=max_rounds,
         budget_s=budget_s,
         clock=clock,
     )
-    assert len(samples["a"].times) == rounds
+    assert len(samples["a"]) == rounds
 
 
-def test_interleave_leaves_the_garbage_collector_on_when_interrupted() -> None:
+def test_interleave_goes_on_without_a_worker_that_failed() -> None:
+    takes = iter([Sample(1.0), WorkerError("no memory left")])
+
+    def fail() -> Sample:
+        taken = next(takes)
+        if isinstance(taken, WorkerError):
+            raise taken
+        return taken
+
+    told: list[Any] = []
+    samples = timing.interleave(
+        {"a": fail, "b": lambda: Sample(2.0)},
+        min_rounds=3,
+        failed=lambda name, number, error: told.append((name, number, str(error))),
+    )
+    assert samples == {"b": [Sample(2.0)] * 3}
+    assert told == [("a", 2, "no memory left")]
+
+
+def test_sample_leaves_the_garbage_collector_on_when_interrupted() -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        harness.interleave({"a": interrupt}, {"a": 1}, min_rounds=1, max_rounds=1, budget_s=0.0)
+        timing.sample(interrupt)
     assert gc.isenabled()
 
 
-def test_paired_ratio_is_taken_within_rounds() -> None:
+def test_ratio_is_taken_within_rounds() -> None:
     # The ratio is 2 in two rounds of three, while that of the medians would be 3 / 2.
-    assert harness.paired_ratio([2.0, 4.0, 3.0], [1.0, 2.0, 3.0]) == 2.0
+    assert timing.ratio_of([2.0, 4.0, 3.0], [1.0, 2.0, 3.0]) == 2.0
     # The machine slows down to a tenth from round to round.
-    assert harness.paired_ratio([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]) == 0.5
+    assert timing.ratio_of([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]) == 0.5
+
+
+def test_interval_contains_the_ratio() -> None:
+    baseline = [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert timing.ratio_interval([t / 2 for t in baseline], baseline) == (0.5, 0.5)
+    low, high = timing.ratio_interval([0.8, 1.8, 4.0, 8.8, 20.0], baseline)
+    assert 0.8 <= low < 1.0 < high <= 1.25
 
 
 @pytest.mark.parametrize(("duration", "repeats"), [(400_000, 3), (1_000_000, 1), (5_000_000, 1)])
 def test_calls_per_sample_fill_the_shortest_sample(duration: int, repeats: int) -> None:
     clock = FakeClock()
     run = clock.taking(duration)
-    assert harness.calls_per_sample(run, min_sample_s=1e-3, clock=clock) == repeats
+    assert timing.calls_per_sample(run, min_sample_s=1e-3, clock=clock) == repeats
 
 
 def test_calls_per_sample_are_not_chosen_by_the_first_call() -> None:
@@ -284,7 +306,7 @@ def test_calls_per_sample_are_not_chosen_by_the_first_call() -> None:
         calls.append(1)
         clock.taking(10**7 if len(calls) == 1 else 10**5)()
 
-    assert harness.calls_per_sample(run, min_sample_s=1e-3, clock=clock) == 10
+    assert timing.calls_per_sample(run, min_sample_s=1e-3, clock=clock) == 10
 
 
 def test_wrong_provider_is_reported_and_not_timed() -> None:
@@ -312,16 +334,14 @@ def test_provider_that_raises_is_reported_and_the_others_are_timed() -> None:
 
 
 def test_unavailable_provider_has_no_row_and_is_told_of() -> None:
-    told = []
+    told: list[str] = []
 
     def prepare(inputs: Inputs) -> Call:
         raise UnavailableError("needs a compiler")
 
-    rows = measure(
-        Provider("absent", prepare), unavailable=lambda one, why: told.append((one.name, why))
-    )
-    assert [row.provider for row in rows] == ["copy"]
-    assert told == [("absent", "needs a compiler")]
+    found = measure(Provider("absent", prepare), note=told.append)
+    assert [row.provider for row in found] == ["copy"]
+    assert told == ["needs a compiler"]
 
 
 def test_ratios_are_to_the_fastest_copy_and_to_torch() -> None:
@@ -336,12 +356,13 @@ def test_ratios_are_to_the_fastest_copy_and_to_torch() -> None:
 
     ours, torch, copy = harness.measure(
         inputs,
-        (timed("batchnorm", 3000), timed("torch", 12000)),
+        Providers((timed("batchnorm", 3000), timed("torch", 12000)), print),
         (copying("slow", 2500), copying("fast", 1000)),
         BRIEF,
         clock=clock,
     )
-    assert (ours.speedup_vs_torch, torch.speedup_vs_torch) == pytest.approx((4.0, 1.0))
+    assert (ours.ratio, torch.ratio, ours.speedup) == pytest.approx((0.25, 1.0, 4.0))
+    assert ours.ratio_low == ours.ratio_high == pytest.approx(0.25)
     assert (ours.copies, ours.times_floor) == pytest.approx((3.0, 2.0))
     assert (copy.provider, copy.detail, copy.copies) == ("copy", "fast", 1.0)
     assert ours.p20_ms == ours.p50_ms == ours.p80_ms == pytest.approx(3e-3)
@@ -352,18 +373,18 @@ def test_copy_that_does_not_copy_is_refused() -> None:
     inputs = cases.make_inputs(Case("forward", SMALL))
     idle = Provider("idle", lambda inputs: Call(lambda: None, lambda _: {"x": inputs.x * 0}))
     with pytest.raises(RuntimeError, match="idle did not copy x"):
-        harness.measure(inputs, (), (idle,), BRIEF)
+        harness.measure(inputs, Providers((), print), (idle,), BRIEF)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
-def test_peak_bytes_counts_output_and_scratch_and_releases_first() -> None:
+def test_peak_of_a_call_counts_output_and_scratch_and_releases_first() -> None:
     released = []
 
     def run() -> Any:
         scratch = np.ones(4_000_000, np.float32)
         return scratch * 2
 
-    peak = harness.peak_bytes(run, lambda: released.append(1))
+    peak = memory.peak_of(run, lambda: released.append(1))
     if math.isnan(peak):
         pytest.skip("this kernel does not tell")
     # Two arrays of 16 MB, to within a huge page at the end of each.
@@ -373,17 +394,15 @@ def test_peak_bytes_counts_output_and_scratch_and_releases_first() -> None:
 
 def test_run_measures_everything_and_says_what_it_left_out() -> None:
     absent = Provider("absent", no_copy, "no_such_module", "pip install absent")
-    told: list[str] = []
     seen: list[str] = []
     plan = replace(BRIEF, providers=(*providers.choose(["batchnorm", "numpy"]), absent))
-    results = harness.run(plan, started=seen.append, noted=told.append)
+    results = harness.run(plan, started=seen.append)
 
     assert len(seen) == harness.steps(plan) == 6 + 4
     assert len(results.speed) == 6 * 3
     assert len(results.accuracy) == 4 * 2
     assert results.troubles == []
-    assert told == results.notes
-    assert "pip install absent" in told[0]
+    assert "pip install absent" in results.notes[0]
     ours = [row for row in results.accuracy if row.provider == "batchnorm"]
     assert all(row.max_error < 1e-6 for row in ours)
 
@@ -399,6 +418,76 @@ def test_run_drops_a_provider_that_turns_out_unavailable() -> None:
     assert len(asked) == 1
     assert results.notes[0] == "needs a compiler"
     assert {row.provider for row in results.speed} == {"copy"}
+
+
+# --- workers --------------------------------------------------------------------------------------
+
+COUNTER = """
+import sys
+
+class Counter:
+    def __init__(self, start):
+        print("noise on standard output")
+        self.count = start
+
+    def add(self, number):
+        self.count += number
+        return {"count": self.count}
+
+    def fail(self):
+        raise ValueError("no such\\nthing")
+
+    def die(self):
+        sys.exit("no memory left")
+
+def refuse():
+    raise OSError("no such disk")
+"""
+
+
+@pytest.fixture
+def counter(tmp_path: Path) -> Path:
+    path = tmp_path / "counter.py"
+    path.write_text(COUNTER)
+    return path
+
+
+def test_worker_keeps_its_object_between_calls(counter: Path) -> None:
+    with Worker(counter, "Counter", start=3) as worker:
+        assert worker.ask("add", number=2) == {"count": 5}
+        worker.send("add", number=1)
+        worker.send("add", number=1)
+        assert [worker.receive(), worker.receive()] == [{"count": 6}, {"count": 7}]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "said"),
+    [
+        ("Counter", "fail", "ValueError: no such thing"),
+        ("Counter", "die", "the process ended with status 1: no memory left"),
+        ("refuse", "add", "OSError: no such disk"),
+    ],
+)
+def test_worker_that_fails_says_why(counter: Path, name: str, method: str, said: str) -> None:
+    arguments = {"start": 0} if name == "Counter" else {}
+    with Worker(counter, name, **arguments) as worker:
+        with pytest.raises(WorkerError) as caught:
+            worker.ask(method)
+        assert str(caught.value) == said
+        with pytest.raises(WorkerError, match="ended with status"):
+            worker.ask(method)
+
+
+def test_worker_has_its_own_environment(counter: Path, tmp_path: Path) -> None:
+    package = tmp_path / "other" / "batchnorm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    counter.write_text(
+        "import batchnorm\nclass Where:\n    def is_it(self):\n        return batchnorm.__file__"
+    )
+    # Another copy of the package needs nothing of this one.
+    with Worker(counter, "Where", environment={"PYTHONPATH": str(package.parent)}) as worker:
+        assert worker.ask("is_it") == str(package / "__init__.py")
 
 
 # --- environment ----------------------------------------------------------------------------------
@@ -422,6 +511,20 @@ def test_resolve_threads_follows_the_environment(monkeypatch: pytest.MonkeyPatch
     assert environment.resolve_threads(None) == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert environment.resolve_threads(None) == environment.usable_cpus()
+
+
+def test_noting_others_warns_of_a_busy_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    busy = iter([0.0, 1e9, 0.0, 0.0, math.nan, math.nan])
+    monkeypatch.setattr(environment, "busy_seconds_of_others", lambda: next(busy))
+    with environment.noting_others(seen):
+        pass
+    assert "need an idle machine" in str(environment.disturbance(seen))
+    for share in (0.0, None):
+        with environment.noting_others(seen):
+            pass
+        assert seen["share_of_others"] == share
+        assert environment.disturbance(seen) is None
 
 
 def test_limited_threads_restores_what_it_found() -> None:
@@ -449,7 +552,7 @@ def speed_row(**given: Any) -> SpeedRow:
         "floor_bytes": 102_760_448,
         "floor_copies": 1.0,
         "copies": 1.4,
-        "speedup_vs_torch": 4.0,
+        "ratio": 0.25,
         "max_error": 2e-7,
     }
     return SpeedRow(**defaults | given)
@@ -472,7 +575,7 @@ def some_results() -> Results:
         speed=[
             speed_row(),
             speed_row(provider="batchnorm-out", copies=1.3),
-            speed_row(provider="torch", speedup_vs_torch=1.0, copies=5.6),
+            speed_row(provider="torch", ratio=1.0, copies=5.6),
             speed_row(provider="numpy", status="wrong", detail="off by 1", copies=math.nan),
             speed_row(provider="copy", copies=1.0),
         ],
@@ -482,8 +585,8 @@ def some_results() -> Results:
 
 
 def test_csv_has_a_column_for_each_field_and_nothing_for_what_is_not_known() -> None:
-    rows = [speed_row(), speed_row(status="wrong", detail="off, by 1", p50_ms=math.nan)]
-    text = report.as_csv(rows, harness.column_names(SpeedRow))
+    given = [speed_row(), speed_row(status="wrong", detail="off, by 1", p50_ms=math.nan)]
+    text = rows.as_csv(given).decode()
     first, second = csv.DictReader(io.StringIO(text))
     for column in ("p20_ms", "p50_ms", "p80_ms", "peak_bytes", "max_error", "floor_bytes"):
         assert column in first
@@ -503,7 +606,7 @@ def test_claims_are_held_against_what_was_measured() -> None:
 def test_claims_are_not_met_by_the_worst_case() -> None:
     results = some_results()
     results.speed += [
-        speed_row(shape="256x1024", layout="NC", speedup_vs_torch=0.5),
+        speed_row(shape="256x1024", layout="NC", ratio=2.0),
         speed_row(provider="batchnorm-out", layout="NHWC", copies=1.6),
     ]
     results.accuracy.append(accuracy_row(layout="NHWC", max_error=math.nan))
@@ -532,21 +635,6 @@ def test_table_fits_the_terminal(width: int) -> None:
     assert any("wrong" in line for line in lines)
 
 
-def test_write_all_leaves_everything_as_it_was_when_interrupted(tmp_path: Path) -> None:
-    old = tmp_path / "a.csv"
-    old.write_text("old")
-
-    class Interrupting(dict[Path, bytes]):
-        def items(self) -> Any:
-            yield old, b"new"
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        report.write_all(Interrupting())
-    assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
-    assert old.read_text() == "old"
-
-
 def test_write_writes_whole_files_and_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")
@@ -569,9 +657,9 @@ def test_write_says_in_one_line_what_stopped_it(tmp_path: Path) -> None:
 
 def test_prepare_directory_refuses_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArgumentError, match="must be a directory"):
-        report.prepare_directory(tmp_path / "file")
-    report.prepare_directory(tmp_path / "new" / "deep")
+    with pytest.raises(ArgumentError, match="must be in a directory"):
+        rows.prepare_directory(tmp_path / "file")
+    rows.prepare_directory(tmp_path / "new" / "deep")
     assert list((tmp_path / "new" / "deep").iterdir()) == []
 
 

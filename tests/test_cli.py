@@ -108,9 +108,9 @@ def test_bench_prints_and_writes_nothing_by_default(
 def test_bench_writes_what_it_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from batchnorm.bench import report
+    from batchnorm.bench import chart
 
-    monkeypatch.setattr(report, "can_plot", lambda: False)  # seen in test_bench
+    monkeypatch.setattr(chart, "can_plot", lambda: False)  # seen in test_bench
     out = tmp_path / "results"
     assert cli.main([*BRIEF_BENCH, "--out", str(out), "--threads", "1"]) == cli.DONE
     assert sorted(path.name for path in out.iterdir()) == ["environment.json", "speed.csv"]

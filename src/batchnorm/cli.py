@@ -227,10 +227,8 @@ def _bench(app: "typer.Typer") -> None:
         """Time forward, inference and backward beside NumPy, PyTorch, JAX and a plain copy."""
         from dataclasses import replace
 
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-        from rich.progress import TimeElapsedColumn as Elapsed
-
         from batchnorm import bench as benchmark
+        from batchnorm.progress import steps
 
         plan = benchmark.Plan(
             ops=benchmark.choose_ops(_names(ops)),
@@ -253,26 +251,9 @@ def _bench(app: "typer.Typer") -> None:
         if out is not None:
             benchmark.prepare_directory(out)
 
-        console, errors = _console(), _console(stderr=True)
-        progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            Elapsed(),
-            console=errors,
-            transient=True,
-            disable=not errors.is_terminal,
-        )
-        with progress:
-            task = progress.add_task("starting", total=benchmark.steps(plan))
-            begun = 0
-
-            def started(description: str) -> None:
-                nonlocal begun
-                progress.update(task, description=description, completed=begun)
-                begun += 1
-
+        with steps(benchmark.steps(plan)) as started:
             results = benchmark.run(plan, started=started)
+        console = _console()
         benchmark.show(results, console)
         if out is not None:
             for path in benchmark.write(results, out):

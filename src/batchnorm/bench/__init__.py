@@ -1,12 +1,27 @@
-"""The benchmark: ours beside NumPy, PyTorch and JAX, and beside a plain copy.
+"""The benchmark: batchnorm beside NumPy, PyTorch and JAX, and beside a plain copy.
 
-``cases`` says what is measured, ``providers`` who is, ``harness`` how, ``report`` what came out.
+`batchnorm bench`:
+
+    cases      what is measured
+    providers  who is
+    harness    how: checked, then timed
+    report     what came out
+    chart      the same as a picture
+
+What the scripts in ``benchmarks/`` share with it:
+
+    timing       interleaved rounds and ratios within them
+    rows         the columns of every result file, and the writing of files
+    worker       a process to measure in
+    memory       page faults and peak memory
+    environment  the machine, threads, and what other programs took
 """
 
 from batchnorm.bench.cases import QUICK_SHAPES, Case, choose_ops, parse_shape
 from batchnorm.bench.harness import Plan, Results, run, steps
 from batchnorm.bench.providers import PROVIDERS, choose
-from batchnorm.bench.report import claims, prepare_directory, show, write
+from batchnorm.bench.report import claims, show, write
+from batchnorm.bench.rows import prepare_directory
 
 __all__ = [
     "PROVIDERS",

@@ -179,25 +179,22 @@ def exact(inputs: Inputs) -> Arrays:
     """
     from batchnorm import reference
 
-    case = inputs.case
+    case, affine = inputs.case, (inputs.gamma, inputs.beta)
+    how = (inputs.eps, case.channel_axis)
     if case.op == "inference":
-        y = reference.batch_norm_inference(
-            inputs.x,
-            inputs.mean,
-            inputs.var,
-            inputs.gamma,
-            inputs.beta,
-            inputs.eps,
-            case.channel_axis,
-        )
+        y = reference.batch_norm_inference(inputs.x, inputs.mean, inputs.var, *affine, *how)
         return {"y": y}
-    y, cache = reference.batch_norm(
-        inputs.x, inputs.gamma, inputs.beta, inputs.eps, case.channel_axis
-    )
+    y, cache = reference.batch_norm(inputs.x, *affine, *how)
     if case.op == "forward":
         return {"y": y}
-    gradients = reference.batch_norm_backward(inputs.grad_y, cache)
-    return dict(zip(("grad_x", "grad_gamma", "grad_beta"), gradients, strict=True))
+    return named("backward", reference.batch_norm_backward(inputs.grad_y, cache))
+
+
+def named(op: Op, result: Any) -> Arrays:
+    """Give the arrays of a result their names."""
+    if op == "backward":
+        return dict(zip(("grad_x", "grad_gamma", "grad_beta"), result, strict=True))
+    return {"y": result}
 
 
 def largest_error(answer: Arrays, expected: Arrays) -> float:
@@ -240,24 +237,27 @@ def make_cases(shapes: Iterable[tuple[int, ...]], ops: Iterable[Op]) -> list[Cas
     ]
 
 
-def choose_ops(names: Iterable[str] | None) -> tuple[Op, ...]:
-    """Operations by name, in the order of `OPS`; all of them for None.
+def pick(what: str, names: Iterable[str] | None, known: Sequence[str]) -> list[str]:
+    """Those of `known` that are in `names`, in the order of `known`; all of them for None.
 
     Raises
     ------
     ArgumentError
-        There is no operation of that name.
+        One of the names is not known.
     """
-    if names is None:
-        return OPS
-    wanted = list(names)
+    wanted = list(known if names is None else names)
     for name in wanted:
-        if name not in OPS:
+        if name not in known:
             raise ArgumentError(
-                f"ops must be among {', '.join(OPS)}, got {name!r}. "
+                f"{what} must be among {', '.join(known)}, got {name!r}. "
                 f"Correct the name or leave the choice out to measure all of them."
             )
-    return tuple(op for op in OPS if op in wanted)
+    return [name for name in known if name in wanted]
+
+
+def choose_ops(names: Iterable[str] | None) -> tuple[Op, ...]:
+    """Operations by name, in the order of `OPS`; all of them for None."""
+    return tuple(op for op in OPS if op in pick("ops", names, OPS))
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

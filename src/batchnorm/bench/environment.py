@@ -1,4 +1,4 @@
-"""What the numbers were measured on, and how many threads everybody gets."""
+"""What the numbers were measured on, how many threads every provider gets, and who disturbed."""
 
 import contextlib
 import datetime
@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 from batchnorm.errors import ArgumentError, BatchNormError
 
 PACKAGES = ("numpy", "torch", "jax", "jaxlib")
+
+#: The share of the processors that other programs may take before a run says so.
+QUIET = 0.05
 
 
 def usable_cpus() -> int:
@@ -25,7 +29,7 @@ def usable_cpus() -> int:
 
 
 def resolve_threads(threads: int | None) -> int:
-    """The number of threads everybody gets: as asked, else ``OMP_NUM_THREADS``, else all there are.
+    """Threads for every provider: as asked, else ``OMP_NUM_THREADS``, else all there are.
 
     Raises
     ------
@@ -48,8 +52,8 @@ def resolve_threads(threads: int | None) -> int:
 def limited_threads(threads: int) -> Iterator[None]:
     """Give every provider that starts its threads in here the same number of them.
 
-    Thread pools are sized in many ways. OpenMP, which ours and PyTorch's share, is told; JAX's has
-    no setting but counts the processors the process may run on, so that number is lowered too.
+    OpenMP, which batchnorm and PyTorch share, is told. JAX has no setting but counts the processors
+    that the process may run on, so that number is lowered too.
 
     Raises
     ------
@@ -119,6 +123,27 @@ def busy_seconds_of_others() -> float:
     own = os.times()
     busy = sum(ticks) - ticks[3] - ticks[4]
     return busy / os.sysconf("SC_CLK_TCK") - sum(own[:4])
+
+
+@contextlib.contextmanager
+def noting_others(environment: dict[str, Any]) -> Iterator[None]:
+    """Note in `environment` the share of the processors that other programs take in the block."""
+    begin, others = time.perf_counter(), busy_seconds_of_others()
+    yield
+    available = usable_cpus() * (time.perf_counter() - begin)
+    share = (busy_seconds_of_others() - others) / available
+    environment["share_of_others"] = None if math.isnan(share) else round(share, 3)
+
+
+def disturbance(environment: dict[str, Any]) -> str | None:
+    """A warning for a run that other programs disturbed, or None."""
+    share = environment.get("share_of_others") or 0.0
+    if share <= QUIET:
+        return None
+    return (
+        f"other programs took {share:.0%} of the processors during the run, and threads that wait "
+        "for one another wait for those too; numbers to keep need an idle machine"
+    )
 
 
 def cpu_name() -> str:

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.bench.cases import Arrays, Float32, Inputs, Op, aligned_empty
-from batchnorm.errors import ArgumentError
+from batchnorm.bench.cases import Arrays, Float32, Inputs, Op, aligned_empty, named, pick
 
 
 class UnavailableError(Exception):
@@ -70,14 +69,16 @@ class Provider:
         return f"{self.name} is skipped: {self.module} is not installed; {self.install} adds it"
 
 
-def named(op: Op, result: Any) -> Arrays:
-    """Give the arrays of a result their names."""
-    if op == "backward":
-        return dict(zip(("grad_x", "grad_gamma", "grad_beta"), result, strict=True))
-    return {"y": result}
+def _call(op: Op, run: Callable[[], Any], as_array: Callable[[Any], Any] = lambda a: a) -> Call:
+    """A call that returns y, or the three gradients; `as_array` makes a NumPy array of each."""
+
+    def answer(result: Any) -> Arrays:
+        return named(op, [as_array(a) for a in result] if op == "backward" else as_array(result))
+
+    return Call(run, answer)
 
 
-# --- ours -----------------------------------------------------------------------------------------
+# --- batchnorm ------------------------------------------------------------------------------------
 
 
 def _batchnorm(inputs: Inputs, out: Float32 | None) -> Call:
@@ -90,21 +91,18 @@ def _batchnorm(inputs: Inputs, out: Float32 | None) -> Call:
         return batchnorm.batch_norm(x, gamma, beta, eps=eps, channel_axis=axis, out=out)
 
     if op == "forward":
-        return Call(forward, lambda result: named(op, result[0]))
+        return _call(op, forward, lambda result: result[0])
     if op == "inference":
         mean, var = inputs.mean, inputs.var
-        return Call(
+        return _call(
+            op,
             lambda: batchnorm.batch_norm_inference(
                 x, mean, var, gamma, beta, eps=eps, channel_axis=axis, out=out
             ),
-            lambda result: named(op, result),
         )
     _, saved = batchnorm.batch_norm(x, gamma, beta, eps=eps, channel_axis=axis)
     grad_y = inputs.grad_y
-    return Call(
-        lambda: batchnorm.batch_norm_backward(grad_y, saved, out=out),
-        lambda result: named(op, result),
-    )
+    return _call(op, lambda: batchnorm.batch_norm_backward(grad_y, saved, out=out))
 
 
 def _release_blocks() -> None:
@@ -137,13 +135,10 @@ def _numpy(inputs: Inputs) -> Call:
         return gamma * x_hat + beta, x_hat, std
 
     if op == "forward":
-        return Call(forward, lambda result: named(op, result[0]))
+        return _call(op, forward, lambda result: result[0])
     if op == "inference":
         mean, var = inputs.mean.reshape(along), inputs.var.reshape(along)
-        return Call(
-            lambda: gamma * (x - mean) / np.sqrt(var + eps) + beta,
-            lambda result: named(op, result),
-        )
+        return _call(op, lambda: gamma * (x - mean) / np.sqrt(var + eps) + beta)
     _, x_hat, std = forward()
     count = np.float32(x.size // x.shape[channel])
 
@@ -153,7 +148,7 @@ def _numpy(inputs: Inputs) -> Call:
         grad_x = gamma / std * (grad_y - grad_beta / count - x_hat * grad_gamma / count)
         return grad_x, grad_gamma.reshape(-1), grad_beta.reshape(-1)
 
-    return Call(backward, lambda result: named(op, result))
+    return _call(op, backward)
 
 
 # --- PyTorch --------------------------------------------------------------------------------------
@@ -188,16 +183,14 @@ def _torch_inputs(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _torch_answer(inputs: Inputs) -> Callable[[Any], Arrays]:
-    op, axis = inputs.case.op, inputs.case.channel_axis
+def _torch_call(inputs: Inputs, run: Callable[[], Any]) -> Call:
+    axis = inputs.case.channel_axis
 
     def as_array(tensor: Any) -> Any:
         tensor = tensor.detach()
         return (tensor.movedim(1, axis) if tensor.ndim > 1 else tensor).numpy()
 
-    if op == "backward":
-        return lambda result: named(op, [as_array(tensor) for tensor in result])
-    return lambda result: named(op, as_array(result))
+    return _call(inputs.case.op, run, as_array)
 
 
 def _torch(inputs: Inputs) -> Call:
@@ -205,25 +198,24 @@ def _torch(inputs: Inputs) -> Call:
     functional, aten = torch.nn.functional, torch.ops.aten
     t, eps = _torch_inputs(inputs), inputs.eps
     x, weight, bias = t["x"], t["weight"], t["bias"]
-    answer = _torch_answer(inputs)
     if inputs.case.op == "forward":
-        return Call(
-            lambda: functional.batch_norm(x, None, None, weight, bias, True, 0.0, eps), answer
+        return _torch_call(
+            inputs, lambda: functional.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
         )
     if inputs.case.op == "inference":
         mean, var = t["mean"], t["var"]
-        return Call(
-            lambda: functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps), answer
+        return _torch_call(
+            inputs, lambda: functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
         )
     # The operator that autograd calls, without autograd's own cost: nothing but the arithmetic,
     # and so the most favourable way to time PyTorch.
     _, mean, inv_std = aten.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
     grad_y, wanted = t["grad_y"], [True, True, True]
-    return Call(
+    return _torch_call(
+        inputs,
         lambda: aten.native_batch_norm_backward(
             grad_y, x, weight, None, None, mean, inv_std, True, eps, wanted
         ),
-        answer,
     )
 
 
@@ -241,11 +233,10 @@ def _torch_compile(inputs: Inputs) -> Call:
     compiled = torch.compile(batch_norm, dynamic=False)
     x, weight, bias = t["x"], t["weight"], t["bias"]
     mean, var = (t["mean"], t["var"]) if op == "inference" else (None, None)
-    answer = _torch_answer(inputs)
     try:
         if op != "backward":
             compiled(x, mean, var, weight, bias)
-            return Call(lambda: compiled(x, mean, var, weight, bias), answer)
+            return _torch_call(inputs, lambda: compiled(x, mean, var, weight, bias))
         leaves = tuple(tensor.detach().requires_grad_() for tensor in (x, weight, bias))
         # Without this the compiled backward writes into what the forward saved for it, and can
         # run only once.
@@ -259,9 +250,8 @@ def _torch_compile(inputs: Inputs) -> Call:
             f"torch.compile is skipped: it cannot generate code here ({reason}); "
             f"it needs a C++ compiler such as g++ on the PATH"
         ) from error
-    return Call(
-        lambda: torch.autograd.grad(y, leaves, t["grad_y"], retain_graph=True),
-        answer,
+    return _torch_call(
+        inputs, lambda: torch.autograd.grad(y, leaves, t["grad_y"], retain_graph=True)
     )
 
 
@@ -287,31 +277,21 @@ def _jax(inputs: Inputs) -> Call:
     def forward(x: Any, gamma: Any, beta: Any) -> Any:
         return affine(x, jnp.mean(x, axes), jnp.var(x, axes), gamma, beta)
 
-    def as_array(result: Any) -> Any:
-        return np.asarray(result)
-
     x, gamma, beta = put(inputs.x), put(inputs.gamma), put(inputs.beta)
     if op == "forward":
         compiled = jax.jit(forward)
-        return Call(
-            lambda: compiled(x, gamma, beta).block_until_ready(),
-            lambda result: named(op, as_array(result)),
-        )
+        return _call(op, lambda: compiled(x, gamma, beta).block_until_ready(), np.asarray)
     if op == "inference":
         mean, var = put(inputs.mean), put(inputs.var)
         compiled = jax.jit(affine)
-        return Call(
-            lambda: compiled(x, mean, var, gamma, beta).block_until_ready(),
-            lambda result: named(op, as_array(result)),
+        return _call(
+            op, lambda: compiled(x, mean, var, gamma, beta).block_until_ready(), np.asarray
         )
     # The pullback carries what the forward saved, so that only the backward is in the timed call.
     _, pullback = jax.jit(lambda *primals: jax.vjp(forward, *primals))(x, gamma, beta)
     pull = jax.jit(lambda pullback, grad_y: pullback(grad_y))
     grad_y = put(inputs.grad_y)
-    return Call(
-        lambda: jax.block_until_ready(pull(pullback, grad_y)),
-        lambda result: named(op, [as_array(gradient) for gradient in result]),
-    )
+    return _call(op, lambda: jax.block_until_ready(pull(pullback, grad_y)), np.asarray)
 
 
 PROVIDERS: tuple[Provider, ...] = (
@@ -329,22 +309,25 @@ PROVIDERS: tuple[Provider, ...] = (
 # --- the plain copy that everything is measured against -------------------------------------------
 
 
-def _copy_numpy(inputs: Inputs) -> Call:
-    source, destination = inputs.x, aligned_empty(inputs.x.shape)
-    return Call(lambda: np.copyto(destination, source), lambda _: {"x": destination})
+def _copy(prepare: Callable[[Float32, Float32], Callable[[], Any]]) -> Callable[[Inputs], Call]:
+    """Make of "destination and source to call" what a provider's `prepare` has to be."""
+
+    def prepared(inputs: Inputs) -> Call:
+        destination = aligned_empty(inputs.x.shape)
+        return Call(prepare(destination, inputs.x), lambda _: {"x": destination})
+
+    return prepared
 
 
-def _copy_torch(inputs: Inputs) -> Call:
+def _copy_torch(destination: Float32, source: Float32) -> Callable[[], Any]:
     torch: Any = importlib.import_module("torch")
-    destination = aligned_empty(inputs.x.shape)
-    source, target = torch.from_numpy(inputs.x), torch.from_numpy(destination)
-    return Call(lambda: target.copy_(source), lambda _: {"x": destination})
+    target, tensor = torch.from_numpy(destination), torch.from_numpy(source)
+    return lambda: target.copy_(tensor)
 
 
-def _copy_batchnorm(inputs: Inputs) -> Call:
+def _copy_batchnorm(destination: Float32, source: Float32) -> Callable[[], Any]:
     core: Any = importlib.import_module("batchnorm._core")
-    source, destination = inputs.x, aligned_empty(inputs.x.shape)
-    return Call(lambda: core.copy(destination, source), lambda _: {"x": destination})
+    return lambda: core.copy(destination, source)
 
 
 def copies() -> tuple[Provider, ...]:
@@ -353,29 +336,14 @@ def copies() -> tuple[Provider, ...]:
     One thread does not fill the memory's bandwidth, so NumPy's copy alone would flatter everybody.
     """
     candidates = [
-        Provider("batchnorm._core.copy", _copy_batchnorm),
-        Provider("numpy.copyto", _copy_numpy),
-        Provider("torch copy_", _copy_torch, "torch", set_threads=_torch_threads),
+        Provider("batchnorm._core.copy", _copy(_copy_batchnorm)),
+        Provider("numpy.copyto", _copy(lambda to, source: lambda: np.copyto(to, source))),
+        Provider("torch copy_", _copy(_copy_torch), "torch", set_threads=_torch_threads),
     ]
     return tuple(candidate for candidate in candidates if candidate.missing() is None)
 
 
 def choose(names: Iterable[str] | None) -> tuple[Provider, ...]:
-    """Providers by name, in the order of `PROVIDERS`; all of them for None.
-
-    Raises
-    ------
-    ArgumentError
-        There is no provider of that name.
-    """
-    if names is None:
-        return PROVIDERS
-    wanted = list(names)
-    known = [provider.name for provider in PROVIDERS]
-    for name in wanted:
-        if name not in known:
-            raise ArgumentError(
-                f"providers must be among {', '.join(known)}, got {name!r}. "
-                f"Correct the name or leave the choice out to measure all of them."
-            )
+    """Providers by name, in the order of `PROVIDERS`; all of them for None."""
+    wanted = pick("providers", names, [provider.name for provider in PROVIDERS])
     return tuple(provider for provider in PROVIDERS if provider.name in wanted)
