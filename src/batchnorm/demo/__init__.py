@@ -10,7 +10,8 @@ network is NumPy matrix products and this library's `BatchNorm`; PyTorch is not 
     gradient_check  the backward against central differences
     results         what a run returns: plain data
     tables          the results as text
-    page            the results as one self-contained HTML page
+    charts          the results as charts
+    page            all of it as one self-contained HTML page
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from batchnorm.demo.results import (
     InferenceMeasurement,
     Recording,
     TrainingRun,
+    run_name,
 )
 from batchnorm.demo.tables import Table, all_tables, comparisons
 from batchnorm.demo.training import train
 from batchnorm.errors import ArgumentError, BatchNormError
+from batchnorm.progress import bar
 
 if TYPE_CHECKING:
     import rich.console
-    import rich.progress
-    from rich.progress import TaskID
 
 __all__ = [
     "DemoResult",
@@ -138,8 +139,8 @@ def run(
 
     # The arrays are too small to share out: on cores that are busy with something else, threads
     # that wait for each other were seen to take ten times as long as one thread alone.
-    with threadpool_limits(limits=1), _progress(console) as progress:
-        runs, measurements = _train_all(digits, seed, steps, progress)
+    with threadpool_limits(limits=1):
+        runs, measurements = _train_all(digits, seed, steps)
 
     result = DemoResult(
         page=out,
@@ -168,52 +169,45 @@ def run(
 
 
 def _train_all(
-    digits: Digits, seed: int, steps: int, progress: rich.progress.Progress
+    digits: Digits, seed: int, steps: int
 ) -> tuple[list[TrainingRun], list[InferenceMeasurement]]:
     """Train every network at every learning rate, and measure those with batch norm."""
     runs: list[TrainingRun] = []
     measurements: list[InferenceMeasurement] = []
-    everything = progress.add_task(
-        "all networks", total=2 * len(LEARNING_RATES) * steps, accuracy=""
-    )
-    for learning_rate, batch_norm in product(LEARNING_RATES, (True, False)):
-        # Both networks of a rate begin at the same weights and see the same batches.
-        network = Network(
-            SIZES,
-            batch_norm=batch_norm,
-            rng=np.random.default_rng([seed, 1]),
-            weight_std=WEIGHT_STD,
-        )
-        batches = ShiftedBatches(
-            digits.train_images,
-            digits.train_labels,
-            batch_size=BATCH_SIZE,
-            background=digits.background,
-            rng=np.random.default_rng([seed, 2]),
-        )
-        name = f"{'with' if batch_norm else 'without'} BN, rate {learning_rate:g}"
-        task = progress.add_task(name, total=steps, accuracy="")
-        done = len(runs) * steps
-
-        def show(step: int, reached: float, *, task: TaskID = task, done: int = done) -> None:
-            progress.update(task, completed=step, accuracy=f"{reached:.1%}")
-            progress.update(everything, completed=done + step)
-
-        runs.append(
-            train(
+    total = 2 * len(LEARNING_RATES) * steps
+    with bar() as show:
+        for learning_rate, batch_norm in product(LEARNING_RATES, (True, False)):
+            # Both networks of a rate begin at the same weights and see the same batches.
+            network = Network(
+                SIZES,
+                batch_norm=batch_norm,
+                rng=np.random.default_rng([seed, 1]),
+                weight_std=WEIGHT_STD,
+            )
+            batches = ShiftedBatches(
+                digits.train_images,
+                digits.train_labels,
+                batch_size=BATCH_SIZE,
+                background=digits.background,
+                rng=np.random.default_rng([seed, 2]),
+            )
+            name, done = run_name(batch_norm, learning_rate), len(runs) * steps
+            run = train(
                 network,
                 batches,
                 digits,
                 batch_norm=batch_norm,
                 learning_rate=learning_rate,
                 steps=steps,
-                on_evaluation=show,
+                on_evaluation=lambda step, reached, name=name, done=done: show(  # type: ignore[misc]
+                    f"{name}: {reached:.1%}", done + step, total
+                ),
             )
-        )
-        if batch_norm:
-            measurements += measure_inference(
-                network, batches.population(), digits, learning_rate=learning_rate
-            )
+            runs.append(run)
+            if batch_norm:
+                measurements += measure_inference(
+                    network, batches.population(), digits, learning_rate=learning_rate
+                )
     return runs, measurements
 
 
@@ -237,27 +231,6 @@ def _check_count(name: str, value: object, least: int) -> None:
 def _write(out: Path, text: str) -> None:
     with replacing(out) as beside:
         beside.write_text(text, encoding="utf-8")
-
-
-def _progress(console: rich.console.Console) -> rich.progress.Progress:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[accuracy]:>6}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _print_table(console: rich.console.Console, table: Table) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from batchnorm.bench.timing import interleave, sample
 from batchnorm.demo.data import Digits
 from batchnorm.demo.network import Network
 from batchnorm.demo.results import InferenceMeasurement
@@ -45,25 +46,22 @@ def measure_inference(
         "folded": reference.folded(),
     }
     exact = reference(digits.test_images)
-    seconds = _median_seconds(list(forms.values()), digits.test_images)
+    samples = interleave(
+        {
+            form: partial(sample, partial(candidate, digits.test_images))
+            for form, candidate in forms.items()
+        },
+        min_rounds=REPEATS,
+    )
     return [
         InferenceMeasurement(
             learning_rate=learning_rate,
             form=form,
             accuracy=accuracy(candidate, digits),
             largest_difference=float(np.abs(candidate(digits.test_images) - exact).max()),
-            seconds_per_1000=spent * 1000 / len(digits.test_images),
+            seconds_per_1000=statistics.median(one.seconds for one in samples[form])
+            * 1000
+            / len(digits.test_images),
         )
-        for (form, candidate), spent in zip(forms.items(), seconds, strict=True)
+        for form, candidate in forms.items()
     ]
-
-
-def _median_seconds(networks: list[Network], images: Array) -> list[float]:
-    """Return the median duration of a forward pass of each network, all timed interleaved."""
-    spent: list[list[float]] = [[] for _ in networks]
-    for _ in range(REPEATS):
-        for network, durations in zip(networks, spent, strict=True):
-            started = time.perf_counter()
-            network(images)
-            durations.append(time.perf_counter() - started)
-    return [statistics.median(durations) for durations in spent]

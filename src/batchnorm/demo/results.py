@@ -34,6 +34,11 @@ class Recording:
     percentiles: tuple[float, ...]
 
 
+def run_name(batch_norm: bool, learning_rate: float) -> str:
+    """Return a name such as "with BN, rate 0.1"."""
+    return f"{'with' if batch_norm else 'without'} BN, rate {learning_rate:g}"
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """One network trained at one learning rate.
@@ -57,7 +62,7 @@ class TrainingRun:
     @property
     def name(self) -> str:
         """Such as "with BN, rate 0.1"."""
-        return f"{'with' if self.batch_norm else 'without'} BN, rate {self.learning_rate:g}"
+        return run_name(self.batch_norm, self.learning_rate)
 
     def steps_to(self, accuracy: float) -> int | None:
         """Return the first evaluated step that reached `accuracy`; None where none did."""
