@@ -4,15 +4,13 @@ python benchmarks/recalibrate.py --out benchmarks/results
 python benchmarks/recalibrate.py --errors --out benchmarks/results   errors only, in a second
 
 Writes recalibrate.csv, recalibrate_errors.csv, with altair recalibrate_errors.svg and
-recalibrate_outputs.svg, and recalibrate.json (what it was measured on). Without --out, results are
-only printed.
+recalibrate_outputs.svg, and recalibrate.json (what it was measured on).
 
 recalibrate.csv
     ResNet-18 of torch's layers, batches of 16 float32 images of 224², on one thread. Each way runs
-    in a process of its own, several times, the ways by turns. ``seconds``: of the processor, which
-    other programs change little, median over the rounds; ``ratio``: to those of a forward pass over
-    the data in evaluation.
-    ``extra_bytes``: the most memory resident during the run, less what was resident before it, when
+    in a process of its own, several times, the ways by turns. Times are of the processor, which
+    other programs change little; ``ratio`` is to a forward pass over the data in evaluation.
+    ``peak_bytes``: the most memory resident during the run, less what was resident before it, when
     the model, the data and one forward were there. ``forwards``: begun, by the report.
 
 recalibrate_errors.csv
@@ -23,36 +21,39 @@ recalibrate_errors.csv
 
 recalibrate_outputs.svg
     What the last batch norm of that network makes of all data in evaluation, before γ and β.
-
-Exit status: 0 done; 1 a worker failed; 2 the call was unusable; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import csv
-import io
-import json
 import math
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
-from batchnorm.atomic import write_all
-from batchnorm.bench.environment import busy_seconds_of_others, describe
+import command
+import numpy as np
+
+from batchnorm.bench import memory
+from batchnorm.bench.chart import can_plot, render, themed
+from batchnorm.bench.rows import TimedRow, timed
+from batchnorm.bench.timing import Sample, interleave
+from batchnorm.bench.worker import Worker
+from batchnorm.progress import steps
 
 BATCHES, BATCH, IMAGE = 8, 16, 224
 MIB = 1 << 20
 
-FORWARD = "forward pass"
-WAYS = {
+FORWARD, UPDATE_BN = "forward pass", "update_bn"
+#: Name to the arguments of `recalibrate`, of those ways that are its.
+WAYS: dict[str, dict[str, Any] | None] = {
     FORWARD: None,
-    "update_bn": None,
+    UPDATE_BN: None,
     "precise": {"method": "precise"},
     "exact": {"method": "exact", "memory": math.inf},
     "exact, 256 MB": {"method": "exact", "memory": 256 * MIB},
@@ -61,102 +62,99 @@ WAYS = {
 
 SIZES = (64, 64, 2, 64, 9)
 WIDTH, DEPTH = 16, 8
-RUNNING = "running averages"
-ESTIMATORS = (RUNNING, "update_bn", "fvcore", "precise", "exact")
+ESTIMATORS = ("running averages", UPDATE_BN, "fvcore", "precise", "exact")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostRow(TimedRow):
+    """One way; a line of ``recalibrate.csv``."""
+
+    batches: int = BATCHES
+    batch: int = BATCH
+    image: int = IMAGE
+    forwards: int = 0
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """One estimator on one layer; a line of ``recalibrate_errors.csv``."""
+
+    estimator: str
+    layer: int
+    error: float
 
 
 # ---- cost ---------------------------------------------------------------------------------------
 
 
-def work(way: str, rounds: int, threads: int) -> None:
-    """Run one way each time that a line comes in; print seconds, bytes and forwards."""
-    import torch
-    from resnet18 import ResNet18
+class Way:
+    """A network and data, in a process of their own."""
 
-    from batchnorm.torch import recalibrate
+    def __init__(self, way: str) -> None:
+        import torch
+        from resnet18 import ResNet18
 
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    model = ResNet18()
-    data = [torch.randn(BATCH, 3, IMAGE, IMAGE) for _ in range(BATCHES)]
-    with torch.no_grad():
-        model.eval()(data[0])
-    for _ in range(rounds):
-        sys.stdin.readline()
-        before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins here
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        self.way, self.model = way, ResNet18()
+        self.data = [torch.randn(BATCH, 3, IMAGE, IMAGE) for _ in range(BATCHES)]
+        with torch.no_grad():
+            self.model.eval()(self.data[0])
+
+    def run(self) -> dict[str, Any]:
+        """Seconds of the processor, bytes above those resident before, and forwards."""
+        import torch
+
+        from batchnorm.torch import recalibrate
+
+        before = memory.resident()
+        memory.reset_peak()
         start = time.process_time()
         forwards = BATCHES
-        if way == FORWARD:
+        if self.way == FORWARD:
             with torch.no_grad():
-                for x in data:
-                    model.eval()(x)
-        elif way == "update_bn":
-            torch.optim.swa_utils.update_bn(data, model)
+                for x in self.data:
+                    self.model.eval()(x)
+        elif self.way == UPDATE_BN:
+            torch.optim.swa_utils.update_bn(self.data, self.model)
         else:
-            report = recalibrate(model.train(), data, **(WAYS[way] or {}))
+            report = recalibrate(self.model.train(), self.data, **(WAYS[self.way] or {}))
             forwards = report.forwards
             if report.notes or len(report.layers) != 20:
                 raise RuntimeError(str(report))
         seconds = time.process_time() - start
-        print(json.dumps([seconds, _resident("VmHWM") - before, forwards]), flush=True)
+        return {"seconds": seconds, "bytes": memory.peak() - before, "forwards": forwards}
 
 
-def _resident(what: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(what)))
+def measure_cost(rounds: int, seed: int) -> list[CostRow]:
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    with contextlib.ExitStack() as stack:
+        workers = {way: stack.enter_context(Worker(__file__, "Way", way=way)) for way in WAYS}
+        started = stack.enter_context(steps(rounds * len(WAYS)))
 
+        def take(way: str) -> Sample:
+            started(f"round {len(found[way]) + 1}: {way}")
+            found[way].append(workers[way].ask("run"))
+            return Sample(found[way][-1]["seconds"])
 
-def measure_cost(rounds: int, threads: int) -> list[dict[str, Any]]:
-    """The rows of recalibrate.csv."""
-    workers = {
-        way: subprocess.Popen(
-            [sys.executable, __file__, "worker", way, str(rounds), str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        samples = interleave(
+            {way: partial(take, way) for way in WAYS}, min_rounds=rounds, seed=seed
+        )
+    return [
+        replace(
+            timed(CostRow(provider=way), samples[way], samples[FORWARD]),
+            peak_bytes=max(one["bytes"] for one in found[way]),
+            forwards=found[way][-1]["forwards"],
         )
         for way in WAYS
-    }
-    seen: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-    try:
-        for number in range(rounds):
-            for way, worker in workers.items():
-                assert worker.stdin is not None
-                assert worker.stdout is not None
-                worker.stdin.write("go\n")
-                worker.stdin.flush()
-                line = worker.stdout.readline()
-                if not line:
-                    raise SystemExit(f"recalibrate.py: the worker of {way!r} has failed")
-                seen[way].append(json.loads(line))
-                print(f"round {number + 1}: {way}: {seen[way][-1][0]:.2f} s", file=sys.stderr)
-    finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.wait()
-    seconds = {way: statistics.median(row[0] for row in rows) for way, rows in seen.items()}
-    return [
-        {
-            "way": way,
-            "batches": BATCHES,
-            "batch": BATCH,
-            "image": IMAGE,
-            "rounds": rounds,
-            "seconds": f"{seconds[way]:.4g}",
-            "ratio": f"{seconds[way] / seconds[FORWARD]:.4g}",
-            "extra_bytes": int(max(extra for _, extra, _ in found)),
-            "forwards": found[-1][2],
-        }
-        for way, found in seen.items()
     ]
 
 
 # ---- errors -------------------------------------------------------------------------------------
 
 
-def measure_errors() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of recalibrate_errors.csv, and values of the last layer by estimator."""
+def measure_errors() -> tuple[list[ErrorRow], dict[str, list[float]]]:
+    """Errors, and by estimator, the values that the last layer normalizes to."""
     import torch
     from torch import Tensor, nn
 
@@ -173,85 +171,66 @@ def measure_errors() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         layers += [nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Dropout(0.3)]
     start = nn.Sequential(*layers, nn.Linear(WIDTH, 3)).double()
 
-    def norms(model: nn.Module) -> list[nn.BatchNorm1d]:
+    def norms(model: nn.Module) -> list[Any]:
         return [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
 
     def statistics_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        found = []
-        for m in norms(model):
-            assert m.running_mean is not None
-            assert m.running_var is not None
-            found.append((m.running_mean, m.running_var))
-        return found
+        return [(m.running_mean, m.running_var) for m in norms(model)]
 
-    truth: list[tuple[Tensor, Tensor]] = []
-    x, model = torch.cat(data), copy.deepcopy(start).eval()
-    with torch.no_grad():
-        for m in model:
-            if isinstance(m, nn.BatchNorm1d):
-                m.running_mean, m.running_var = x.mean(0), x.var(0)
-                truth.append((m.running_mean, m.running_var))
-            x = m(x)
-
-    def running(model: nn.Module) -> Any:
-        with torch.no_grad():
-            for _ in range(20):
-                for x in data:
-                    model.train()(x)
-        return statistics_of(model)
-
-    def by_update_bn(model: nn.Module) -> Any:
-        torch.optim.swa_utils.update_bn(data, model)
-        return statistics_of(model)
-
-    def by_fvcore(model: nn.Module) -> Any:
+    def by_fvcore(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """fvcore.nn.precise_bn, its estimator: moments by batch size, E[x²] − E[x]²."""
-        means, squares = ([torch.zeros(WIDTH).double() for _ in truth] for _ in range(2))
+        means, squares = (torch.zeros(DEPTH, WIDTH).double() for _ in range(2))
         total = 0
         for m in norms(model):
             m.momentum = 1.0
-        with torch.no_grad():
-            for x in data:
+        for x in data:
+            model.train()(x)
+            total += len(x)
+            for k, (mean, var) in enumerate(statistics_of(model)):
+                square = mean**2 + var * ((len(x) - 1) / len(x))
+                means[k] += (mean - means[k]) * (len(x) / total)
+                squares[k] += (square - squares[k]) * (len(x) / total)
+        return list(zip(means, squares - means**2, strict=True))
+
+    def estimate(name: str, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        if name == "fvcore":
+            return by_fvcore(model)
+        if name == "running averages":
+            for x in data * 20:
                 model.train()(x)
-                total += len(x)
-                for k, (mean, var) in enumerate(statistics_of(model)):
-                    square = mean**2 + var * ((len(x) - 1) / len(x))
-                    means[k] += (mean - means[k]) * (len(x) / total)
-                    squares[k] += (square - squares[k]) * (len(x) / total)
-        return [(m, s - m**2) for m, s in zip(means, squares, strict=True)]
+        elif name == UPDATE_BN:
+            torch.optim.swa_utils.update_bn(data, model)
+        else:
+            recalibrate(model, data, method=name)
+        return statistics_of(model)
 
-    def ours(method: str) -> Callable[[nn.Module], Any]:
-        def run(model: nn.Module) -> Any:
-            recalibrate(model, data, method=method)
-            return statistics_of(model)
-
-        return run
-
-    estimators = (running, by_update_bn, by_fvcore, ours("precise"), ours("exact"))
-    rows, outputs = [], []
-    for name, estimate in zip(ESTIMATORS, estimators, strict=True):
-        torch.manual_seed(0)
-        model = copy.deepcopy(start)
-        found = [(mean.clone(), var.clone()) for mean, var in estimate(model)]
-        for k, ((mean, var), (true_mean, true_var)) in enumerate(zip(found, truth, strict=True)):
-            of_mean = float(((mean - true_mean).abs() / true_var.sqrt()).max())
-            of_var = float(((var - true_var).abs() / true_var).max())
-            rows.append({"estimator": name, "layer": k + 1, "error": f"{max(of_mean, of_var):.3g}"})
-        for m, (mean, var) in zip(norms(model), found, strict=True):
-            m.running_mean, m.running_var = mean, var
-        last = max(k for k, m in enumerate(model) if isinstance(m, nn.BatchNorm1d))
-        with torch.no_grad():
-            normalized = model.eval()[: last + 1](torch.cat(data)).flatten().tolist()
-        outputs += [{"estimator": name, "value": value} for value in normalized]
+    rows, outputs = [], {}
+    with torch.no_grad():
+        x, exact = torch.cat(data), copy.deepcopy(start).eval()
+        for m in exact:
+            if isinstance(m, nn.BatchNorm1d):
+                m.running_mean, m.running_var = x.mean(0), x.var(0)
+            x = m(x)
+        for name in ESTIMATORS:
+            torch.manual_seed(0)
+            model = copy.deepcopy(start)
+            found = [(mean.clone(), var.clone()) for mean, var in estimate(name, model)]
+            pairs = zip(found, statistics_of(exact), norms(model), strict=True)
+            for k, ((mean, var), (true_mean, true_var), m) in enumerate(pairs, start=1):
+                of_mean = ((mean - true_mean).abs() / true_var.sqrt()).max()
+                of_var = ((var - true_var).abs() / true_var).max()
+                rows.append(ErrorRow(name, k, float(f"{max(of_mean, of_var):.3g}")))
+                m.running_mean, m.running_var = mean, var
+            to_last = model.eval()[: 4 * DEPTH - 2]  # without its ReLU and dropout
+            outputs[name] = to_last(torch.cat(data)).flatten().tolist()
     return rows, outputs
 
 
-def chart_of(rows: list[dict[str, Any]]) -> Any:
+def chart_of(rows: list[ErrorRow]) -> Any:
     """Error by layer, a line for each estimator."""
     import altair as alt
 
-    values = [{**row, "error": float(row["error"])} for row in rows]
-    encoded = alt.Chart(alt.InlineData(values)).encode(
+    encoded = alt.Chart(alt.InlineData([asdict(row) for row in rows])).encode(
         x=alt.X("layer:O", title="layer", axis=alt.Axis(labelAngle=0)),
         y=alt.Y(
             "error:Q",
@@ -263,40 +242,28 @@ def chart_of(rows: list[dict[str, Any]]) -> Any:
             "estimator:N", sort=list(ESTIMATORS), legend=alt.Legend(title=None, orient="right")
         ),
     )
-    return (
-        (encoded.mark_line() + encoded.mark_point(filled=True, size=40))
-        .properties(
-            width=460,
-            height=280,
-            title=alt.TitleParams(
-                "Statistics for evaluation, beside brute force",
-                subtitle="eight layers, dropout, batches of 64, 64, 2, 64 and 9, float64",
-                anchor="start",
-            ),
-        )
-        .configure(font="Helvetica, Arial, sans-serif", background="white", padding=16)
+    title = alt.TitleParams(
+        "Statistics for evaluation, beside brute force",
+        subtitle="eight layers, dropout, batches of 64, 64, 2, 64 and 9, float64",
+        anchor="start",
     )
+    points = encoded.mark_line() + encoded.mark_point(filled=True, size=40)
+    return themed(points.properties(width=460, height=280, title=title))
 
 
-def chart_of_outputs(values: list[dict[str, Any]]) -> Any:
+def chart_of_outputs(values: dict[str, list[float]]) -> Any:
     """A histogram for each estimator, one below the other, with mean and deviation."""
     import altair as alt
 
-    step, far = 0.25, 5.0
-    rows, labels = [], []
-    for name in ESTIMATORS:
-        found = [row["value"] for row in values if row["estimator"] == name]
-        mean, std = statistics.fmean(found), statistics.pstdev(found)
-        inside = [value for value in found if abs(value) < far]
-        bins: dict[float, int] = {}
-        for value in inside:
-            left = math.floor(value / step) * step
-            bins[left] = bins.get(left, 0) + 1
-        label = f"{name}: mean {mean:.2f}, deviation {std:.2f}".replace("-", "−")
-        labels.append(label)
+    far, rows = 5.0, []
+    edges = np.arange(-far, far + 0.25, 0.25)
+    for name, found in values.items():
+        label = f"{name}: mean {np.mean(found):.2f}, deviation {np.std(found):.2f}"
+        shares = np.histogram(found, edges)[0] / len(found) / 0.25
         rows += [
-            {"estimator": label, "from": left, "to": left + step, "share": n / len(found) / step}
-            for left, n in sorted(bins.items())
+            {"estimator": label.replace("-", "−"), "from": left, "to": left + 0.25, "share": share}
+            for left, share in zip(edges[:-1].tolist(), shares.tolist(), strict=True)
+            if share
         ]
     bars = (
         alt.Chart(alt.InlineData(rows))
@@ -310,90 +277,45 @@ def chart_of_outputs(values: list[dict[str, Any]]) -> Any:
             row=alt.Row(
                 "estimator:N",
                 title=None,
-                sort=labels,
+                sort=list(dict.fromkeys(row["estimator"] for row in rows)),
                 spacing=6,
                 header=alt.Header(labelOrient="top", labelAnchor="start", labelFontSize=12),
             ),
         )
     )
-    return (
-        bars.properties(
-            width=460,
-            height=52,
-            title=alt.TitleParams(
-                "What the last layer normalizes to, in evaluation",
-                subtitle="all data, all channels; right is mean 0, deviation 1",
-                anchor="start",
-            ),
-        )
-        .configure(font="Helvetica, Arial, sans-serif", background="white", padding=16)
-        .configure_view(strokeWidth=0)
+    title = alt.TitleParams(
+        "What the last layer normalizes to, in evaluation",
+        subtitle="all data, all channels; right is mean 0, deviation 1",
+        anchor="start",
     )
+    sized = bars.properties(width=460, height=52, title=title)
+    return themed(sized).configure_view(strokeWidth=0)
 
 
 # ---- the call -----------------------------------------------------------------------------------
 
 
-def as_csv(rows: list[dict[str, Any]]) -> str:
-    """The rows under their names."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def run(options: argparse.Namespace) -> int:
-    """Measure, print, write."""
-    contents: dict[str, bytes] = {}
+def measure(options: argparse.Namespace, files: command.Files) -> list[str]:
     errors, outputs = measure_errors()
-    contents["recalibrate_errors.csv"] = as_csv(errors).encode()
-    if options.out is not None:
-        try:
-            import vl_convert
-
-            for name, chart in (
-                ("recalibrate_errors.svg", chart_of(errors)),
-                ("recalibrate_outputs.svg", chart_of_outputs(outputs)),
-            ):
-                contents[name] = vl_convert.vegalite_to_svg(chart.to_dict()).encode()
-        except ImportError:
-            print("recalibrate.py: no picture without batchnorm[report]", file=sys.stderr)
+    files["recalibrate_errors.csv"] = errors
+    if options.out is not None and can_plot():
+        files["recalibrate_errors.svg"] = render(chart_of(errors), "svg")
+        files["recalibrate_outputs.svg"] = render(chart_of_outputs(outputs), "svg")
+    columns = {"estimator": "{0.estimator}", "layer": "{0.layer:d}", "error": "{0.error:.3g}"}
+    command.show(errors, columns)
     if not options.errors:
-        threads = 1
-        others, start = busy_seconds_of_others(), time.perf_counter()
-        cost = measure_cost(options.rounds, threads)
-        elapsed = time.perf_counter() - start
-        environment = describe(threads=threads)
-        share = (busy_seconds_of_others() - others) / elapsed / environment["cpus"]
-        environment["share_of_others"] = round(share, 3)
-        contents["recalibrate.csv"] = as_csv(cost).encode()
-        contents["recalibrate.json"] = (json.dumps(environment, indent=2) + "\n").encode()
-    for name, content in contents.items():
-        if name.endswith("csv"):
-            print(content.decode())
-    if options.out is not None:
-        write_all({options.out / name: content for name, content in contents.items()})
-        for name in contents:
-            print(f"wrote {options.out / name}")
-    return 0
+        cost = measure_cost(options.rounds, options.seed)
+        files["recalibrate.csv"] = cost
+        files["recalibrate.json"] = {"threads": 1}
+        columns = {"way": "{0.provider}", "ms": "{0.p50_ms:.0f}", "ratio": "{0.ratio:.3f}"}
+        command.show(cost, columns | {"bytes": "{0.peak_bytes:.4g}", "forwards": "{0.forwards:d}"})
+    return []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark, or serve it as one of its workers."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["worker"]:
-        work(given[1], int(given[2]), int(given[3]))
-        return 0
-    parser = argparse.ArgumentParser(description="Measure what recalibration costs, and errors.")
-    parser.add_argument("--out", type=Path, help="directory for the results")
+    parser = command.make_parser(__file__, __doc__, rounds=3)
     parser.add_argument("--errors", action="store_true", help="leave the ResNet-18 out")
-    parser.add_argument("--rounds", type=int, default=2)
-    try:
-        return run(parser.parse_args(given))
-    except KeyboardInterrupt:
-        print("recalibrate.py: interrupted", file=sys.stderr)
-        return 130
+    return command.main(parser, measure, arguments, needs=("torch",))
 
 
 if __name__ == "__main__":

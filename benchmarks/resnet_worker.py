@@ -1,25 +1,16 @@
-"""The processes that `resnet_step.py` measures: one provider on one case each.
-
-A worker builds the model, warms it up, and then does what it is told on its standard input, one
-JSON object a line: a step, a profile, an account of its memory. It answers in the same way. Time,
-page faults and memory are thus of a process that holds nothing but one model, as its user's does,
-while the steps of all providers still take turns.
-"""
+"""The processes that `resnet_step.py` measures: one provider on one case each."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import importlib
-import json
-import math
-import os
-import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from batchnorm.bench import memory
+from batchnorm.bench.timing import Sample, sample
 
 EAGER, COMPILED, CONVERTED = "torch eager", "torch.compile", "batchnorm convert"
 
@@ -50,6 +41,16 @@ class Case:
     @property
     def dtype(self) -> str:
         return "bfloat16" if self.bfloat16 else "float32"
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What the case puts into a row."""
+        return {
+            "batch": self.batch,
+            "image": self.image,
+            "format": self.format,
+            "dtype": self.dtype,
+        }
 
     @property
     def label(self) -> str:
@@ -131,50 +132,6 @@ def loss_curve(
     return [float(step(*data[k % batches])) for k in range(steps)]
 
 
-# --- memory ---------------------------------------------------------------------------------------
-
-
-def minor_faults() -> int:
-    """Pages that the operating system has had to give this process, without reading them."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-
-def resident_bytes() -> float:
-    """Memory of this process that is resident now; NaN where the system does not tell."""
-    return _status("VmRSS")
-
-
-def peak_bytes() -> float:
-    """The most that was resident since `reset_peak`, or since the start where that does nothing.
-
-    On Linux VmHWM: ``ru_maxrss`` is the same number, except that a process inherits it from the one
-    that started it, and nothing brings it down.
-    """
-    peak = _status("VmHWM")
-    if not math.isnan(peak):
-        return peak
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def reset_peak() -> None:
-    """Let `peak_bytes` start anew from what is resident now."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(key: str) -> float:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{key}:"):
-                return float(line.split()[1]) * 1024
-    return math.nan
-
-
 # --- where the time of a step goes ----------------------------------------------------------------
 
 GROUPS = (
@@ -193,8 +150,6 @@ _GROUP_OF = {
     "aten::conv2d": "convolution forward",
     "ConvolutionBackward0": "convolution backward",
     "batch norm forward": "batch norm forward",  # `_labelled`
-    "NativeBatchNormBackward0": "batch norm backward",
-    "_EagerBackward": "batch norm backward",  # autograd.Function of batchnorm.torch
     "aten::relu": "relu",
     "aten::relu_": "relu",
     "ReluBackward0": "relu",
@@ -209,18 +164,24 @@ _ENGINE = "autograd::engine::evaluate_function: "
 
 
 @contextlib.contextmanager
-def _labelled(model: Any) -> Iterator[None]:
-    """Let the profiler see the forward of every batch norm under one name, whosever it is.
+def _labelled(model: Any) -> Iterator[dict[str, str]]:
+    """Let the profiler see the forward of every batch norm under one name; yield `_GROUP_OF`,
+    with the names of their backwards.
 
-    Of ours it would only see the autograd function, and not the running statistics' update.
+    Of batchnorm's layers it would only see the autograd function, and not the update of the
+    running statistics.
     """
     import torch
     from torch.nn.modules.batchnorm import _BatchNorm
 
+    group_of = dict(_GROUP_OF)
+
     def label(forward: Callable[..., Any]) -> Callable[..., Any]:
         def labelled(*arguments: Any, **named: Any) -> Any:
             with torch.profiler.record_function("batch norm forward"):
-                return forward(*arguments, **named)
+                y = forward(*arguments, **named)
+            group_of[y.grad_fn.name()] = "batch norm backward"
+            return y
 
         return labelled
 
@@ -228,7 +189,7 @@ def _labelled(model: Any) -> Iterator[None]:
     for layer in layers:
         layer.forward = label(layer.forward)
     try:
-        yield
+        yield group_of
     finally:
         for layer in layers:
             del layer.forward
@@ -239,7 +200,7 @@ def profile(model: Any, step: Callable[[], Any], steps: int) -> dict[str, float]
     import torch
 
     with (
-        _labelled(model),
+        _labelled(model) as group_of,
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler,
     ):
         for _ in range(steps):
@@ -248,12 +209,12 @@ def profile(model: Any, step: Callable[[], Any], steps: int) -> dict[str, float]
     ms = dict.fromkeys(GROUPS, 0.0)
 
     def visit(event: Any, within: str) -> None:
-        group = _GROUP_OF.get(event.name)
+        group = group_of.get(event.name)
         if group is not None:
             ms[group] += event.time_range.elapsed_us() / 1e3 / steps
             return
         # The engine's part in a derivative is mostly to free what was saved for it.
-        within = _GROUP_OF.get(event.name.removeprefix(_ENGINE), within)
+        within = group_of.get(event.name.removeprefix(_ENGINE), within)
         ms[within] += event.self_cpu_time_total / 1e3 / steps
         for child in event.cpu_children:
             visit(child, within)
@@ -267,87 +228,58 @@ def profile(model: Any, step: Callable[[], Any], steps: int) -> dict[str, float]
 # --- the worker -----------------------------------------------------------------------------------
 
 
-class Worker:
-    """A provider on a case, warmed up.
-
-    Attributes
-    ----------
-    losses
-        Of the steps of the warm-up, and `gradient_norms` of every parameter after the first.
-    """
+class Training:
+    """A provider that trains on a case, warmed up."""
 
     def __init__(
-        self, provider: str, case: Case, *, threads: int, seed: int, warmup: int, rate: float
+        self,
+        provider: str,
+        case: dict[str, Any],
+        *,
+        threads: int,
+        seed: int,
+        warmup: int,
+        rate: float,
     ) -> None:
         import torch
 
-        provider = provider.removesuffix(KEPT)
+        provider, on = provider.removesuffix(KEPT), Case(**case)
         # What is imported later would count as memory of the model's.
         needs = {CONVERTED: "batchnorm.torch", COMPILED: "torch._inductor.compile_fx"}
         if provider in needs:
             importlib.import_module(needs[provider])
         torch.set_num_threads(threads)
         gc.collect()
-        self.baseline = resident_bytes()
-        reset_peak()
-        ((self.images, self.labels),) = make_data(case, seed=seed)
-        self.model = make_model(provider, channels_last=case.channels_last, seed=seed)
-        self.run = make_step(self.model, bfloat16=case.bfloat16, learning_rate=rate)
-        self.losses = [float(self.step())]
+        self.baseline = memory.resident()
+        memory.reset_peak()
+        ((images, labels),) = make_data(on, seed=seed)
+        self.model = make_model(provider, channels_last=on.channels_last, seed=seed)
+        run = make_step(self.model, bfloat16=on.bfloat16, learning_rate=rate)
+        self._step = lambda: run(images, labels)
+        self.losses = [float(self._step())]
         self.gradient_norms = [float(p.grad.norm()) for p in self.model.parameters()]
-        self.losses += [float(self.step()) for _ in range(warmup - 1)]
+        self.losses += [float(self._step()) for _ in range(warmup - 1)]
         gc.collect()
         gc.freeze()  # what is there stays, and need not be looked through before every step
-        self.warmup_peak = peak_bytes()
-        reset_peak()
+        self.warmup_peak = memory.peak()
+        memory.reset_peak()
 
-    def step(self) -> Any:
-        return self.run(self.images, self.labels)
+    def warmed_up(self) -> dict[str, list[float]]:
+        """Losses of the warm-up, and gradient norms of all parameters after its first step."""
+        return {"losses": self.losses, "gradient_norms": self.gradient_norms}
 
-    def timed_step(self) -> dict[str, Any]:
+    def step(self) -> Sample:
+        """Time one step."""
         gc.collect()
-        gc.disable()
-        try:
-            faults, start = minor_faults(), time.perf_counter()
-            loss = self.step()
-            seconds, faults = time.perf_counter() - start, minor_faults() - faults
-        finally:
-            gc.enable()
-        return {"seconds": seconds, "faults": faults, "loss": float(loss)}
+        return sample(self._step)
+
+    def profile(self, steps: int) -> dict[str, float]:
+        """See `profile`."""
+        return profile(self.model, self._step, steps)
 
     def memory(self) -> dict[str, float]:
+        """Most bytes resident since the warm-up, and during it, above those before the model."""
         return {
-            "peak": peak_bytes() - self.baseline,
-            "warmup_peak": self.warmup_peak - self.baseline,
+            "peak_bytes": memory.peak() - self.baseline,
+            "warmup_peak_bytes": self.warmup_peak - self.baseline,
         }
-
-
-def main(request: str) -> int:
-    """Serve one provider on one case, or answer with the loss curves asked for."""
-    # Whatever else is printed must not get between the answers.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(content: dict[str, Any]) -> None:
-        print(json.dumps(content), file=answers, flush=True)
-
-    try:
-        asked = json.loads(request)
-        case = Case(**asked.pop("case"))
-        worker = Worker(asked.pop("provider"), case, **asked)
-        answer({"losses": worker.losses, "gradient_norms": worker.gradient_norms})
-        for line in sys.stdin:
-            asked = json.loads(line)
-            if asked["do"] == "step":
-                answer(worker.timed_step())
-            elif asked["do"] == "profile":
-                answer(profile(worker.model, worker.step, asked["steps"]))
-            else:
-                answer(worker.memory())
-    except Exception as error:
-        text = " ".join(str(error).split())
-        answer({"error": f"{type(error).__name__}: {text}" if text else type(error).__name__})
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
