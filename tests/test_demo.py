@@ -64,10 +64,10 @@ def test_run_begins_both_networks_of_a_rate_at_the_same_weights():
     networks = [
         Network((4, 3, 2), batch_norm=flag, rng=np.random.default_rng(5)) for flag in (True, False)
     ]
-    for one, other in zip(networks[0].blocks, networks[1].blocks, strict=True):
-        np.testing.assert_array_equal(one.linear.weight, other.linear.weight)
-    assert networks[0].blocks[0].linear.bias is None
-    assert networks[1].blocks[0].linear.bias is not None
+    for one, other in zip(networks[0].layers, networks[1].layers, strict=True):
+        np.testing.assert_array_equal(one.weight, other.weight)
+    assert networks[0].layers[0].bias is None
+    assert networks[1].layers[0].bias is not None
 
 
 def test_run_folds_to_the_population_network_up_to_rounding(finished):
@@ -184,10 +184,7 @@ def test_check_gradients_agrees_with_central_differences():
 
 
 def test_check_gradients_notices_a_wrong_backward(monkeypatch):
-    def wrong(self, grad_y):
-        return grad_y * self._y
-
-    monkeypatch.setattr("batchnorm.demo.network.Sigmoid.backward", wrong)
+    monkeypatch.setattr("batchnorm.demo.network.sigmoid_gradient", lambda grad_y, y: grad_y * y)
     assert max(error.relative_error for error in check_gradients(seed=0)) > 1e-2
 
 
@@ -196,11 +193,11 @@ def test_population_statistics_are_those_of_all_data_layer_by_layer(small_networ
     # Uneven batches: an average of batch statistics would be wrong.
     measured = network.with_population_statistics([x[:7], x[7:40], x[40:]])
     current = x
-    for block, original in zip(measured.blocks, network.blocks, strict=True):
-        u = current @ original.linear.weight.T
+    for layer, original in zip(measured.layers[:-1], network.layers[:-1], strict=True):
+        u = current @ original.weight.T
         mean, var = u.mean(axis=0), u.var(axis=0, ddof=1)
-        np.testing.assert_allclose(block.norm.running_mean, mean, rtol=1e-12, atol=1e-13)
-        np.testing.assert_allclose(block.norm.running_var, var, rtol=1e-12)
+        np.testing.assert_allclose(layer.norm.running_mean, mean, rtol=1e-12, atol=1e-13)
+        np.testing.assert_allclose(layer.norm.running_var, var, rtol=1e-12)
         y = original.norm.gamma * (u - mean) / np.sqrt(var + EPS) + original.norm.beta
         current = 1 / (1 + np.exp(-y))
 
@@ -208,21 +205,21 @@ def test_population_statistics_are_those_of_all_data_layer_by_layer(small_networ
 def test_population_statistics_leave_the_measured_network_alone(small_network):
     network, x = small_network
     network.with_population_statistics([x])
-    assert all(np.all(block.norm.running_mean == 0) for block in network.blocks)
+    assert all(np.all(norm.running_mean == 0) for norm in network.norms)
 
 
 def test_folded_network_equals_the_frozen_one(small_network):
     network, x = small_network
     frozen = network.with_population_statistics([x])
     folded = frozen.folded()
-    assert all(block.norm is None for block in folded.blocks)
+    assert folded.norms == []
     np.testing.assert_allclose(folded(x), frozen(x), rtol=0, atol=1e-12)
 
 
 def test_pre_activations_are_normalized_and_move_no_running_average(small_network):
     network, x = small_network
     before, after = network.pre_activations(x)
-    norm = network.blocks[-1].norm
+    norm = network.norms[-1]
     moments = batchnorm.Moments.of(after)
     np.testing.assert_allclose(moments.mean, norm.beta, atol=1e-12)
     assert before.shape == after.shape == (90, 5)

@@ -40,7 +40,7 @@ from batchnorm.demo.results import (
 from batchnorm.demo.tables import Table, all_tables, comparisons
 from batchnorm.demo.training import train
 from batchnorm.errors import ArgumentError, BatchNormError
-from batchnorm.progress import bar
+from batchnorm.progress import Show, bar
 
 if TYPE_CHECKING:
     import rich.console
@@ -139,8 +139,8 @@ def run(
 
     # The arrays are too small to share out: on cores that are busy with something else, threads
     # that wait for each other were seen to take ten times as long as one thread alone.
-    with threadpool_limits(limits=1):
-        runs, measurements = _train_all(digits, seed, steps)
+    with threadpool_limits(limits=1), bar() as show:
+        runs, measurements = _train_all(digits, seed, steps, show)
 
     result = DemoResult(
         page=out,
@@ -157,11 +157,8 @@ def run(
     )
     for table in all_tables(result):
         _print_table(console, table)
-    console.print(
-        f"Largest relative error of any gradient: {result.largest_gradient_error:.1e}\n",
-        highlight=False,
-    )
-    for sentence in comparisons(result):
+    error = f"Largest relative error of any gradient: {result.largest_gradient_error:.1e}\n"
+    for sentence in (error, *comparisons(result)):
         console.print(sentence, highlight=False)
     _write(out, render_page(result))
     console.print(f"\nPage written to [bold]{out}[/]", highlight=False, soft_wrap=True)
@@ -169,45 +166,45 @@ def run(
 
 
 def _train_all(
-    digits: Digits, seed: int, steps: int
+    digits: Digits, seed: int, steps: int, show: Show
 ) -> tuple[list[TrainingRun], list[InferenceMeasurement]]:
     """Train every network at every learning rate, and measure those with batch norm."""
     runs: list[TrainingRun] = []
     measurements: list[InferenceMeasurement] = []
-    total = 2 * len(LEARNING_RATES) * steps
-    with bar() as show:
-        for learning_rate, batch_norm in product(LEARNING_RATES, (True, False)):
-            # Both networks of a rate begin at the same weights and see the same batches.
-            network = Network(
-                SIZES,
-                batch_norm=batch_norm,
-                rng=np.random.default_rng([seed, 1]),
-                weight_std=WEIGHT_STD,
+    for learning_rate, batch_norm in product(LEARNING_RATES, (True, False)):
+        # Both networks of a rate begin at the same weights and see the same batches.
+        network = Network(
+            SIZES,
+            batch_norm=batch_norm,
+            rng=np.random.default_rng([seed, 1]),
+            weight_std=WEIGHT_STD,
+        )
+        batches = ShiftedBatches(
+            digits.train_images,
+            digits.train_labels,
+            batch_size=BATCH_SIZE,
+            background=digits.background,
+            rng=np.random.default_rng([seed, 2]),
+        )
+        name, done = run_name(batch_norm, learning_rate), len(runs) * steps
+
+        def evaluated(step: int, reached: float, *, name: str = name, done: int = done) -> None:
+            show(f"{name}: {reached:.1%}", done + step, 2 * len(LEARNING_RATES) * steps)
+
+        run = train(
+            network,
+            batches,
+            digits,
+            batch_norm=batch_norm,
+            learning_rate=learning_rate,
+            steps=steps,
+            on_evaluation=evaluated,
+        )
+        runs.append(run)
+        if batch_norm:
+            measurements += measure_inference(
+                network, batches.population(), digits, learning_rate=learning_rate
             )
-            batches = ShiftedBatches(
-                digits.train_images,
-                digits.train_labels,
-                batch_size=BATCH_SIZE,
-                background=digits.background,
-                rng=np.random.default_rng([seed, 2]),
-            )
-            name, done = run_name(batch_norm, learning_rate), len(runs) * steps
-            run = train(
-                network,
-                batches,
-                digits,
-                batch_norm=batch_norm,
-                learning_rate=learning_rate,
-                steps=steps,
-                on_evaluation=lambda step, reached, name=name, done=done: show(  # type: ignore[misc]
-                    f"{name}: {reached:.1%}", done + step, total
-                ),
-            )
-            runs.append(run)
-            if batch_norm:
-                measurements += measure_inference(
-                    network, batches.population(), digits, learning_rate=learning_rate
-                )
     return runs, measurements
 
 

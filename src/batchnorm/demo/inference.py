@@ -27,16 +27,9 @@ def measure_inference(
     """Evaluate a trained network with batch norm in the three forms it can take at test time.
 
     Running averages are over the latest few batches, each as earlier weights saw it; folding
-    is algebra, and may differ from what it folds by rounding alone.
-
-    Parameters
-    ----------
-    network : Network
-    population : iterable of (N_i, D)
-        All that training draws its batches from. The shifts belong to it: the plain images have
-        other statistics, and would be no reference for running averages over shifted ones.
-    digits : Digits
-        Its test part measures accuracy, difference and time.
+    is algebra, and may differ from what it folds by rounding alone. `population` is all that
+    training draws its batches from. The shifts belong to it: the plain images have other
+    statistics, and would be no reference for running averages over shifted ones.
     """
     network.eval()
     reference = network.with_population_statistics(population)
@@ -46,22 +39,17 @@ def measure_inference(
         "folded": reference.folded(),
     }
     exact = reference(digits.test_images)
+    runs = {form: partial(candidate, digits.test_images) for form, candidate in forms.items()}
     samples = interleave(
-        {
-            form: partial(sample, partial(candidate, digits.test_images))
-            for form, candidate in forms.items()
-        },
-        min_rounds=REPEATS,
+        {form: partial(sample, run) for form, run in runs.items()}, min_rounds=REPEATS
     )
     return [
         InferenceMeasurement(
             learning_rate=learning_rate,
             form=form,
             accuracy=accuracy(candidate, digits),
-            largest_difference=float(np.abs(candidate(digits.test_images) - exact).max()),
-            seconds_per_1000=statistics.median(one.seconds for one in samples[form])
-            * 1000
-            / len(digits.test_images),
+            largest_difference=float(np.abs(runs[form]() - exact).max()),
+            seconds_per_1000=1000 / len(exact) * statistics.median(s for s, _ in samples[form]),
         )
         for form, candidate in forms.items()
     ]

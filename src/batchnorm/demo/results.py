@@ -17,11 +17,10 @@ class Recording:
 
     Attributes
     ----------
-    step : scalar
     before, after : (bins,)
         How many pre-activations of the last hidden layer, all units pooled, fall into each
         bin of `HistogramBins`, before and after normalization.
-    total : scalar
+    total
         Number of pooled values, those outside every bin included.
     percentiles : (3,)
         15th, 50th and 85th percentile of what one unit's sigmoid receives.
@@ -33,24 +32,15 @@ class Recording:
     total: int
     percentiles: tuple[float, ...]
 
-
-def run_name(batch_norm: bool, learning_rate: float) -> str:
-    """Return a name such as "with BN, rate 0.1"."""
-    return f"{'with' if batch_norm else 'without'} BN, rate {learning_rate:g}"
+    @property
+    def spread(self) -> float:
+        """Distance of the 15th and 85th percentile."""
+        return self.percentiles[2] - self.percentiles[0]
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One network trained at one learning rate.
-
-    Attributes
-    ----------
-    evaluated_steps, accuracies : (evaluations,)
-        Accuracy on the test digits after so many steps, in evaluation mode.
-    recordings : (recordings,)
-    seconds : scalar
-        Duration of the run, its evaluations included.
-    """
+    """One network trained at one learning rate: its accuracy on the test digits, and recordings."""
 
     batch_norm: bool
     learning_rate: float
@@ -66,25 +56,27 @@ class TrainingRun:
 
     def steps_to(self, accuracy: float) -> int | None:
         """Return the first evaluated step that reached `accuracy`; None where none did."""
-        for step, reached in zip(self.evaluated_steps, self.accuracies, strict=True):
-            if reached >= accuracy:
-                return step
-        return None
+        pairs = zip(self.evaluated_steps, self.accuracies, strict=True)
+        return next((step for step, reached in pairs if reached >= accuracy), None)
 
     def final_spread(self) -> float:
-        """Return the distance of the 15th and 85th percentile at the last recording."""
-        low, _, high = self.recordings[-1].percentiles
-        return high - low
+        """Return the spread at the last recording."""
+        return self.recordings[-1].spread
 
     def spread_ratio(self) -> float:
-        """Return the widest such distance during training over the narrowest."""
-        spreads = [r.percentiles[2] - r.percentiles[0] for r in self.recordings]
+        """Return the widest spread during training over the narrowest."""
+        spreads = [recording.spread for recording in self.recordings]
         return max(spreads) / min(spreads) if min(spreads) > 0 else float("inf")
 
     def median_travel(self) -> float:
         """Return how far the median moved in all, from recording to recording."""
-        medians = [r.percentiles[1] for r in self.recordings]
+        medians = [recording.percentiles[1] for recording in self.recordings]
         return sum(abs(b - a) for a, b in pairwise(medians))
+
+
+def run_name(batch_norm: bool, learning_rate: float) -> str:
+    """Return a name such as "with BN, rate 0.1"."""
+    return f"{'with' if batch_norm else 'without'} BN, rate {learning_rate:g}"
 
 
 @dataclass(frozen=True)
@@ -93,12 +85,11 @@ class InferenceMeasurement:
 
     Attributes
     ----------
-    form : str
+    form
         "running averages", "population" or "folded".
-    largest_difference : scalar
-        Largest absolute difference of any logit of any test digit from the form
-        "population".
-    seconds_per_1000 : scalar
+    largest_difference
+        Of any logit of any test digit from the form "population", absolute.
+    seconds_per_1000
         For a forward pass of 1,000 digits, the median of several.
     """
 
@@ -120,15 +111,7 @@ class GradientError:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Everything that a run of the demo measured.
-
-    Attributes
-    ----------
-    page : pathlib.Path
-        The HTML page that was written.
-    seconds : scalar
-        Of the whole run, up to the writing of the page.
-    """
+    """Everything that a run of the demo measured, up to the writing of `page`."""
 
     page: Path
     seed: int
@@ -154,7 +137,5 @@ class DemoResult:
 
     def run_of(self, *, batch_norm: bool, learning_rate: float) -> TrainingRun:
         """Return the run of that network at that learning rate."""
-        for run in self.runs:
-            if run.batch_norm == batch_norm and run.learning_rate == learning_rate:
-                return run
-        raise KeyError((batch_norm, learning_rate))
+        wanted = batch_norm, learning_rate
+        return next(r for r in self.runs if (r.batch_norm, r.learning_rate) == wanted)

@@ -62,19 +62,10 @@ def train(
     steps: int,
     on_evaluation: Callable[[int, float], None],
 ) -> TrainingRun:
-    """Train `network` in place, and return what was seen on the way.
+    """Train `network` in place by plain gradient descent, and return what was seen on the way.
 
-    Parameters
-    ----------
-    network : Network
-    batches : iterable of ((B, 784), (B,))
-        Images and labels, at least `steps` of them.
-    digits : Digits
-        Its test part measures accuracy and activations.
-    batch_norm, learning_rate, steps
-        Gradient descent takes `steps` steps of `learning_rate`, without momentum or decay.
-    on_evaluation : callable
-        Called with the step and the accuracy at each evaluation.
+    `batches` are images (B, 784) and labels (B,), at least `steps` of them; `on_evaluation` is
+    called with the step and the accuracy at each evaluation.
     """
     started = time.perf_counter()
     evaluate_every = _round_interval(max(steps / EVALUATIONS, min(EVALUATION_GAP, steps / 10)))
