@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.bench.environment import describe, disturbance, noting_others, resolve_threads
-from batchnorm.bench.report import WIDE
+from batchnorm.bench.report import WIDE, cells, make_table
 from batchnorm.bench.rows import prepare_directory, write
 from batchnorm.bench.worker import WorkerError
 from batchnorm.errors import ArgumentError, BatchNormError
@@ -65,14 +65,10 @@ def make_parser(file: str, description: str, *, rounds: int | None) -> argparse.
 def show(rows: Sequence[Any], columns: Mapping[str, str], *, title: str | None = None) -> None:
     """Print rows as a table: heading to a format of the row, blank where a number is not known."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None)
-    for heading, form in columns.items():
-        table.add_column(heading, justify="right" if ":" in form else "left")
+    table = make_table(title, columns)
     for row in rows:
-        cells = (form.format(row) for form in columns.values())
-        table.add_row(*("" if "nan" in cell else cell for cell in cells))
+        table.add_row(*cells(row, columns.values()))
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         # A file or a pipe has no width, for which rich assumes 80.

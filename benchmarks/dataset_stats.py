@@ -230,7 +230,7 @@ def measure(options: argparse.Namespace, files: command.Files) -> list[str]:
         "ms": "{0.p50_ms:.0f}",
         "GB/s": "{0.gb_per_s:.2f}",
         "times cat": "{0.ratio:.2f}",
-        "peak bytes": "{0.peak_bytes:.3g}",
+        "peak MB": "{0.peak_mb:.0f}",
         "mean error": "{0.mean_error:.1e}",
         "var error": "{0.var_error:.1e}",
     }

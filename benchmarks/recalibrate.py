@@ -308,7 +308,7 @@ def measure(options: argparse.Namespace, files: command.Files) -> list[str]:
         files["recalibrate.csv"] = cost
         files["recalibrate.json"] = {"threads": 1}
         columns = {"way": "{0.provider}", "ms": "{0.p50_ms:.0f}", "ratio": "{0.ratio:.3f}"}
-        command.show(cost, columns | {"bytes": "{0.peak_bytes:.4g}", "forwards": "{0.forwards:d}"})
+        command.show(cost, columns | {"peak MB": "{0.peak_mb:.0f}", "forwards": "{0.forwards:d}"})
     return []
 
 

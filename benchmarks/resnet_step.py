@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +49,7 @@ from typing import Any
 import command
 import numpy as np
 import resnet_worker
+from resnet_losses import LEARNING_RATE, LossRow, compare_losses, relative_difference
 from resnet_worker import COMPILED, CONVERTED, EAGER, KEEP_MEMORY, KEPT, PROVIDERS, Case
 
 from batchnorm.bench.environment import resolve_threads, usable_cpus
@@ -62,20 +64,12 @@ WORKER = Path(resnet_worker.__file__)
 FORMATS = ("contiguous", "channels_last")
 DTYPES = ("float32", "bfloat16")
 
-#: So small that a loss is still far from zero after 50 steps: what is left of one that is close to
-#: zero is mostly rounding.
-LEARNING_RATE = 1e-4
-
 #: What a provider may be off by, relative to PyTorch eager, before it is not worth timing: losses
 #: of the warm-up, and gradient norms. It is to catch mistakes, not rounding.
 TOLERANCE = {"float32": (1e-3, 1e-2), "bfloat16": (2e-2, 0.5)}
 
 LOSS_SEEDS = (0, 1, 2, 3, 4)
 LOSS_CASE = Case(batch=8, image=64)
-LOSS_BATCHES = 4
-REVERSED, CHANNELS_LAST = "torch eager, batch reversed", "torch eager, channels_last"
-YARDSTICKS = (REVERSED, CHANNELS_LAST)
-ALLOWANCE = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,22 +98,6 @@ class StepRow(TimedRow):
     warmup_peak_bytes: float = math.nan
     loss_error: float = math.nan
     gradient_error: float = math.nan
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossRow:
-    """One run beside PyTorch eager's; a line of ``resnet_losses.csv``."""
-
-    run: str
-    seed: int
-    batch: int
-    image: int
-    steps: int
-    learning_rate: float = LEARNING_RATE
-    first_loss: float
-    last_loss: float
-    largest_difference: float
-    verdict: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,12 +143,6 @@ def workers(plan: Plan, case: Case) -> Iterator[Callable[[str], Worker]]:
             return stack.enter_context(worker)
 
         yield start
-
-
-def relative_difference(values: Sequence[float], expected: Sequence[float]) -> float:
-    """Largest of ``|a - b| / |b|``; NaN if anything is."""
-    a, b = np.asarray(values), np.asarray(expected)
-    return float(np.max(np.abs(a - b) / np.abs(b)))
 
 
 def measure_case(case: Case, plan: Plan, started: Started) -> list[StepRow]:
@@ -233,67 +205,6 @@ def check(row: StepRow, found: dict[str, Any], eager: dict[str, Any] | None) -> 
             detail = f"{what} off by {error:.2g}, where at most {allowed:g} is right"
             return replace(row, status="wrong", detail=detail)
     return row
-
-
-# --- losses ---------------------------------------------------------------------------------------
-
-
-def compare_losses(plan: Plan, started: Started) -> list[LossRow]:
-    """Loss curves of every seed beside PyTorch eager's, with a verdict on `convert`'s."""
-    import torch
-
-    torch.set_num_threads(plan.threads)
-    case = plan.loss_case
-    last = replace(case, channels_last=True)
-    runs = {
-        EAGER: (EAGER, case, False),
-        REVERSED: (EAGER, case, True),
-        CHANNELS_LAST: (EAGER, last, False),
-        CONVERTED: (CONVERTED, case, False),
-        f"{CONVERTED}, channels_last": (CONVERTED, last, False),
-    }
-    rows = []
-    for seed in plan.loss_seeds:
-        expected: list[float] = []
-        for name, (provider, seen, reverse) in runs.items():
-            started(f"losses of {name}, seed {seed}")
-            losses = resnet_worker.loss_curve(
-                provider,
-                seen,
-                seed=seed,
-                steps=plan.loss_steps,
-                batches=LOSS_BATCHES,
-                learning_rate=LEARNING_RATE,
-                reverse=reverse,
-            )
-            expected = expected or losses
-            row = LossRow(
-                run=name,
-                seed=seed,
-                batch=case.batch,
-                image=case.image,
-                steps=plan.loss_steps,
-                first_loss=losses[0],
-                last_loss=losses[-1],
-                largest_difference=relative_difference(losses, expected),
-            )
-            rows.append(row)
-    return judge(rows)
-
-
-def judge(rows: Sequence[LossRow]) -> list[LossRow]:
-    """Say of the runs of `convert` whether they differ by no more than rounding does."""
-    median = {
-        run: float(np.median([row.largest_difference for row in rows if row.run == run]))
-        for run in dict.fromkeys(row.run for row in rows)
-    }
-    limit = ALLOWANCE * max(median[name] for name in YARDSTICKS)
-    return [
-        replace(row, verdict="pass" if median[row.run] <= limit else "fail")
-        if row.run.startswith(CONVERTED)
-        else row
-        for row in rows
-    ]
 
 
 # --- profile --------------------------------------------------------------------------------------
@@ -391,7 +302,7 @@ STEP_COLUMNS = {
     "of eager": "{0.ratio:.3f}",
     "95 %": "{0.ratio_low:.3f} to {0.ratio_high:.3f}",
     "faults": "{0.page_faults:.0f}",
-    "peak bytes": "{0.peak_bytes:.3g}",
+    "peak MB": "{0.peak_mb:.0f}",
 }
 LOSS_COLUMNS = {
     "run": "{0.run}",
@@ -424,11 +335,15 @@ def measure(options: argparse.Namespace, files: command.Files) -> list[str]:
         files |= {"resnet_profile.csv": profiles, "resnet_profile.json": about}
         command.show(profiles, PROFILE_COLUMNS)
         return []
+    losses: list[LossRow] = []
     compares = plan.loss_steps > 0 and CONVERTED in plan.providers
     total = len(plan.cases) * (len(plan.providers) + plan.rounds)
     with steps(total + compares * 5 * len(plan.loss_seeds)) as started:
         rows = [row for case in plan.cases for row in measure_case(case, plan, started)]
-        losses = compare_losses(plan, started) if compares else []
+        if compares:
+            torch = importlib.import_module("torch")
+            torch.set_num_threads(plan.threads)
+            losses = compare_losses(plan.loss_case, plan.loss_steps, plan.loss_seeds, started)
     files |= {"resnet_losses.csv": losses, "resnet_step.csv": rows, "resnet_step.json": about}
     command.show(rows, STEP_COLUMNS)
     if losses:

@@ -109,29 +109,6 @@ def make_step(model: Any, *, bfloat16: bool, learning_rate: float) -> Callable[[
     return step
 
 
-def loss_curve(
-    provider: str,
-    case: Case,
-    *,
-    seed: int,
-    steps: int,
-    batches: int,
-    learning_rate: float,
-    reverse: bool = False,
-) -> list[float]:
-    """The losses of the first `steps` steps on `batches` batches in turn.
-
-    With `reverse` the examples of each batch come in the opposite order, which changes nothing but
-    the order of summation.
-    """
-    model = make_model(provider, channels_last=case.channels_last, seed=seed)
-    step = make_step(model, bfloat16=case.bfloat16, learning_rate=learning_rate)
-    data = make_data(case, seed=seed, batches=batches)
-    if reverse:
-        data = [(images.flip(0), labels.flip(0)) for images, labels in data]
-    return [float(step(*data[k % batches])) for k in range(steps)]
-
-
 # --- where the time of a step goes ----------------------------------------------------------------
 
 GROUPS = (

@@ -35,6 +35,11 @@ def bench(worker: Any) -> Any:
     return importlib.import_module("resnet_step")
 
 
+@pytest.fixture
+def losses(worker: Any) -> Any:
+    return importlib.import_module("resnet_losses")
+
+
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -80,10 +85,10 @@ def test_data_is_the_same_in_both_formats(worker: Any) -> None:
     assert last.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_losses_in_opposite_order_are_the_same_but_for_rounding(worker: Any) -> None:
-    case, how = worker.Case(8, 32), {"seed": 0, "steps": 2, "batches": 2, "learning_rate": 1e-4}
+def test_losses_in_opposite_order_are_the_same_but_for_rounding(losses: Any) -> None:
     forth, back = (
-        worker.loss_curve("torch eager", case, reverse=reverse, **how) for reverse in (False, True)
+        losses.loss_curve("torch eager", losses.Case(8, 32), seed=0, steps=2, reverse=reverse)
+        for reverse in (False, True)
     )
     # Each is float32 of about 7, and its means over 8 examples and 8 values per channel round
     # differently: some hundred roundings of 6e-8 along the network.
@@ -124,15 +129,15 @@ def test_check_refuses_another_answer_than_eagers(
 
 
 @pytest.mark.parametrize(("difference", "verdict"), [(2e-3, "pass"), (2.1e-3, "fail")])
-def test_losses_pass_up_to_twice_the_noise(bench: Any, difference: float, verdict: str) -> None:
+def test_losses_pass_up_to_twice_the_noise(losses: Any, difference: float, verdict: str) -> None:
     found = {
-        bench.EAGER: 0.0,
-        bench.REVERSED: 1e-3,
-        bench.CHANNELS_LAST: 5e-4,
-        bench.CONVERTED: difference,
+        losses.EAGER: 0.0,
+        losses.REVERSED: 1e-3,
+        losses.CHANNELS_LAST: 5e-4,
+        losses.CONVERTED: difference,
     }
     rows = [
-        bench.LossRow(
+        losses.LossRow(
             run=run,
             seed=0,
             batch=2,
@@ -144,7 +149,7 @@ def test_losses_pass_up_to_twice_the_noise(bench: Any, difference: float, verdic
         )
         for run, largest in found.items()
     ]
-    assert [row.verdict for row in bench.judge(rows)] == ["", "", "", verdict]
+    assert [row.verdict for row in losses.judge(rows)] == ["", "", "", verdict]
 
 
 STUB = """
@@ -191,10 +196,10 @@ def test_process_that_dies_is_a_row_that_says_so_and_leaves_the_others_theirs(
 
 
 def test_quick_run_writes_well_formed_files(
-    bench: Any, worker: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bench: Any, losses: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     # Their numbers are another test's.
-    monkeypatch.setattr(worker, "loss_curve", lambda *case, steps, **how: [7.0] * steps)
+    monkeypatch.setattr(losses, "loss_curve", lambda *case, steps, **how: [7.0] * steps)
     out = tmp_path / "new"
     options = "--quick --image 32 --batches 8 --rounds 2 --warmup 1 --loss-steps 3 --threads 1"
     providers = ["--providers", "torch eager,batchnorm convert"]
@@ -214,8 +219,8 @@ def test_quick_run_writes_well_formed_files(
         assert float(row["page_faults"]) >= 0
         # 11.7 million float32 parameters, their gradients and their momentum.
         assert float(row["peak_bytes"]) > 3 * 4 * 11_689_512
-    losses = rows_of(out / "resnet_losses.csv")
-    assert [row["verdict"] for row in losses] == ["", "", "", "pass", "pass"]
+    compared = rows_of(out / "resnet_losses.csv")
+    assert [row["verdict"] for row in compared] == ["", "", "", "pass", "pass"]
     about = json.loads((out / "resnet_step.json").read_text())
     assert (about["threads"], about["rounds"]) == (1, 2)
     assert "torch" in about["versions"]

@@ -42,17 +42,7 @@ ARRAYS_MOVED: dict[Op, int] = {"forward": 2, "inference": 2, "backward": 3}
 
 @dataclass(frozen=True)
 class Case:
-    """One operation on one array.
-
-    Attributes
-    ----------
-    op
-        What is computed.
-    shape
-        (N, C, *S), whatever the layout.
-    channels_last
-        Whether the array in memory is (N, *S, C) instead of (N, C, *S).
-    """
+    """One operation on one array: (N, C, *S), or in memory (N, *S, C) with `channels_last`."""
 
     op: Op
     shape: tuple[int, ...]
@@ -91,26 +81,22 @@ class Case:
         return math.prod(self.shape) * 4
 
     @property
+    def floor_copies(self) -> float:
+        """Plain copies of x, 2 arrays each, that move as many bytes as the operation has to."""
+        return ARRAYS_MOVED[self.op] / 2
+
+    @property
     def floor_bytes(self) -> int:
         """Bytes the operation has to move between memory and the processor at the very least."""
         return ARRAYS_MOVED[self.op] * self.nbytes
-
-    @property
-    def floor_copies(self) -> float:
-        """`floor_bytes` in plain copies of x, each of which moves x twice."""
-        return self.floor_bytes / (2 * self.nbytes)
 
 
 @dataclass(frozen=True)
 class Inputs:
     """What every provider is given: the same arrays, in the same memory.
 
-    Attributes
-    ----------
-    x, grad_y
-        `case.array_shape`, C-contiguous float32.
-    gamma, beta, mean, var
-        (C,), float32; `mean` and `var` are the population's, for inference.
+    `x` and `grad_y` have the case's shape in memory, the others are (C,); all are C-contiguous
+    float32. `mean` and `var` are the population's, for inference.
     """
 
     case: Case
@@ -172,10 +158,7 @@ def make_inputs(case: Case, *, seed: int = 0, offset: float = 0.0) -> Inputs:
 def exact(inputs: Inputs) -> Arrays:
     """Compute a case's answer in float64 by the paper's equations (`batchnorm.reference`).
 
-    Returns
-    -------
-    dict
-        ``y`` for forward and inference; ``grad_x``, ``grad_gamma`` and ``grad_beta`` for backward.
+    Returns ``y`` for forward and inference; ``grad_x``, ``grad_gamma``, ``grad_beta`` for backward.
     """
     from batchnorm import reference
 
@@ -198,14 +181,9 @@ def named(op: Op, result: Any) -> Arrays:
 
 
 def largest_error(answer: Arrays, expected: Arrays) -> float:
-    """How far an answer is from the exact one, at its worst.
+    """Largest ``|y - y_exact|``; of gradients, largest ``norm(g - g_exact) / norm(g_exact)``.
 
-    Returns
-    -------
-    float
-        For an output, the largest ``|y - y_exact|``. For gradients, which have no natural scale,
-        the largest of ``norm(g - g_exact) / norm(g_exact)``. NaN if anything is NaN, and infinity
-        if an array is missing or has another shape.
+    NaN if anything is NaN, and infinity if an array is missing or has another shape.
     """
     errors = []
     for name, wanted in expected.items():
@@ -238,13 +216,7 @@ def make_cases(shapes: Iterable[tuple[int, ...]], ops: Iterable[Op]) -> list[Cas
 
 
 def pick(what: str, names: Iterable[str] | None, known: Sequence[str]) -> list[str]:
-    """Those of `known` that are in `names`, in the order of `known`; all of them for None.
-
-    Raises
-    ------
-    ArgumentError
-        One of the names is not known.
-    """
+    """Those of `known` that are in `names`, in the order of `known`; all of them for None."""
     wanted = list(known if names is None else names)
     for name in wanted:
         if name not in known:
@@ -261,13 +233,7 @@ def choose_ops(names: Iterable[str] | None) -> tuple[Op, ...]:
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """Read a shape such as ``64x64x56x56``.
-
-    Raises
-    ------
-    ArgumentError
-        It is not 2 to 5 positive integers, or a channel would have fewer than two values.
-    """
+    """Read a shape such as ``64x64x56x56``."""
     try:
         shape = tuple(int(part) for part in text.lower().split("x"))
     except ValueError:

@@ -22,13 +22,7 @@ def can_plot() -> bool:
 
 
 def plot(results: Iterable[SpeedRow], subtitle: str) -> Any:
-    """Draw the time of every provider on every case in plain copies, beside the floor.
-
-    Returns
-    -------
-    altair.Chart
-        One panel an operation, one line a case.
-    """
+    """Draw the time of every provider in plain copies: a panel an operation, a line a case."""
     import altair as alt
 
     rows: list[dict[str, Any]] = [

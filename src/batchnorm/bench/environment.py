@@ -29,13 +29,7 @@ def usable_cpus() -> int:
 
 
 def resolve_threads(threads: int | None) -> int:
-    """Threads for every provider: as asked, else ``OMP_NUM_THREADS``, else all there are.
-
-    Raises
-    ------
-    ArgumentError
-        It is less than 1 or more than there are processors.
-    """
+    """Threads for every provider: as asked, else ``OMP_NUM_THREADS``, else all there are."""
     available = usable_cpus()
     if threads is None:
         from_environment = os.environ.get("OMP_NUM_THREADS", "")
@@ -55,10 +49,7 @@ def limited_threads(threads: int) -> Iterator[None]:
     OpenMP, which batchnorm and PyTorch share, is told. JAX has no setting but counts the processors
     that the process may run on, so that number is lowered too.
 
-    Raises
-    ------
-    BatchNormError
-        There are more processors than `threads`, and threadpoolctl is not installed.
+    It needs threadpoolctl, unless there are no more processors than `threads`.
     """
     if threads == usable_cpus() and "OMP_NUM_THREADS" not in os.environ:
         yield
@@ -82,13 +73,7 @@ def limited_threads(threads: int) -> Iterator[None]:
 
 
 def describe(*, threads: int) -> dict[str, Any]:
-    """Collect what a reader needs to judge the numbers, and nothing that names the machine.
-
-    Returns
-    -------
-    dict
-        Processor, operating system, threads and the versions of what is installed.
-    """
+    """Collect what a reader needs to judge the numbers, and nothing that names the machine."""
     import batchnorm
 
     config = batchnorm.show_config()
@@ -107,13 +92,7 @@ def describe(*, threads: int) -> dict[str, Any]:
 
 
 def busy_seconds_of_others() -> float:
-    """Processor time that all programs but this one have taken since the machine started.
-
-    Returns
-    -------
-    float
-        Seconds; NaN where the operating system does not tell (all but Linux).
-    """
+    """Processor seconds that all programs but this one have taken; NaN everywhere but on Linux."""
     try:
         total = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     except OSError:

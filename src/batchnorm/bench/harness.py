@@ -49,21 +49,10 @@ BASELINE = "torch"
 class Plan:
     """What to measure, and how long.
 
-    Attributes
-    ----------
-    shapes, ops, providers
-        Every operation on every shape in every layout by every provider.
-    offsets
-        The means of the inputs whose outputs are compared with the exact ones; none for no
-        comparison.
-    seed
-        Of the inputs.
-    threads
-        For every provider; None for as many as there are processors.
-    min_rounds, max_rounds, budget_s
-        See `timing.interleave`.
-    min_sample_s
-        A call shorter than this is repeated within one sample.
+    Every operation runs on every shape in every layout by every provider. `offsets` are the means
+    of the inputs whose outputs are compared with the exact ones; `threads` None means as many as
+    there are processors; a call shorter than `min_sample_s` is repeated within one sample. For
+    rounds and budget see `timing.interleave`.
     """
 
     shapes: tuple[tuple[int, ...], ...] = SHAPES
@@ -144,13 +133,7 @@ class AccuracyRow(Row):
 
 @dataclass
 class Results:
-    """Everything a run found.
-
-    Attributes
-    ----------
-    notes
-        What was left out, and what would bring it in; one line each.
-    """
+    """Everything a run found; `notes` say what was left out, and what would bring it in."""
 
     speed: list[SpeedRow] = field(default_factory=list)
     accuracy: list[AccuracyRow] = field(default_factory=list)
@@ -172,13 +155,7 @@ R = TypeVar("R", bound=Row)
 
 
 class Providers:
-    """The providers that can run here; the others are noted once, with the reason.
-
-    Parameters
-    ----------
-    note
-        Told of each provider that cannot run.
-    """
+    """The providers that can run here; of the others, `note` is told once, with the reason."""
 
     def __init__(self, providers: Iterable[Provider], note: Callable[[str], None]) -> None:
         self._note = note
@@ -222,17 +199,9 @@ def measure(
     *,
     clock: Clock = time.perf_counter_ns,
 ) -> list[SpeedRow]:
-    """Check and time every provider on one case.
+    """Check and time every provider on one case; return their rows, the copy's last.
 
-    Parameters
-    ----------
-    yardsticks
-        Ways to copy x; the one with the lowest median becomes the row named `COPY`.
-
-    Returns
-    -------
-    list of SpeedRow
-        In the order of the providers, the copy last.
+    `yardsticks` are ways to copy x; the one with the lowest median becomes the row named `COPY`.
     """
     case = inputs.case
     template = SpeedRow(
@@ -328,13 +297,7 @@ def steps(plan: Plan) -> int:
 
 
 def run(plan: Plan, *, started: Callable[[str], None] = lambda description: None) -> Results:
-    """Carry out a plan.
-
-    Parameters
-    ----------
-    started
-        Told what is about to be measured, `steps(plan)` times.
-    """
+    """Carry out a plan; `started` is told what is about to be measured, `steps(plan)` times."""
     threads = resolve_threads(plan.threads)
     results = Results(environment=describe(threads=threads))
     results.environment |= {

@@ -22,14 +22,9 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """A prepared call.
+    """A prepared call: `run` does the work once.
 
-    Attributes
-    ----------
-    run
-        Does the work once; what it returns is kept alive until the next call, as a user would.
-    answer
-        Turns what `run` returned into NumPy arrays that lie as the case's do. Never timed.
+    `answer` turns what `run` returned into NumPy arrays that lie as the case's do. Never timed.
     """
 
     run: Callable[[], Any]
@@ -42,17 +37,14 @@ class Provider:
 
     Attributes
     ----------
-    name
-        As it is selected, printed and stored.
     prepare
-        Inputs of a case to the call that computes it.
-    module
-        What has to be importable, and `install` the command that makes it so.
+        Makes of a case's inputs the call that computes it.
+    module, install
+        What has to be importable, and the command that makes it so.
     set_threads
-        Tells the framework how many threads to use, or None where it needs no telling.
+        Tells the framework how many threads to use, where it needs to be told.
     release
-        Gives back the memory that the provider keeps from one call for the next, or None where it
-        keeps none.
+        Gives back memory that is kept from one call for the next.
     """
 
     name: str
@@ -333,7 +325,7 @@ def _copy_batchnorm(destination: Float32, source: Float32) -> Callable[[], Any]:
 def copies() -> tuple[Provider, ...]:
     """Every way to copy an array that is at hand; the fastest of them is the yardstick.
 
-    One thread does not fill the memory's bandwidth, so NumPy's copy alone would flatter everybody.
+    One thread does not fill the memory's bandwidth, so NumPy's copy alone would flatter everyone.
     """
     candidates = [
         Provider("batchnorm._core.copy", _copy(_copy_batchnorm)),

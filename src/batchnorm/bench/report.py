@@ -26,13 +26,7 @@ LARGE_BYTES = 40_000_000
 
 @dataclass(frozen=True)
 class Claim:
-    """A number that the project promises, beside what this run measured.
-
-    Attributes
-    ----------
-    met
-        None where the run measured nothing that the claim is about.
-    """
+    """A number that the project promises, beside the measured one; `met` is None without one."""
 
     text: str
     measured: str
@@ -110,22 +104,44 @@ faults   page faults in one call
 error    of y, the largest |y - y_exact|; of gradients, the largest relative error in norm"""
 
 #: Heading to the cell of a row; those of NARROW fit on a terminal of 80 columns.
-_COLUMNS: Mapping[str, Callable[[SpeedRow], str]] = {
-    "p20 ms": lambda row: _three_digits(row.p20_ms),
-    "p50 ms": lambda row: _three_digits(row.p50_ms),
-    "p80 ms": lambda row: _three_digits(row.p80_ms),
-    "x torch": lambda row: (
-        f"[red]{row.status}[/]" if row.status != "ok" else _unless_copy(row, row.speedup, "{:.2f}")
-    ),
-    "copies": lambda row: _number(row.copies, "{:.2f}"),
-    "x floor": lambda row: _unless_copy(row, row.times_floor, "{:.2f}"),
-    "GB/s": lambda row: _number(row.gb_per_s, "{:.1f}"),
-    "peak MB": lambda row: _unless_copy(row, row.peak_bytes / 1e6, "{:.1f}"),
-    "faults": lambda row: _number(row.page_faults, "{:.0f}"),
-    "error": lambda row: "" if row.provider == COPY else _error(row),
+_COLUMNS = {
+    "p20 ms": "{0.p20_ms:.3g}",
+    "p50 ms": "{0.p50_ms:.3g}",
+    "p80 ms": "{0.p80_ms:.3g}",
+    "x torch": "{0.speedup:.2f}",
+    "copies": "{0.copies:.2f}",
+    "x floor": "{0.times_floor:.2f}",
+    "GB/s": "{0.gb_per_s:.1f}",
+    "peak MB": "{0.peak_mb:.1f}",
+    "faults": "{0.page_faults:.0f}",
+    "error": "{0.max_error:.0e}",
 }
 _NARROW = ("p50 ms", "x torch", "copies", "x floor", "peak MB", "error")
 WIDE = 116
+
+
+def make_table(title: str | None, columns: Iterable[str]) -> "Table":
+    """An empty table; the first column holds words, the others numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+    )
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    return table
+
+
+def cells(row: object, forms: Iterable[str]) -> list[str]:
+    """Formats of a row filled in, blank where a number is not known."""
+    texts = [form.format(row) for form in forms]
+    return ["" if "nan" in text else text for text in texts]
 
 
 def show(results: Results, console: "Console") -> None:
@@ -164,54 +180,43 @@ def threads(environment: Mapping[str, Any]) -> str:
     return f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
 
 
-def _table(title: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1),
-    )
-    table.add_column("", no_wrap=True)
-    return table
-
-
 def _speed_table(rows: Sequence[SpeedRow], *, width: int) -> "Table":
-    shown = [name for name in _COLUMNS if width >= WIDE or name in _NARROW]
+    forms = {name: f for name, f in _COLUMNS.items() if width >= WIDE or name in _NARROW}
     moved = ARRAYS_MOVED[rows[0].op]
-    table = _table(
+    table = make_table(
         f"{rows[0].op}: the floor is {moved / 2:g} plain {'copy' if moved == 2 else 'copies'}, "
-        f"in MB beside each case"
+        f"in MB beside each case",
+        ["", *forms],
     )
-    for name in shown:
-        table.add_column(name, justify="right", no_wrap=True)
     for shape, layout in dict.fromkeys((row.shape, row.layout) for row in rows):
         members = [row for row in rows if (row.shape, row.layout) == (shape, layout)]
         floor_mb = moved * members[0].nbytes / 1e6
         table.add_row(f"[bold]{shape} {layout}[/] [dim]{floor_mb:.1f}[/]")
         for row in members:
-            cells = (_COLUMNS[name](row) for name in shown)
-            table.add_row(f"  {row.provider}", *cells, style=_style(row.provider))
+            failed = "" if row.status == "ok" else f" [red]{row.status}[/]"
+            texts = cells(row, forms.values())
+            table.add_row(f"  {row.provider}{failed}", *texts, style=_style(row.provider))
         table.add_section()
     return table
 
 
 def _accuracy_table(rows: Sequence[AccuracyRow]) -> "Table":
     offsets = list(dict.fromkeys(row.offset for row in rows))
-    table = _table(f"accuracy: largest |y - y_exact|, float32 N(mean, 1) of {rows[0].shape}")
-    table.add_column("layout")
-    for offset in offsets:
-        table.add_column(f"mean {offset:g}".replace("e+0", "e"), justify="right")
-    cell = {(row.provider, row.layout, row.offset): _error(row) for row in rows}
+    table = make_table(
+        f"accuracy: largest |y - y_exact|, float32 N(mean, 1) of {rows[0].shape}",
+        ["", "layout", *(f"mean {offset:g}".replace("e+0", "e") for offset in offsets)],
+    )
+    found = {(row.provider, row.layout, row.offset): row for row in rows}
     for provider in dict.fromkeys(row.provider for row in rows):
         for layout in dict.fromkeys(row.layout for row in rows):
-            cells = (cell.get((provider, layout, offset), "") for offset in offsets)
-            table.add_row(provider, layout, *cells, style=_style(provider))
+            several = (found.get((provider, layout, offset)) for offset in offsets)
+            texts = ("" if row is None else _error(row) for row in several)
+            table.add_row(provider, layout, *texts, style=_style(provider))
     return table
+
+
+def _error(row: AccuracyRow) -> str:
+    return "failed" if row.status == "failed" else f"{row.max_error:.0e}"
 
 
 def _show_summary(results: Results, console: "Console") -> None:
@@ -243,36 +248,11 @@ def _style(provider: str) -> str:
     return "green" if provider in (OURS, OURS_OUT) else ""
 
 
-def _number(value: float, form: str) -> str:
-    return "" if math.isnan(value) else form.format(value)
-
-
-def _unless_copy(row: SpeedRow, value: float, form: str) -> str:
-    return "" if row.provider == COPY else _number(value, form)
-
-
-def _three_digits(value: float) -> str:
-    if math.isnan(value):
-        return ""
-    return f"{value:.{max(0, min(4, 2 - math.floor(math.log10(value))))}f}" if value > 0 else "0"
-
-
-def _error(row: SpeedRow | AccuracyRow) -> str:
-    return "failed" if row.status == "failed" else f"{row.max_error:.0e}"
-
-
 # --- in files -------------------------------------------------------------------------------------
 
 
 def write(results: Results, directory: Path) -> list[Path]:
-    """Write a run's results.
-
-    Returns
-    -------
-    list of Path
-        ``speed.csv``, ``accuracy.csv`` and ``environment.json``, and with ``altair`` installed
-        ``speed.svg`` and ``speed.png``; without those that would be empty.
-    """
+    """Write what there is of CSV files, environment and, with altair, the plot; list the files."""
     files: dict[Path, Any] = {
         directory / "environment.json": results.environment,
         directory / "accuracy.csv": results.accuracy,

@@ -68,6 +68,11 @@ class TimedRow(Row):
     page_faults: float = math.nan
     peak_bytes: float = math.nan
 
+    @property
+    def peak_mb(self) -> float:
+        """`peak_bytes` in MB."""
+        return self.peak_bytes / 1e6
+
 
 R = TypeVar("R", bound=TimedRow)
 
