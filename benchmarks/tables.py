@@ -9,6 +9,7 @@ files of that name in benchmarks/results, and left out while there are none.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -16,27 +17,32 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-Row = dict[str, str]
-
-
 # --- reading and writing --------------------------------------------------------------------------
 
 
-def read(name: str) -> list[Row]:
-    """The rows of a CSV file."""
+def read(name: str) -> list[Any]:
+    """The rows of a CSV file: a number where there is one, NaN where there is nothing."""
+
+    def value(text: str) -> Any:
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+        return text or math.nan
+
     with (RESULTS / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = csv.DictReader(file)
+        return [SimpleNamespace(**{key: value(text) for key, text in row.items()}) for row in rows]
 
 
-def read_about(name: str) -> dict[str, Any]:
+def read_about(name: str) -> Any:
     """What was measured on."""
-    about: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return about
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def markdown(
@@ -50,11 +56,11 @@ def markdown(
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def by(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], dict[str, Row]]:
+def by(rows: Iterable[Any], *names: str, of: str = "provider") -> dict[Any, dict[str, Any]]:
     """The rows of each case, that is with the same values in `names`, by their provider."""
-    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    found: dict[Any, dict[str, Any]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in names), {})[row["provider"]] = row
+        found.setdefault(tuple(getattr(row, name) for name in names), {})[getattr(row, of)] = row
     return found
 
 
@@ -63,10 +69,6 @@ def plain(value: float) -> str:
     if value == 0 or 1 <= value < 1000:
         return f"{value:g}"
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-
-
-def plural(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 # --- one function for each table ------------------------------------------------------------------
@@ -85,44 +87,36 @@ OPS = ("forward", "inference", "backward")
 def speed() -> str:
     """Speed and accuracy of all providers: `batchnorm bench --out benchmarks/results`."""
     timed, accuracy, about = read("speed"), read("accuracy"), read_about("environment")
-    offsets = sorted({float(row["offset"]) for row in accuracy})
+    offsets = sorted({row.offset for row in accuracy})
 
     def speedup(provider: str, op: str) -> str:
-        found = [
-            1 / float(row["ratio"])
-            for row in timed
-            if row["provider"] == provider and row["op"] == op and row["ratio"]
-        ]
-        if not found:
-            return "–"
-        if provider == "torch":
-            return "1"
+        rows = [row for row in timed if (row.provider, row.op) == (provider, op)]
+        found = [1 / row.ratio for row in rows if row.ratio > 0]
+        if provider == "torch" or not found:
+            return "1" if found else "–"
         return f"{statistics.geometric_mean(found):.2f} ({min(found):.2f})"
 
     def error(provider: str, offset: float) -> str:
         """The worse of the layouts to one digit; NaN where any is."""
-        found = [
-            float(row["max_error"] or "nan")
-            for row in accuracy
-            if (row["provider"], float(row["offset"]), row["status"]) == (provider, offset, "ok")
-        ]
+        rows = [row for row in accuracy if (row.provider, row.offset) == (provider, offset)]
+        found = [row.max_error for row in rows if row.status == "ok"]
         if any(map(math.isnan, found)):
             return "NaN"
         return plain(float(f"{max(found):.0e}")) if found else "–"
 
-    measured = {row["provider"] for row in (*timed, *accuracy)}
-    cases = {(row["shape"], row["layout"]) for row in timed}
-    versions = about["versions"]
+    measured = {row.provider for row in (*timed, *accuracy)}
+    cases = {(row.shape, row.layout) for row in timed}
     against = ", ".join(
-        f"{name} {versions[package]}"
+        f"{name} {about['versions'][package]}"
         for package, name in (("numpy", "NumPy"), ("torch", "PyTorch"), ("jax", "JAX"))
-        if package in versions
+        if package in about["versions"]
     )
+    threads = about["threads"]
     return markdown(
         f"Speed: times as fast as PyTorch eager, geometric mean over {len(cases)} cases (float32, "
         "channel-first and channel-last), in parentheses the worst of them. Error: largest "
         f"|y − y_exact| of the forward pass on float32 N(mean, 1). {about['cpu']}, "
-        f"{plural(about['threads'], 'thread')}; {against}.",
+        f"{threads} thread{'s' * (threads != 1)}; {against}.",
         ["", *OPS, *(f"error, mean {plain(offset)}" for offset in offsets)],
         [
             [name, *(speedup(key, op) for op in OPS), *(error(key, offset) for offset in offsets)]
@@ -135,13 +129,13 @@ def speed() -> str:
 def resnet_step() -> str:
     """Training steps of a ResNet-18: `benchmarks/resnet_step.py`."""
     rows, about = read("resnet_step"), read_about("resnet_step")
-    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    providers = list(dict.fromkeys(row.provider for row in rows))
 
-    def cell(row: Row) -> str:
-        text = f"{1 / float(row['ratio']):.2f}" if row["status"] == "ok" else row["status"]
-        if row["provider"] == "torch eager":
-            text = f"{float(row['p50_ms']) / 1e3:.2f} s"
-        return f"{text}, {float(row['peak_bytes']) / 1e6:.0f} MB"
+    def cell(row: Any) -> str:
+        text = f"{1 / row.ratio:.2f}" if row.status == "ok" else row.status
+        if row.provider == "torch eager":
+            text = f"{row.p50_ms / 1e3:.2f} s"
+        return f"{text}, {row.peak_bytes / 1e6:.0f} MB"
 
     return markdown(
         "Training steps of a ResNet-18 at 224×224. First column: seconds, others: times as fast as "
@@ -158,32 +152,22 @@ def resnet_step() -> str:
 def resnet_profile() -> str:
     """Where a step's time goes: `benchmarks/resnet_step.py --profile`."""
     norms = ("batch norm forward", "batch norm backward", "relu", "add")
-    cases: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in read("resnet_profile"):
-        case = f"batch {row['batch']}, {row['format']}", row["provider"]
-        cases.setdefault(case, {})[row["group"]] = row
+    cases = by(read("resnet_profile"), "batch", "format", "provider", of="group")
     lines = []
-    for case, groups in cases.items():
+    for (batch, form, provider), groups in cases.items():
         step = groups.pop("step")
         if not groups:  # torch.compile
             continue
-        ms = {group: float(row["ms"]) for group, row in groups.items()}
+        ms = {group: row.ms for group, row in groups.items()}
         convolutions = sum(value for group, value in ms.items() if group.startswith("convolution"))
         normalization = sum(ms[group] for group in norms)
         rest = sum(ms.values()) - convolutions - normalization
-        numbers = (convolutions, normalization, rest, float(step["ms"]), float(step["page_faults"]))
-        lines.append([*case, *(f"{number:.0f}" for number in numbers)])
+        numbers = (convolutions, normalization, rest, step.ms, step.page_faults)
+        lines.append([f"batch {batch}, {form}", provider, *(f"{n:.0f}" for n in numbers)])
+    head = "|provider|convolutions|batch norm, ReLU, additions|the rest|by the clock|page faults"
     return markdown(
         "Milliseconds of a step under torch.profiler, and by the clock without it.",
-        [
-            "",
-            "provider",
-            "convolutions",
-            "batch norm, ReLU, additions",
-            "the rest",
-            "by the clock",
-            "page faults",
-        ],
+        head.split("|"),
         lines,
         words=2,
     )
@@ -192,7 +176,7 @@ def resnet_profile() -> str:
 def sync_step() -> str:
     """What shared statistics cost: `benchmarks/sync_step.py`."""
     rows, about = read("sync_step"), read_about("sync_step")
-    first, *others = dict.fromkeys(row["provider"] for row in rows)
+    first, *others = dict.fromkeys(row.provider for row in rows)
     return markdown(
         f"Forward and backward pass, float32, {about['processes']} processes with gloo on one "
         f"machine, one thread each, median of {about['rounds']} rounds. {about['cpu']}.",
@@ -200,8 +184,8 @@ def sync_step() -> str:
         [
             [
                 shape.replace("x", "×"),
-                f"{float(found[first]['p50_ms']):.1f} ms",
-                *(f"{float(found[name]['ratio']):.1f} times" for name in others),
+                f"{found[first].p50_ms:.1f} ms",
+                *(f"{found[name].ratio:.1f} times" for name in others),
             ]
             for (shape,), found in by(rows, "shape").items()
         ],
@@ -223,17 +207,18 @@ WAYS = {
 def recalibrate() -> str:
     """What recalibration costs: `benchmarks/recalibrate.py`."""
     rows, about = read("recalibrate"), read_about("recalibrate")
+    first = rows[0]
     return markdown(
-        f"ResNet-18, {rows[0]['batches']} batches of {rows[0]['batch']} images of "
-        f"{rows[0]['image']}², processor time, median of {rows[0]['rounds']} rounds. "
-        f"{about['cpu']}, one thread; PyTorch {about['versions']['torch']}.",
+        f"ResNet-18, {first.batches} batches of {first.batch} images of {first.image}², processor "
+        f"time, median of {first.rounds} rounds. {about['cpu']}, one thread; "
+        f"PyTorch {about['versions']['torch']}.",
         ["", "time, in forward passes", "extra memory", "forwards begun"],
         [
             [
-                WAYS[row["provider"]],
-                f"{float(row['ratio']):.2f}",
-                f"{float(row['peak_bytes']) / 2**20:,.0f} MiB",
-                row["forwards"],
+                WAYS[row.provider],
+                f"{row.ratio:.2f}",
+                f"{row.peak_bytes / 2**20:,.0f} MiB",
+                f"{row.forwards}",
             ]
             for row in rows
         ],
@@ -242,10 +227,8 @@ def recalibrate() -> str:
 
 def recalibrate_errors() -> str:
     """How far from brute force the statistics are: `benchmarks/recalibrate.py --errors`."""
-    shown = ("1", "2", "4", "8")
-    errors: dict[str, dict[str, float]] = {}
-    for row in read("recalibrate_errors"):
-        errors.setdefault(row["estimator"], {})[row["layer"]] = float(row["error"])
+    shown = (1, 2, 4, 8)
+    errors = by(read("recalibrate_errors"), "estimator", of="layer")
 
     def cell(error: float) -> str:
         return f"{error:.2f}" if error >= 0.1 else plain(error)
@@ -253,7 +236,7 @@ def recalibrate_errors() -> str:
     return markdown(
         "",
         ["", *(f"layer {k}" for k in shown)],
-        [[WAYS[name], *(cell(found[k]) for k in shown)] for name, found in errors.items()],
+        [[WAYS[name], *(cell(of[k].error) for k in shown)] for (name,), of in errors.items()],
     )
 
 
@@ -262,19 +245,18 @@ def dataset_stats() -> str:
     rows, about = read("dataset_stats"), read_about("dataset_stats")
     first = rows[0]
 
-    def cells(row: Row) -> Iterable[str]:
-        yield f"`{row['provider']}`"
-        yield f"{float(row['p50_ms']) / 1e3:.1f} s, {float(row['ratio']):.2f} × cat"
-        yield f"{float(row['gb_per_s']):.2f} GB/s"
-        yield f"{float(row['peak_bytes']) / 1e6:,.0f} MB" if row["peak_bytes"] else ""
-        for name in ("mean_error", "var_error"):
-            yield plain(float(row[name])) if row[name] else ""
+    def cells(row: Any) -> Iterable[str]:
+        yield f"`{row.provider}`"
+        yield f"{row.p50_ms / 1e3:.1f} s, {row.ratio:.2f} × cat"
+        yield f"{row.gb_per_s:.2f} GB/s"
+        known = not math.isnan(row.peak_bytes)
+        yield f"{row.peak_bytes / 1e6:,.0f} MB" if known else ""
+        yield from (plain(row.mean_error), plain(row.var_error)) if known else ("", "")
 
     return markdown(
-        f"float32 ({int(first['rows']):,}, {first['features']}), "
-        f"{int(first['bytes']) / 1e9:.0f} GB, at mean 10,000 and deviation 1; "
-        f"median of {first['rounds']} interleaved rounds, file not "
-        f"in the system's cache. {about['cpu']}, {about['threads']} threads; scikit-learn "
+        f"float32 ({first.rows:,}, {first.features}), {first.bytes / 1e9:.0f} GB, at mean 10,000 "
+        f"and deviation 1; median of {first.rounds} interleaved rounds, file not in the system's "
+        f"cache. {about['cpu']}, {about['threads']} threads; scikit-learn "
         f"{about['versions']['scikit-learn']}.",
         ["", "time", "throughput", "most memory", "error of mean", "error of variance"],
         map(cells, rows),
@@ -284,22 +266,17 @@ def dataset_stats() -> str:
 def small_calls() -> str:
     """What small calls cost: `benchmarks/small_calls.py`."""
     rows, about = read("small_calls"), read_about("small_calls")
-    lines = []
-    for (op,), found in by(rows, "op").items():
-        for provider in found:
-            of = {r["shape"]: r for r in rows if (r["op"], r["provider"]) == (op, provider)}
-            cells = (
-                f"{1e3 * float(r['p50_ms']):.1f} µs, {float(r['ratio']):.2f}" for r in of.values()
-            )
-            lines.append([op, f"`{provider}`", *cells])
-    shapes = dict.fromkeys(row["shape"] for row in rows)
+    cases = by((row for row in rows if row.provider == "batchnorm"), "op", of="shape")
     return markdown(
-        "Whole calls on small arrays, float32: microseconds, and times torch's layer. Median of "
+        "Microseconds of a call on a small float32 array, and in parentheses the ratio to torch's: "
+        "of the layers `BatchNorm1d`, and of the NumPy functions. Median of "
         f"{about['rounds']} interleaved rounds. {about['cpu']}, one thread; PyTorch "
         f"{about['versions']['torch']}.",
-        ["", "", *(shape.replace("x", "×") for shape in shapes)],
-        lines,
-        words=2,
+        ["", *(row.shape.replace("x", "×") for row in next(iter(cases.values())).values())],
+        [
+            [op, *(f"{1e3 * row.p50_ms:.1f} ({row.ratio:.2f})" for row in found.values())]
+            for (op,), found in cases.items()
+        ],
     )
 
 

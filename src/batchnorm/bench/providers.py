@@ -113,11 +113,16 @@ def _batchnorm_out(inputs: Inputs) -> Call:
 # --- NumPy, as courses and textbooks write it -----------------------------------------------------
 
 
+def _axes(inputs: Inputs) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The axes of a channel's values, and the shape in which vectors over channels broadcast."""
+    channel, ndim = inputs.case.channel_axis % inputs.x.ndim, inputs.x.ndim
+    axes = tuple(axis for axis in range(ndim) if axis != channel)
+    return axes, tuple(-1 if axis == channel else 1 for axis in range(ndim))
+
+
 def _numpy(inputs: Inputs) -> Call:
     op, x, grad_y, eps = inputs.case.op, inputs.x, inputs.grad_y, np.float32(inputs.eps)
-    channel = inputs.case.channel_axis % x.ndim
-    axes = tuple(axis for axis in range(x.ndim) if axis != channel)
-    along = tuple(-1 if axis == channel else 1 for axis in range(x.ndim))
+    axes, along = _axes(inputs)
     gamma, beta = inputs.gamma.reshape(along), inputs.beta.reshape(along)
 
     def forward() -> tuple[Any, Any, Any]:
@@ -132,7 +137,7 @@ def _numpy(inputs: Inputs) -> Call:
         mean, var = inputs.mean.reshape(along), inputs.var.reshape(along)
         return _call(op, lambda: gamma * (x - mean) / np.sqrt(var + eps) + beta)
     _, x_hat, std = forward()
-    count = np.float32(x.size // x.shape[channel])
+    count = np.float32(x.size // gamma.size)
 
     def backward() -> tuple[Any, Any, Any]:
         grad_beta = grad_y.sum(axis=axes, keepdims=True)
@@ -254,13 +259,14 @@ def _jax(inputs: Inputs) -> Call:
     jax: Any = importlib.import_module("jax")
     jnp: Any = importlib.import_module("jax.numpy")
     op, eps = inputs.case.op, inputs.eps
-    channel = inputs.case.channel_axis % inputs.x.ndim
-    axes = tuple(axis for axis in range(inputs.x.ndim) if axis != channel)
-    along = tuple(-1 if axis == channel else 1 for axis in range(inputs.x.ndim))
+    axes, along = _axes(inputs)
     cpu = jax.devices("cpu")[0]
-
-    def put(array: Float32) -> Any:
-        return jax.device_put(array, cpu)
+    x, grad_y, gamma, beta, mean, var = (
+        jax.device_put(array, cpu)
+        for array in (
+            inputs.x, inputs.grad_y, inputs.gamma, inputs.beta, inputs.mean, inputs.var
+        )
+    )  # fmt: skip
 
     def affine(x: Any, mean: Any, var: Any, gamma: Any, beta: Any) -> Any:
         scale = gamma.reshape(along) * jax.lax.rsqrt(var.reshape(along) + eps)
@@ -269,12 +275,10 @@ def _jax(inputs: Inputs) -> Call:
     def forward(x: Any, gamma: Any, beta: Any) -> Any:
         return affine(x, jnp.mean(x, axes), jnp.var(x, axes), gamma, beta)
 
-    x, gamma, beta = put(inputs.x), put(inputs.gamma), put(inputs.beta)
     if op == "forward":
         compiled = jax.jit(forward)
         return _call(op, lambda: compiled(x, gamma, beta).block_until_ready(), np.asarray)
     if op == "inference":
-        mean, var = put(inputs.mean), put(inputs.var)
         compiled = jax.jit(affine)
         return _call(
             op, lambda: compiled(x, mean, var, gamma, beta).block_until_ready(), np.asarray
@@ -282,7 +286,6 @@ def _jax(inputs: Inputs) -> Call:
     # The pullback carries what the forward saved, so that only the backward is in the timed call.
     _, pullback = jax.jit(lambda *primals: jax.vjp(forward, *primals))(x, gamma, beta)
     pull = jax.jit(lambda pullback, grad_y: pullback(grad_y))
-    grad_y = put(inputs.grad_y)
     return _call(op, lambda: jax.block_until_ready(pull(pullback, grad_y)), np.asarray)
 
 
