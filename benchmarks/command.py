@@ -52,12 +52,14 @@ def among(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return read
 
 
-def make_parser(file: str, description: str, *, rounds: int | None) -> argparse.ArgumentParser:
-    """A parser of the options that all benchmarks have."""
+def make_parser(
+    file: str, description: str, *, rounds: int | None, of_rounds: str = ""
+) -> argparse.ArgumentParser:
+    """A parser of the options that all benchmarks have; `of_rounds` is the help of --rounds."""
     parser = argparse.ArgumentParser(prog=Path(file).name, description=description.split("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, help="directory for the results; only printed if left out")
-    add("--rounds", type=at_least(1), default=rounds, help=f"{rounds or 'many'} if left out")
+    add("--rounds", type=at_least(1), default=rounds, help=of_rounds or f"{rounds} if left out")
     add("--seed", type=at_least(0), default=0, help="of everything random")
     return parser
 

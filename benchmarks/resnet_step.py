@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -250,7 +249,8 @@ def batch_sizes(text: str) -> tuple[int, ...]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = command.make_parser(__file__, __doc__, rounds=None)
+    of_rounds = "timed steps; 30 if left out, 5 with --profile"
+    parser = command.make_parser(__file__, __doc__, rounds=None, of_rounds=of_rounds)
     add, among, at_least = parser.add_argument, command.among, command.at_least
     add("--profile", action="store_true", help="profile the largest batch in float32 instead")
     add("--quick", action="store_true", help="one small case, few rounds")
@@ -341,7 +341,8 @@ def measure(options: argparse.Namespace, files: command.Files) -> list[str]:
     with steps(total + compares * 5 * len(plan.loss_seeds)) as started:
         rows = [row for case in plan.cases for row in measure_case(case, plan, started)]
         if compares:
-            torch = importlib.import_module("torch")
+            import torch
+
             torch.set_num_threads(plan.threads)
             losses = compare_losses(plan.loss_case, plan.loss_steps, plan.loss_seeds, started)
     files |= {"resnet_losses.csv": losses, "resnet_step.csv": rows, "resnet_step.json": about}

@@ -1,5 +1,6 @@
 """The benchmark: what it measures, that it is even-handed, and that its files are whole."""
 
+import contextlib
 import csv
 import gc
 import io
@@ -7,8 +8,9 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import batchnorm
+from batchnorm import progress
 from batchnorm.bench import cases, environment, harness, memory, providers, report, rows, timing
 from batchnorm.bench.cases import Case, Inputs
 from batchnorm.bench.harness import AccuracyRow, Plan, Providers, Results, SpeedRow
@@ -533,6 +537,34 @@ def test_limited_threads_restores_what_it_found() -> None:
     with environment.limited_threads(1):
         assert environment.usable_cpus() == 1 or sys.platform != "linux"
     assert environment.usable_cpus() == before
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+def test_steps_move_the_bar_when_the_next_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    @contextlib.contextmanager
+    def bar() -> Iterator[Any]:
+        yield lambda *shown: seen.append(shown)
+
+    monkeypatch.setattr(progress, "bar", bar)
+    with progress.steps(2) as started:
+        started("first")
+        started("second")
+    assert seen == [("first", 0, 2), ("second", 1, 2)]
+
+
+def test_progress_is_the_only_place_that_builds_a_bar() -> None:
+    package = Path(batchnorm.__file__).parent
+    scripts = Path(__file__).resolve().parent.parent / "benchmarks"
+    builders = {
+        path.name
+        for path in (*package.rglob("*.py"), *scripts.glob("*.py"))
+        if re.search(r"rich\.progress|import progress\b", path.read_text(encoding="utf-8"))
+    }
+    assert builders == {"progress.py"}
 
 
 # --- report ---------------------------------------------------------------------------------------
