@@ -22,7 +22,7 @@ import batchnorm
 from batchnorm import progress
 from batchnorm.bench import cases, environment, harness, memory, providers, report, rows, timing
 from batchnorm.bench.cases import Case, Inputs
-from batchnorm.bench.harness import AccuracyRow, Plan, Providers, Results, SpeedRow
+from batchnorm.bench.harness import AccuracyRow, Plan, Results, SpeedRow, UsableProviders
 from batchnorm.bench.providers import Call, Provider, UnavailableError
 from batchnorm.bench.timing import Sample
 from batchnorm.bench.worker import Worker, WorkerError
@@ -80,7 +80,7 @@ def measure(*given: Provider, note: Callable[[str], None] = lambda text: None) -
     ticks = itertools.count(step=1000)
     return harness.measure(
         cases.make_inputs(Case("forward", SMALL)),
-        Providers(given, note),
+        UsableProviders(given, note),
         (COPY,),
         BRIEF,
         clock=lambda: next(ticks),
@@ -360,7 +360,7 @@ def test_ratios_are_to_the_fastest_copy_and_to_torch() -> None:
 
     ours, torch, copy = harness.measure(
         inputs,
-        Providers((timed("batchnorm", 3000), timed("torch", 12000)), print),
+        UsableProviders((timed("batchnorm", 3000), timed("torch", 12000)), print),
         (copying("slow", 2500), copying("fast", 1000)),
         BRIEF,
         clock=clock,
@@ -377,7 +377,7 @@ def test_copy_that_does_not_copy_is_refused() -> None:
     inputs = cases.make_inputs(Case("forward", SMALL))
     idle = Provider("idle", lambda inputs: Call(lambda: None, lambda _: {"x": inputs.x * 0}))
     with pytest.raises(RuntimeError, match="idle did not copy x"):
-        harness.measure(inputs, Providers((), print), (idle,), BRIEF)
+        harness.measure(inputs, UsableProviders((), print), (idle,), BRIEF)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")

@@ -154,7 +154,7 @@ class Results:
 R = TypeVar("R", bound=Row)
 
 
-class Providers:
+class UsableProviders:
     """The providers that can run here; of the others, `note` is told once, with the reason."""
 
     def __init__(self, providers: Iterable[Provider], note: Callable[[str], None]) -> None:
@@ -193,7 +193,7 @@ class Providers:
 
 def measure(
     inputs: Inputs,
-    providers: Providers,
+    providers: UsableProviders,
     yardsticks: Sequence[Provider],
     plan: Plan,
     *,
@@ -280,7 +280,9 @@ def _checked_copy(provider: Provider, inputs: Inputs) -> Callable[[], object]:
     return call.run
 
 
-def measure_accuracy(inputs: Inputs, offset: float, providers: Providers) -> list[AccuracyRow]:
+def measure_accuracy(
+    inputs: Inputs, offset: float, providers: UsableProviders
+) -> list[AccuracyRow]:
     """Compare every provider's forward with the exact one, without judging it."""
     template = AccuracyRow(
         offset=offset, shape=inputs.case.shape_label, layout=inputs.case.layout, provider=""
@@ -309,7 +311,7 @@ def run(plan: Plan, *, started: Callable[[str], None] = lambda description: None
     }
     with noting_others(results.environment), limited_threads(threads):
         yardsticks = copies()
-        providers = Providers(plan.providers, results.notes.append)
+        providers = UsableProviders(plan.providers, results.notes.append)
         for provider in (*providers.usable, *yardsticks):
             if provider.set_threads is not None:
                 provider.set_threads(threads)
