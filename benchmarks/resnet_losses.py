@@ -42,12 +42,7 @@ def relative_difference(values: Sequence[float], expected: Sequence[float]) -> f
 
 
 def loss_curve(
-    provider: str,
-    case: Case,
-    *,
-    seed: int,
-    steps: int,
-    reverse: bool = False,
+    provider: str, case: Case, *, seed: int, steps: int, reverse: bool = False
 ) -> list[float]:
     """The losses of the first `steps` steps on `BATCHES` batches in turn.
 
@@ -79,13 +74,7 @@ def compare_losses(
         expected: list[float] = []
         for name, (provider, seen, reverse) in runs.items():
             started(f"losses of {name}, seed {seed}")
-            losses = loss_curve(
-                provider,
-                seen,
-                seed=seed,
-                steps=steps,
-                reverse=reverse,
-            )
+            losses = loss_curve(provider, seen, seed=seed, steps=steps, reverse=reverse)
             expected = expected or losses
             row = LossRow(
                 run=name,

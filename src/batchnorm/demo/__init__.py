@@ -45,14 +45,7 @@ from batchnorm.progress import Show, bar
 if TYPE_CHECKING:
     import rich.console
 
-__all__ = [
-    "DemoResult",
-    "GradientError",
-    "InferenceMeasurement",
-    "Recording",
-    "TrainingRun",
-    "run",
-]
+__all__ = ["DemoResult", "GradientError", "InferenceMeasurement", "Recording", "TrainingRun", "run"]
 
 SIZES = (784, 100, 100, 100, 10)
 BATCH_SIZE = 60

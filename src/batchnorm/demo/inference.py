@@ -33,11 +33,7 @@ def measure_inference(
     """
     network.eval()
     reference = network.with_population_statistics(population)
-    forms = {
-        "running averages": network,
-        "population": reference,
-        "folded": reference.folded(),
-    }
+    forms = {"running averages": network, "population": reference, "folded": reference.folded()}
     exact = reference(digits.test_images)
     runs = {form: partial(candidate, digits.test_images) for form, candidate in forms.items()}
     samples = interleave(
