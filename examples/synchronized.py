@@ -11,9 +11,8 @@ import tempfile
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from batchnorm.torch import convert
+from batchnorm.torch import DistributedDataParallel, convert
 
 SIZES = (5, 0, 11)
 

@@ -7,7 +7,7 @@ package imports from ``torch._C``, ``torch._functorch`` or other private modules
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,8 @@ def uncompiled(function: F) -> F:
 
     `torch.compiler.disable` does the same, and imports the compiler at once.
     """
-    wrapped: F = torch._disable_dynamo(function)  # type: ignore[no-untyped-call]
-    return wrapped
+    disable: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+    return cast(F, disable(function))
 
 
 def is_recomputing() -> bool:

@@ -7,6 +7,7 @@ variance m2 / dof, of a batch whose statistics are finite as the buffers hold th
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import native, portable
-from .contract import M2, MEAN, NonFiniteError
+from .contract import COUNT, M2, MEAN, NonFiniteError
 
 _merging = threading.Lock()
 
@@ -103,10 +104,13 @@ def _report(
     name: str,
 ) -> None:
     """Raise, or count and warn the first time."""
-    count, mean, m2 = statistics[0, [0, MEAN, M2], channel]
+    count, mean, m2 = statistics[0, [COUNT, MEAN, M2], channel]
+    var = m2 / max(count, 1)
+    finite = math.isfinite(mean) and math.isfinite(var)
+    problem = "too large for the running statistics" if finite else "not finite"
     what = (
-        f"{name}: the batch's statistics are not finite, or too large for the running statistics "
-        f"(channel {channel}: mean {mean:.6g}, variance {m2 / max(count, 1):.6g})"
+        f"{name}: the batch's statistics are {problem} (channel {channel}: mean {mean:.6g}, "
+        f"variance {var:.6g})"
     )
     if on_nonfinite == "raise":
         raise NonFiniteError(
