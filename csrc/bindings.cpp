@@ -173,10 +173,13 @@ void check_weights(const View& x, const View& w) {
     throw nb::value_error("weights: not float64");
 }
 
-bn::Epilogue epilogue_of(int activation, double slope) {
+// `sum`: the residual, or in the backward pass the y that takes the place of z.
+bn::Epilogue epilogue_of(int activation, double slope, const View& sum) {
   bn::Epilogue e;
-  if (activation < 0 || activation > 2) throw nb::value_error("activation: unknown code");
+  if (activation < 0 || activation > 5) throw nb::value_error("activation: unknown code");
   e.activation = bn::Activation(activation);
+  if (sum.array() && e.activation >= bn::Activation::hardswish)
+    throw nb::value_error("activation: hardswish and silu cannot follow a residual");
   e.slope = slope;
   return e;
 }
@@ -192,7 +195,7 @@ nb::tuple forward(nb::handle x, nb::handle y, int axis, double eps, nb::handle m
   check_weights(vx, vw);
   const Channels m(mean, c, "mean", true), low(mean_low, c, "mean_low", true),
       s(m2, c, "m2", true), g(gamma, c, "gamma"), b(beta, c, "beta");
-  const bn::Epilogue e = epilogue_of(activation, slope);
+  const bn::Epilogue e = epilogue_of(activation, slope, vr);
   bn::Count count;
   {
     nb::gil_scoped_release released;
@@ -213,7 +216,7 @@ void normalize(nb::handle x, nb::handle y, int axis, nb::handle mean, nb::handle
   check_weights(vx, vw);
   const Channels m(mean, c, "mean"), low(mean_low, c, "mean_low"), v(var, c, "var"),
       g(gamma, c, "gamma"), b(beta, c, "beta");
-  const bn::Epilogue e = epilogue_of(activation, slope);
+  const bn::Epilogue e = epilogue_of(activation, slope, vr);
   nb::gil_scoped_release released;
   bn::normalize(vx.array(), vr.array(), vw.array(), vy.array(), axis,
                 {m.data(), low.data(), v.data(), eps}, {g.data(), b.data()}, e);
@@ -239,7 +242,7 @@ void backward(Pass pass, nb::handle grad_y, nb::handle x, nb::handle grad_x, int
       g(gamma, c, "gamma"), b(beta, c, "beta"),
       s1(sum_grad, c, "sum_grad", pass != Pass::apply),
       s2(sum_grad_x_hat, c, "sum_grad_x_hat", pass != Pass::apply);
-  const bn::Epilogue e = epilogue_of(activation, slope);
+  const bn::Epilogue e = epilogue_of(activation, slope, vy);
   const bn::Statistics st{m.data(), low.data(), v.data(), eps};
   const bn::Affine af{g.data(), b.data()};
   nb::gil_scoped_release released;
@@ -350,7 +353,7 @@ void layer(Layer pass, nb::handle x, nb::handle y, int axis, double eps, nb::han
   const Parameter g(gamma, c, "gamma"), b(beta, c, "beta");
   const StatisticsBlock s(statistics, c, pass == Layer::forward);
   const bn::Groups groups = groups_of(s, group_size, vx);
-  const bn::Epilogue e = epilogue_of(activation, slope);
+  const bn::Epilogue e = epilogue_of(activation, slope, vr);
   nb::gil_scoped_release released;
   if (pass == Layer::forward)
     bn::layer_forward(vx.array(), vr.array(), vw.array(), vy.array(), axis, eps,
@@ -379,7 +382,7 @@ void layer_backward(nb::handle grad_y, nb::handle x, nb::handle grad_x, int axis
       gg(grad_gamma, c, "grad_gamma", true), gb(grad_beta, c, "grad_beta", true);
   const StatisticsBlock s(statistics, c, false);
   const bn::Groups groups = groups_of(s, group_size, vx);
-  const bn::Epilogue e = epilogue_of(activation, slope);
+  const bn::Epilogue e = epilogue_of(activation, slope, vy);
   nb::gil_scoped_release released;
   bn::layer_backward(vg.array(), vx.array(), vy.array(), vw.array(), vo.array(), vgr.array(), axis,
                      eps, {g.array(), b.array()}, e, groups, s.data(), measured, gg.array(),

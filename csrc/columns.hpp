@@ -1,4 +1,4 @@
-// Columns made of something else. Included by block.cpp only, after simd.hpp and inside its
+// Columns made of something else. Included by bodies.hpp only, after simd.hpp and inside its
 // namespace; as there, nothing here may have external linkage.
 //
 // Rows of columns that follow one another without a gap are one long row in which the channels come
@@ -103,10 +103,23 @@ struct Columns {
   }
 };
 
+// A callable, by address: what visits a block is one function rather than one per kind of visitor.
+template <class Argument>
+class Visitor {
+ public:
+  template <class F>
+  Visitor(F& f)
+      : f_(&f), call_([](void* to, const Argument& a) { (*static_cast<F*>(to))(a); }) {}
+  void operator()(const Argument& a) const { call_(f_, a); }
+
+ private:
+  void* f_;
+  void (*call_)(void*, const Argument&);
+};
+
 // Visit a block of short rows as columns, cut where lines of `a` begin; false if it is none.
-template <class Visit>
-bool each_of_short_rows(const Job& job, const Block& b, const Operand& a, Columns::Members used,
-                        const Visit& visit) {
+static bool each_of_short_rows(const Job& job, const Block& b, const Operand& a,
+                               Columns::Members used, Visitor<Columns> visit) {
   if (!job.dense || b.inner_end > short_row || b.outer_end - b.outer_begin < 8) return false;
   const index size = size_of(job.dtype);
   const index all = (b.channel_end - b.channel_begin) * b.inner_end;
@@ -122,9 +135,8 @@ bool each_of_short_rows(const Job& job, const Block& b, const Operand& a, Column
 
 // Visit what of a block of columns can be cut anew, into rows of full lines `narrowest` values long
 // at the least; and the blocks that are left over. `a`: where lines should begin, or null.
-template <class Visit, class Rest>
-void each_of_columns(const Job& job, const Block& b, const Operand* a, index narrowest,
-                     Columns::Members used, const Visit& visit, const Rest& rest) {
+static void each_of_columns(const Job& job, const Block& b, const Operand* a, index narrowest,
+                            Columns::Members used, Visitor<Columns> visit, Visitor<Block> rest) {
   const index size = size_of(job.dtype), channels = b.channel_end - b.channel_begin;
   index width = channels;
   while (width * size % 64 || width < narrowest) width *= 2;

@@ -1,5 +1,5 @@
 // The kernels of kernels.hpp on whole arrays: partition, threads, and every decision that touches
-// accuracy. The loops over elements are block.cpp's.
+// accuracy. The loops over elements are in bodies.hpp.
 #include <algorithm>
 #include <atomic>
 #include <cmath>

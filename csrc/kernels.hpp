@@ -13,8 +13,9 @@
 //   backward_fused = backward_sums, then backward} in cache; the arithmetic is that of the pair
 //
 // where z = gamma * x_hat + beta + residual, y = activation(z), grad_z = grad_y * activation'(z).
-// Backward, where a residual was added, y itself takes its place: z has the sign of y (a slope must
-// not be negative then), and what was added may have been changed since.
+// Backward, where a residual was added, y itself takes the place of z, for the residual may have been
+// changed since: the gradient of relu6 is told by y, and that of leaky_relu by its sign (a slope must
+// not be negative then). Those of hardswish and silu are not, so these two follow no residual.
 //
 // Results are bitwise the same for any number of threads: the work is cut by the array's size
 // alone, each piece has a slot of its own for its partial sums, and slots are added in order.
@@ -34,7 +35,9 @@ enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 
 inline index size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
-enum class Activation : int { identity = 0, relu = 1, leaky_relu = 2 };
+enum class Activation : int {
+  identity = 0, relu = 1, leaky_relu = 2, relu6 = 3, hardswish = 4, silu = 5
+};
 
 // What a number of this type holds of v.
 double rounded_to(double v, DType t);
@@ -123,7 +126,7 @@ void use_instruction_set(const std::string& name);
 bool has_openmp();
 int threads();
 
-// ---- what an instruction set provides (block.cpp), and the driver (driver.cpp) calls ------------
+// ---- what an instruction set provides (bodies.hpp), and the driver (driver.cpp) calls ------------
 
 // One array of a call after layout.hpp: strides in elements.
 struct Operand {

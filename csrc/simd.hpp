@@ -1,6 +1,6 @@
 // Fixed-width vectors, whatever the instruction set: GNU vector extensions, which GCC and Clang
 // lower to the target's registers (and split where they are narrower), with plain arrays where the
-// compiler has none. Included by block.cpp only, inside a namespace of its own per instruction set;
+// compiler has none. Included by bodies.hpp only, inside a namespace of its own per instruction set;
 // nothing here may have external linkage, or the linker could hand AVX-512 code to an older machine.
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -18,6 +18,7 @@ constexpr int F = 4, D = 4;
 
 #if defined(__GNUC__) || defined(__clang__)
 #define BN_INLINE inline __attribute__((always_inline))
+#define BN_APART static __attribute__((noinline))
 #define BN_UNROLL _Pragma("GCC unroll 8")
 
 template <class E, int N>
@@ -42,6 +43,7 @@ BN_INLINE To convert(From v) {
 }
 #else
 #define BN_INLINE inline
+#define BN_APART static
 #define BN_UNROLL
 
 template <class E, int N>
@@ -63,6 +65,9 @@ struct Vec {
   }
   friend Vec operator*(const Vec& a, const Vec& b) {
     return map(a, b, [](E p, E q) { return E(p * q); });
+  }
+  friend Vec operator/(const Vec& a, const Vec& b) {
+    return map(a, b, [](E p, E q) { return E(p / q); });
   }
   Vec& operator+=(const Vec& b) { return *this = *this + b; }
 };
