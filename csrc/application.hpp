@@ -42,10 +42,14 @@ struct Application {
         }
       }
       if constexpr (Mode == backward_batch) {
-        if (E != general || (s.batch_statistics && !p.weights))
+        if constexpr (E < curved) {
           g = (g - k.level) - d * k.tilt;
-        else if (s.batch_statistics)
-          g = g - w * (k.level + d * k.tilt);
+        } else if (s.batch_statistics) {
+          if (may_weigh && p.weights)
+            g = g - w * (k.level + d * k.tilt);
+          else
+            g = (g - k.level) - d * k.tilt;
+        }
       }
       g = g * k.scale;
       if constexpr (may_weigh)

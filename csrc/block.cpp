@@ -48,9 +48,9 @@ void apply_forward(const Job& job, const Block& b) {
 void apply_backward(const Job& job, const Block& b) {
   with_epilogue(job, [&](auto e) {
     constexpr int E = decltype(e)::value;
-    if (E == general || job.batch_statistics)
+    if (E >= curved || job.batch_statistics)
       apply<T, P, E, backward_batch>(job, b);
-    else if constexpr (E != general)
+    else if constexpr (E < curved)
       apply<T, P, E, backward_fixed>(job, b);
   });
 }

@@ -8,7 +8,9 @@
 // constants named in the namespace of the set are seen from outside.
 #pragma once
 
+#if !defined(__GNUC__)
 #include <cmath>
+#endif
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>

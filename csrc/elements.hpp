@@ -3,8 +3,8 @@
 // set; nothing here may have external linkage.
 
 // A reduction adds up the moments about `center`, or the two sums of the backward pass; an
-// application writes y, or grad_x with batch statistics, or grad_x with fixed ones. The general
-// application asks a job which of the two last it is, and is compiled for the first of them.
+// application writes y, or grad_x with batch statistics, or grad_x with fixed ones. Curved
+// and general applications ask a job which of the two last it is, and are compiled as the first.
 enum : int { forward = 0, backward_batch = 1, backward_fixed = 2 };
 
 template <class T>
