@@ -23,8 +23,8 @@ from .internals import is_direct, is_exporting_to_onnx, is_tracing
 
 __all__ = ["batch_norm"]
 
-# A NumPy array where torch need not see it.
-Statistics = native.Statistics | Tensor
+# A NumPy array where torch need not see it; on other devices what torch's own kernels measure.
+Statistics = native.Statistics | Tensor | portable.Measured
 
 
 def batch_norm(
@@ -249,28 +249,24 @@ def update_running(
     """Bring a batch's statistics into the running ones (`running.update_native`)."""
     policy = (momentum, on_nonfinite, mask is None, name)
     buffers = (running_mean, running_var, tracked, nonfinite)
-    supported = native.supports(running_mean, running_var)
-    if isinstance(statistics, np.ndarray):
-        if supported and is_direct(*buffers):
-            return running.update_native(*buffers, statistics, *policy)
-        statistics = torch.from_numpy(statistics)
-    if statistics is None:  # torch counts an empty batch
-        return None
-    if supported:
-        operators.update_running(*buffers, statistics, *policy)
-    else:
+    if statistics is None:  # of an empty batch, which has none
+        return
+    if not native.supports(running_mean, running_var):
+        if isinstance(statistics, np.ndarray):
+            statistics = torch.from_numpy(statistics)
         running.update_portable(*buffers, statistics, *policy)
-    return None
+    elif isinstance(statistics, np.ndarray) and is_direct(*buffers):
+        running.update_native(*buffers, statistics, *policy)
+    else:
+        operators.update_running(*buffers, running.as_tensor(statistics), *policy)
 
 
 def merge_into(
     total: Tensor, statistics: Statistics | None, nonfinite: Tensor | None, *policy: str
 ) -> None:
     """Merge a batch's statistics into `total` (`running.merge_into`)."""
-    if isinstance(statistics, np.ndarray):
-        statistics = torch.from_numpy(statistics)
-    assert statistics is not None
-    operators.merge_into(total, statistics, nonfinite, *policy)
+    if statistics is not None:
+        operators.merge_into(total, running.as_tensor(statistics), nonfinite, *policy)
 
 
 def measure(x: Tensor, mask: Tensor | None) -> Moments:

@@ -8,7 +8,9 @@ sums in float64 and the mean subtracted in two parts, so that none of its digits
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -197,36 +199,84 @@ def update_running(
     running_var: Tensor,
     tracked: Tensor | None,
     nonfinite: Tensor | None,
-    statistics: Tensor,
+    statistics: Tensor | Measured,
     momentum: float | None,
     propagate: bool,
     count_empty: bool,
-) -> Tensor:
+) -> None:
     """`native.update_running` on any device, without waiting for it.
 
-    A batch that is left out is counted in `nonfinite`. Returns, per channel, whether its
-    statistics are finite as the buffers hold them.
+    A batch that is left out is counted in `nonfinite`. Operations are few, for each is a kernel
+    that the device has to start.
     """
     with torch.no_grad():
-        count, mean, _, m2, dof = merge(statistics)[0]
-        unbiased = m2 / torch.where(dof > 0, dof, 1.0)
-        mean, unbiased = mean.to(running_mean.dtype), unbiased.to(running_var.dtype)
-        finite: Tensor = mean.isfinite() & unbiased.isfinite()
-        used = torch.ones_like(finite.all()) if propagate else finite.all()
-        if nonfinite is not None:
-            nonfinite.add_(~used)
+        mean, var, count, dof = _to_take_up(statistics, running_mean, running_var)
+        used: Tensor | bool = True
+        if not propagate and mean.numel():
+            used = finite = _largest(mean, var) < math.inf
+            if nonfinite is not None:
+                nonfinite.add_(~finite)
         if not count_empty:
-            used = used & (count > 0).any()
+            used = used & (count > 0)
         if tracked is not None:
             tracked.add_(used)
-        for running, new in ((running_mean, mean), (running_var, unbiased)):
-            if momentum is not None:
-                share: Tensor | float = momentum
-            else:
-                share = 1.0 if tracked is None else 1.0 / tracked.to(new.dtype)
-            moved = running * (1 - share) + share * new
-            running.copy_(torch.where(used & (dof > 0), moved, running))
-    return finite
+        if momentum is not None:
+            share: Tensor | float = momentum
+        else:
+            share = 1.0 if tracked is None else 1.0 / tracked.double()
+        takes = used & (dof > 0)
+        if takes is False:
+            return
+        for running, new in ((running_mean, mean), (running_var, var)):
+            w = share.to(running.dtype) if isinstance(share, Tensor) else share
+            running.lerp_(new if takes is True else torch.where(takes, new, running), w)
+
+
+def finite_channels(
+    statistics: Tensor | Measured, running_mean: Tensor, running_var: Tensor
+) -> Tensor:
+    """Whether each channel's statistics are finite as the buffers hold them, (C,)."""
+    mean, var, _, _ = _to_take_up(statistics, running_mean, running_var)
+    return mean.isfinite() & var.isfinite()
+
+
+class Measured(NamedTuple):
+    """What torch's own kernels measured of one batch, before it is brought into any form.
+
+    Attributes
+    ----------
+    mean_and_var : (2, C)
+        The variance is the unbiased one.
+    values : int
+        Per channel.
+    """
+
+    mean_and_var: Tensor
+    values: int
+
+    def statistics(self) -> Tensor:
+        """The same as statistics of one group."""
+        mean, var = self.mean_and_var.double()
+        zero, dof = torch.zeros_like(mean), max(self.values - 1, 0)
+        return torch.stack([zero + self.values, mean, zero, var * dof, zero + dof])[None]
+
+
+def _to_take_up(
+    statistics: Tensor | Measured, running_mean: Tensor, running_var: Tensor
+) -> tuple[Tensor, Tensor, Any, Any]:
+    """Mean and unbiased variance as the buffers hold them, and the count and degrees of freedom."""
+    if isinstance(statistics, Measured):
+        mean, var = statistics.mean_and_var.to(running_mean.dtype)
+        return mean, var.to(running_var.dtype), statistics.values, statistics.values - 1
+    count, mean, _, m2, dof = merge(statistics)[0]
+    var = m2 / torch.where(dof > 0, dof, 1.0)
+    return mean.to(running_mean.dtype), var.to(running_var.dtype), count[:1].sum(), dof[:1].sum()
+
+
+def _largest(mean: Tensor, var: Tensor) -> Tensor:
+    """The largest magnitude in both; NaN if there is one."""
+    norm = torch.linalg.vector_norm
+    return torch.maximum(norm(mean, math.inf), norm(var, math.inf))
 
 
 # ---- what follows the normalization -------------------------------------------------------------
@@ -394,31 +444,31 @@ def forward_by_torch(
     residual: Tensor | None,
     mask: Tensor | None,
     config: Config,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | Measured]:
     """`forward` by the device's own kernels where they can, with the accuracy that they have."""
     if mask is not None:
         return forward(x, weight, bias, residual, mask, config)
-    ys, groups = [], []
-    for _, part in _parts(x, config.group_size):
-        y, group = _group_by_torch(x[part], weight, bias, config.eps)
-        ys.append(y)
-        groups.append(group)
-    return finish(_joined(ys), residual, None, config), torch.stack(groups)
+    groups = [
+        _group_by_torch(x[part], weight, bias, config.eps)
+        for _, part in _parts(x, config.group_size)
+    ]
+    ys, measured = zip(*groups, strict=True)
+    y = finish(_joined(list(ys)), residual, None, config)
+    if len(groups) == 1:
+        return y, measured[0]
+    return y, torch.cat([m.statistics() for m in measured])
 
 
 def _group_by_torch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Measured]:
     wide = torch.promote_types(x.dtype, torch.float32)
     n = x.numel() // max(x.shape[1], 1)
     if is_transformed():
         y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
-        var, mean = torch.var_mean(x.detach().to(wide), _all_but_channels(x), correction=0)
-    else:
-        # What a momentum of one leaves in the running statistics are the batch's.
-        mean, var = torch.zeros((2, x.shape[1]), dtype=wide, device=x.device)
-        var += 1
-        y = F.batch_norm(x, mean, var, weight, bias, True, 1.0, eps)
-        var = var * ((n - 1) / n) if n else var
-    zero = torch.zeros_like(mean)
-    return y, torch.stack([zero + n, mean, zero, var * n, zero + max(n - 1, 0)]).double()
+        var, mean = torch.var_mean(x.detach().to(wide), _all_but_channels(x))
+        return y, Measured(torch.stack([mean, var]), n)
+    # What a momentum of one leaves in the running statistics are the batch's.
+    both = torch.zeros((2, x.shape[1]), dtype=wide, device=x.device)
+    y = F.batch_norm(x, both[0], both[1], weight, bias, True, 1.0, eps)
+    return y, Measured(both, n)

@@ -57,7 +57,7 @@ def update_portable(
     running_var: Tensor,
     tracked: Tensor | None,
     nonfinite: Tensor | None,
-    statistics: Tensor,
+    statistics: Tensor | portable.Measured,
     momentum: float | None,
     on_nonfinite: str,
     count_empty: bool,
@@ -66,16 +66,22 @@ def update_portable(
     """`update_native` on another device, which is waited for only if it is to raise."""
     if running_mean.is_meta:
         return
-    policy = (momentum, on_nonfinite == "propagate", count_empty)
     if on_nonfinite == "raise":
-        # On copies first: a call that raises changes nothing.
-        mean, var = running_mean.clone(), running_var.clone()
-        finite = portable.update_running(mean, var, None, None, statistics, 1.0, *policy[1:])
+        finite = portable.finite_channels(statistics, running_mean, running_var)
         if not bool(finite.all()):
             bad = int(torch.nonzero(~finite)[0])
-            merged = portable.merge(statistics).cpu().numpy()
+            merged = portable.merge(as_tensor(statistics)).cpu().numpy()
             _report(merged, bad, on_nonfinite, None, name)
-    portable.update_running(running_mean, running_var, tracked, nonfinite, statistics, *policy)
+    propagate = on_nonfinite != "skip"
+    buffers = (running_mean, running_var, tracked, nonfinite)
+    portable.update_running(*buffers, statistics, momentum, propagate, count_empty)
+
+
+def as_tensor(statistics: native.Statistics | Tensor | portable.Measured) -> Tensor:
+    """Statistics as torch knows them, (groups, 5, C) float64."""
+    if isinstance(statistics, portable.Measured):
+        return statistics.statistics()
+    return torch.as_tensor(statistics).double()
 
 
 def merge_into(

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ShapeError
-from . import autograd, functional, native, portable
+from . import autograd, functional, native, portable, running
 from .autograd import Call
 from .contract import IDENTITY, ROWS, Config, check_mask, joins
 from .exact_sums import Examples, statistics_of
@@ -253,7 +253,7 @@ class _Part:
             if of_groups is None:
                 nothing = torch.zeros((1, ROWS, channels), dtype=torch.float64, device=x.device)
                 return _message_of(0, nothing)
-            return _message_of(0, portable.merge(torch.as_tensor(of_groups).double()))
+            return _message_of(0, portable.merge(running.as_tensor(of_groups)))
         if residual is not None:
             portable.check_residual(x, residual)
         seen: Tensor | int = x.numel() // max(channels, 1)
