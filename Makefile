@@ -17,16 +17,18 @@ SOURCES := $(shell find csrc src -type f ! -name '*.pyc') pyproject.toml CMakeLi
 SANITIZE_VENV := .venv-sanitize
 SANITIZE_TESTS := $(wildcard $(foreach name,kernels layer_core layout numerics moments,tests/test_$(name).py))
 
-.PHONY: help demo test check bench sanitize clean
+.PHONY: help demo test check bench sanitize wheel wheel-test clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo      set up, train the demo networks, write demo.html"
-	@echo "make test      set up and run all tests"
-	@echo "make check     ruff and mypy"
-	@echo "make bench     measure speed and accuracy into benchmarks/results, and update README.md"
-	@echo "make sanitize  run the kernel tests under AddressSanitizer and UBSan (GCC)"
-	@echo "make clean     remove what the other targets made"
+	@echo "make demo        set up, train the demo networks, write demo.html"
+	@echo "make test        set up and run all tests"
+	@echo "make check       ruff and mypy"
+	@echo "make bench       measure speed and accuracy into benchmarks/results, and update README.md"
+	@echo "make sanitize    run the kernel tests under AddressSanitizer and UBSan (GCC)"
+	@echo "make wheel       an sdist, and a wheel for each Python at hand, into dist"
+	@echo "make wheel-test  try each wheel on each Python, in environments without a compiler"
+	@echo "make clean       remove what the other targets made"
 
 demo: $(VENV)/.demo
 	$(BIN)/batchnorm demo --out demo.html
@@ -51,6 +53,12 @@ sanitize: $(SANITIZE_VENV)/.installed
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	PYTHONMALLOC=malloc \
 	$(SANITIZE_VENV)/bin/python -m pytest $(SANITIZE_TESTS)
+
+wheel:
+	$(PYTHON) .ci/wheels build
+
+wheel-test:
+	$(PYTHON) .ci/wheels test
 
 clean:
 	rm -rf $(VENV) $(SANITIZE_VENV) build dist demo.html .pytest_cache .mypy_cache .ruff_cache .hypothesis
