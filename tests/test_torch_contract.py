@@ -16,12 +16,14 @@ from batchnorm.torch.contract import (  # noqa: E402
     MEAN,
     Config,
     groups_of,
+    saved_y,
 )
 
 backends = pytest.mark.parametrize("backend", [native, portable], ids=["native", "portable"])
 masks = pytest.mark.parametrize("mask", [None, "booleans", "weights"])
 groups = pytest.mark.parametrize("group_size", [0, 3])
-activations = pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+activations = pytest.mark.parametrize("activation", list(ACTIVATIONS))
+CURVED = ("hardswish", "silu")  # not after a residual
 
 EPS, SLOPE, N, C, S = 1e-3, 0.25, 8, 3, (4, 5)
 # The last step of the kernels runs in float32, with values of order one (docs/numerics.md).
@@ -31,10 +33,27 @@ GRADIENT = {"rtol": 2e-5, "atol": 2e-5}
 STATISTICS = {"rtol": 1e-12, "atol": 1e-12}
 
 
+def _sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+FLOAT64 = {  # each activation and its derivative
+    None: (lambda z: z, np.ones_like),
+    "relu": (lambda z: np.maximum(z, 0), lambda z: z > 0),
+    "leaky_relu": (lambda z: np.where(z > 0, z, SLOPE * z), lambda z: np.where(z > 0, 1, SLOPE)),
+    "relu6": (lambda z: np.clip(z, 0, 6), lambda z: (z > 0) & (z < 6)),
+    "hardswish": (
+        lambda z: z * np.clip(z + 3, 0, 6) / 6,
+        lambda z: np.where(z < -3, 0, np.where(z < 3, z / 3 + 0.5, 1)),
+    ),
+    "silu": (lambda z: z * _sigmoid(z), lambda z: _sigmoid(z) * (1 + z * (1 - _sigmoid(z)))),
+}
+
+
 class Case:
     """Tensors of one call, and what float64 makes of them."""
 
-    def __init__(self, mask=None, group_size=0, activation=None, residual=True):
+    def __init__(self, mask=None, group_size=0, activation=None):
         g = torch.Generator().manual_seed(7)
 
         def randn(*shape, **kw):
@@ -43,13 +62,13 @@ class Case:
         self.x = 3 * randn(N, C, *S) + 5
         self.grad_y = randn(N, C, *S)
         self.weight, self.bias = randn(C) + 1, randn(C)
-        self.residual = randn(N, C, *S) if residual else None
+        self.residual = None if activation in CURVED else randn(N, C, *S)
         drawn = randn(N, *S, dtype=torch.float64)
         self.mask = {
             None: None, "booleans": (drawn > -0.5).double(), "weights": drawn.relu()
         }[mask]  # fmt: skip
         self.config = Config(EPS, group_size, ACTIVATIONS[activation], SLOPE)
-        self.below = {None: 1.0, "relu": 0.0, "leaky_relu": SLOPE}[activation]
+        self.activate, self.slope_at = FLOAT64[activation]
         self.number = groups_of(self.x, group_size)
 
     @property
@@ -79,8 +98,8 @@ class Case:
             if self.residual is not None:
                 z = z + self.residual[part].double().numpy()
             seen = w > 0
-            ys.append(seen * np.where(z > 0, z, self.below * z))
-            gz = seen * np.where(z > 0, g, self.below * g)
+            ys.append(seen * self.activate(z))
+            gz = seen * g * self.slope_at(z)
             sums = [v.sum((0, 2, 3))[column] for v in (gz, gz * x_hat)]
             share = 0 if given else w / m.count
             dxs.append(seen * gamma * inv_std * (gz - share * (sums[0] + x_hat * sums[1])))
@@ -148,10 +167,15 @@ def test_gradients_equal_float64(backend, mask, group_size, activation, measured
         given = Moments(1, np.array([4.0, 5, 6]), np.array([8.0, 9, 10]))
         statistics = backend.given(*(torch.tensor(v) for v in (given.mean, given.m2)))
         y = backend.normalize(case.x, statistics, *forward)
-    rest = (case.weight, case.bias, y, case.mask, case.config, measured, (True,) * 4)
+    y = saved_y(y, case.residual, case.config)
+    needs = (True, True, True, case.residual is not None)
+    rest = (case.weight, case.bias, y, case.mask, case.config, measured, needs)
     found = backend.gradients(case.grad_y, case.x, statistics, *rest)
-    for a, b in zip(found, case.of_float64(given)[1:], strict=True):
-        np.testing.assert_allclose(a, b, **GRADIENT)
+    for a, b, needed in zip(found, case.of_float64(given)[1:], needs, strict=True):
+        if needed:
+            np.testing.assert_allclose(a, b, **GRADIENT)
+        else:
+            assert a is None
 
 
 @backends
@@ -162,13 +186,18 @@ def test_backward_by_sums_equals_float64(backend, mask, activation):
     y, statistics = backend.forward(
         case.x, case.weight, case.bias, case.residual, case.mask, case.config
     )
+    y = saved_y(y, case.residual, case.config)
     rest = (case.weight, case.bias, y, case.mask, case.config)
     sums = backend.backward_sums(case.grad_y, case.x, statistics, *rest)
     _, of_x, of_weight, of_bias, of_residual = case.of_float64()
     np.testing.assert_allclose(sums, [of_bias, of_weight], **GRADIENT)
-    found = backend.backward(case.grad_y, case.x, statistics, sums, *rest, True)
-    for a, b in zip(found, (of_x, of_residual), strict=True):
-        np.testing.assert_allclose(a, b, **GRADIENT)
+    with_residual = case.residual is not None
+    grad_x, grad_residual = backend.backward(
+        case.grad_y, case.x, statistics, sums, *rest, with_residual
+    )
+    np.testing.assert_allclose(grad_x, of_x, **GRADIENT)
+    if with_residual:
+        np.testing.assert_allclose(grad_residual, of_residual, **GRADIENT)
 
 
 @backends

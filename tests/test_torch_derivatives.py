@@ -27,7 +27,7 @@ LAYOUTS = {
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-activations = pytest.mark.parametrize("activation", ACTIVATIONS)
+activations = pytest.mark.parametrize("activation", [*ACTIVATIONS, "relu6", "hardswish", "silu"])
 
 
 # torch's forward mode, tracers and compilers run into torch's own deprecated functions.

@@ -96,8 +96,10 @@ def _exact(
     y = y if weight is None else y * _column(weight, x)
     y = y if bias is None else y + _column(bias, x)
     y = y if residual is None else y + residual.double()
-    y = F.relu(y) if activation == "relu" else y
-    y = F.leaky_relu(y, slope) if activation == "leaky_relu" else y
+    if activation == "leaky_relu":
+        y = F.leaky_relu(y, slope)
+    elif activation is not None:
+        y = getattr(F, activation)(y)
     return y if mask is None else y * (mask.unsqueeze(1) > 0)
 
 
@@ -566,12 +568,15 @@ def test_batch_norm_leaves_running_statistics_alone_when_the_batch_is_empty():
     assert torch.equal(torch.stack((mean, var)), torch.stack(_statistics(3)))
 
 
+ACTIVATIONS = ["relu", "leaky_relu", "relu6", "hardswish", "silu"]
+
+
 # ---- residual -----------------------------------------------------------------------------------
 
 
 @modes
 @dtypes
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "relu6"])
 def test_residual_is_added_before_the_activation(randn, dtype, training, activation):
     x, g, residual = (randn(5, 3, 4, dtype=dtype) for _ in range(3))
     _assert_equals_the_definition(
@@ -579,7 +584,16 @@ def test_residual_is_added_before_the_activation(randn, dtype, training, activat
     )
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+@modes
+@pytest.mark.parametrize("activation", ["hardswish", "silu"])
+def test_residual_is_added_before_an_activation_of_its_own_pass(randn, training, activation):
+    x, g, residual = (randn(5, 3, 4) for _ in range(3))
+    _assert_equals_the_definition(
+        x, g, randn(3), randn(3), training, residual=residual, activation=activation
+    )
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_residual_gradient_is_that_of_a_sum(randn, activation):
     x, residual, g = randn(5, 3, 4), randn(5, 3, 4), randn(5, 3, 4)
     ours, theirs = _leaves(residual, residual.double())
@@ -680,7 +694,7 @@ def test_mask_of_weights_equals_the_definition(randn, kind, training):
     _assert_equals_the_definition(x, g, randn(3), randn(3), training, mask=mask)
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_mask_with_residual_and_activation_equals_the_definition(randn, activation):
     x, g, residual = randn(4, 3, 5), randn(4, 3, 5), randn(4, 3, 5)
     _assert_equals_the_definition(
@@ -827,7 +841,7 @@ def test_mask_may_be_changed_before_backward(randn, dtype):
 
 @modes
 @dtypes
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_equals_the_definition(randn, dtype, training, activation):
     x, g = randn(5, 3, 4, dtype=dtype), randn(5, 3, 4, dtype=dtype)
     _assert_equals_the_definition(x, g, randn(3), randn(3), training, activation=activation)
@@ -842,7 +856,7 @@ def test_leaky_relu_takes_any_slope(randn, slope):
     )
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activation_derivative_at_zero_is_torchs(activation):
     # A constant channel is its bias exactly: zero.
     bias = torch.zeros(1, requires_grad=True)

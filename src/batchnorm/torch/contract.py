@@ -18,7 +18,8 @@ told beside them.
 | ``update_running(running_mean, running_var, …)`` | in place |
 
 where z = weight·x̂ + bias + residual, y = activation(z), grad_z = grad_y·activation'(z). In the
-backward functions `y` stands where a residual was added before the activation: z has its sign.
+backward functions `y` stands where a residual was added before the activation: it tells as much of
+z as the activation's gradient needs (which is not so for hardswish and silu).
 """
 
 from __future__ import annotations
@@ -33,10 +34,17 @@ from ..errors import ArgumentError, BatchNormError, ShapeError
 COUNT, MEAN, LOW, M2, DOF = range(5)
 ROWS = 5
 
-IDENTITY, RELU, LEAKY_RELU = 0, 1, 2
+IDENTITY, RELU, LEAKY_RELU, RELU6, HARDSWISH, SILU = range(6)
 
 #: Codes of the core by the names of `batch_norm`.
-ACTIVATIONS: dict[str | None, int] = {None: IDENTITY, "relu": RELU, "leaky_relu": LEAKY_RELU}
+ACTIVATIONS: dict[str | None, int] = {
+    None: IDENTITY,
+    "relu": RELU,
+    "leaky_relu": LEAKY_RELU,
+    "relu6": RELU6,
+    "hardswish": HARDSWISH,
+    "silu": SILU,
+}
 
 #: Gradients with respect to x, weight, bias and residual; None where not needed.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -105,7 +113,9 @@ def joins(residual: object, x: Tensor, config: Config) -> bool:
     """Whether a residual can be added in the same pass, not after it."""
     return (
         isinstance(residual, Tensor)
-        and config.slope >= 0  # or y would not have the sign of what the activation sees
+        # Otherwise y does not tell what the activation saw.
+        and config.slope >= 0
+        and config.activation not in (HARDSWISH, SILU)
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device

@@ -66,8 +66,8 @@ def batch_norm(
         Weight of each value in the statistics: booleans, or numbers that are finite and not
         negative; not differentiated. Where it is zero, neither the input nor gradients matter (NaN
         and infinity included), and the output is zero.
-    activation : None, "relu" or "leaky_relu"
-        Applied to the result.
+    activation : None, "relu", "leaky_relu", "relu6", "hardswish" or "silu"
+        Applied to the result, in the same pass but for a residual before hardswish and silu.
     negative_slope : float
         Of "leaky_relu".
     group_size : int

@@ -342,7 +342,7 @@ _DOC = """torch's {name}, exact and faster, with what it lacks.
         C, of input {shape}.
     eps, momentum, affine, track_running_stats, device, dtype, bias
         As in `torch.nn.{name}`.
-    activation : None, "relu" or "leaky_relu"
+    activation : None, "relu", "leaky_relu", "relu6", "hardswish" or "silu"
         Applied in the same pass, after a residual if one is given.
     negative_slope : float
         Of "leaky_relu".

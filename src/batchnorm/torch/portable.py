@@ -19,9 +19,12 @@ from torch.nn import functional as F
 from ..errors import ShapeError
 from .contract import (
     DOF,
+    HARDSWISH,
     IDENTITY,
     LEAKY_RELU,
     RELU,
+    RELU6,
+    SILU,
     Config,
     Gradients,
     Needs,
@@ -213,7 +216,9 @@ def update_running(
         mean, var, count, dof = _to_take_up(statistics, running_mean, running_var)
         used: Tensor | bool = True
         if not propagate and mean.numel():
-            used = finite = _largest(mean, var) < math.inf
+            # The largest magnitude: NaN if there is one.
+            norms = [torch.linalg.vector_norm(v, math.inf) for v in (mean, var)]
+            used = finite = torch.maximum(*norms) < math.inf
             if nonfinite is not None:
                 nonfinite.add_(~finite)
         if not count_empty:
@@ -273,12 +278,6 @@ def _to_take_up(
     return mean.to(running_mean.dtype), var.to(running_var.dtype), count[:1].sum(), dof[:1].sum()
 
 
-def _largest(mean: Tensor, var: Tensor) -> Tensor:
-    """The largest magnitude in both; NaN if there is one."""
-    norm = torch.linalg.vector_norm
-    return torch.maximum(norm(mean, math.inf), norm(var, math.inf))
-
-
 # ---- what follows the normalization -------------------------------------------------------------
 
 
@@ -302,19 +301,26 @@ def check_residual(x: Tensor, residual: object) -> None:
 
 
 def _activated(z: Tensor, config: Config) -> Tensor:
-    if config.activation == RELU:
-        return F.relu(z)
     if config.activation == LEAKY_RELU:
         return F.leaky_relu(z, config.slope)
-    return z
+    activations = {RELU: F.relu, RELU6: F.relu6, HARDSWISH: F.hardswish, SILU: F.silu}
+    apply = activations.get(config.activation)
+    return z if apply is None else apply(z)
 
 
 def _activation_gradient(z: Tensor, config: Config) -> Tensor | float:
-    """The activation's derivative at z; for all but curved ones also at y, which has its sign."""
-    if config.activation == IDENTITY:
+    """The activation's derivative at z, or at y where that tells as much."""
+    code, one = config.activation, torch.ones_like(z)
+    if code == IDENTITY:
         return 1.0
-    below = 0.0 if config.activation == RELU else config.slope
-    return torch.where(z > 0, torch.ones_like(z), below)
+    if code == SILU:
+        sigmoid = z.sigmoid()
+        return sigmoid * (1 + z * (1 - sigmoid))
+    if code == HARDSWISH:
+        return torch.where(z >= 3, one, torch.where(z > -3, z / 3 + 0.5, 0.0))
+    if code == RELU6:
+        return torch.where((z > 0) & (z < 6), one, 0.0)
+    return torch.where(z > 0, one, config.slope if code == LEAKY_RELU else 0.0)
 
 
 # ---- pieces -------------------------------------------------------------------------------------
