@@ -84,7 +84,7 @@ $(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.built constraint
 	touch $@
 
 $(VENV)/.torch: $(VENV)/.built constraints.txt
-	$(PIP) install -c constraints.txt "$(WHEEL)[$(TORCH)]"
+	$(PIP) install -c constraints.txt "$(WHEEL)[$(TORCH),interop]"
 	touch $@
 
 comma := ,
