@@ -95,6 +95,24 @@ def test_layer_equals_the_one_on_a_cpu(randn, training, activation, masked):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
+@modes
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_propagating_layer_is_torchs_to_the_bit(randn, training, momentum):
+    ours, torchs = _pair(training, on_nonfinite="propagate", activation="silu")
+    ours.momentum = torchs.momentum = momentum
+    x, g = randn(8, 5, 7, 9), randn(8, 5, 7, 9)
+    found = []
+    for layer, activate in ((ours, lambda y: y), (torchs, F.silu)):
+        leaf = x.clone().requires_grad_()
+        for _ in range(2):
+            y = activate(layer(leaf))
+        y.backward(g)
+        found.append([y, leaf.grad, *(p.grad for p in layer.parameters())])
+        found[-1] += layer.state_dict().values()
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_groups_equal_those_on_a_cpu(randn):
     gpu, _ = _pair(True, group_size=3)
     cpu = copy.deepcopy(gpu).cpu()

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ArgumentError
-from . import functional
+from . import functional, portable
 from .contract import config_of, values_per_example
-from .internals import is_compiling, is_recomputing
+from .internals import is_compiling, is_direct, is_recomputing
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -170,12 +171,32 @@ class Layer(nn.Module):
         if batch and not self.track_running_stats:  # as in torch: they take no part in training
             mean = var = None
         config = config_of(self.eps, self.group_size, self.activation, self.negative_slope)
+        if not input.is_cpu and residual is None and mask is None and self._is_torchs(input):
+            functional.check(input, mean, var, weight, bias, batch, config)
+            y: Tensor = _BatchNorm.forward(self, input)  # type: ignore[arg-type]
+            return portable.finish(y, None, None, config)
         y, statistics = self._normalize(
             input, mean, var, weight, bias, batch, config, residual, mask
         )
         if batch and self.training and not is_recomputing():
             self._track(mean, var, statistics, mask)
         return y
+
+    def _is_torchs(self, input: Tensor) -> bool:
+        """Whether torch's layer does on another device all that is asked of this one.
+
+        It then runs as it is, in fewer kernels: statistics that may be left out are measured apart.
+        """
+        return (
+            self.on_nonfinite == "propagate"
+            and self.on_single == "raise"
+            and self.group_size is None
+            and self._accumulated is None
+            and not self.stats_frozen
+            and not self.affine_frozen
+            and is_direct(input)
+            and not is_recomputing()
+        )
 
     #: Normalizes; also returns the statistics that the running ones take up.
     _normalize: Callable[..., tuple[Tensor, Any]] = staticmethod(functional.normalize)

@@ -109,6 +109,9 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
     def _is_single(self, x: Tensor, mask: Tensor | None) -> bool:
         return False if self._is_shared() else super()._is_single(x, mask)
 
+    def _is_torchs(self, input: Tensor) -> bool:
+        return False  # torch's layer exchanges statistics in another way
+
     def _is_shared(self) -> bool:
         """Whether the batch lies on several processes."""
         if dist.is_available() and dist.is_initialized():
