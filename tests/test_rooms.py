@@ -253,3 +253,19 @@ def test_rooms_importing_batchnorm_loads_no_room_that_it_does_not_need(loaded, n
 
 def test_rooms_every_public_name_exists():
     assert all(hasattr(batchnorm, name) for name in batchnorm.__all__)
+
+
+# torch._dynamo is named where it is asked whether it has been imported.
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if p.parts[0] == "torch" and p.name != "internals.py"], ids=str
+)
+def test_rooms_use_torchs_private_modules_in_one_file_only(path):
+    tree = ast.parse((SOURCE / path).read_text())
+    used = {
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_")
+    }
+    private = {name for name in used if name.startswith(("torch._", "nn.modules.module._"))}
+    imported = {m for m, _ in _imports(path) if m.startswith("torch.") and "._" in m}
+    assert not private | imported

@@ -99,3 +99,8 @@ def has_function_modes() -> bool:
     """Whether a function mode, other than a default device, sees every call of this thread."""
     modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return any(not isinstance(mode, DeviceContext) for mode in modes)
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered that every module of the process calls."""
+    return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]

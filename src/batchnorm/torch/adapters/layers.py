@@ -10,6 +10,7 @@ from torch.fx import Proxy
 
 from ...errors import ArgumentError
 from .. import functional, modules
+from ..internals import has_global_hooks
 
 __all__ = ["ACTIVATIONS", "ActivatedLayer", "FrozenLayer", "OwnActivation", "supported"]
 
@@ -68,7 +69,7 @@ class OwnActivation:
             return None
         if drop is not None and (type(drop) is not nn.Identity or _is_observed(drop)):
             return None
-        if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        if has_global_hooks():
             return None
         name = ACTIVATIONS.get(type(act))
         if name == "relu6" and (act.min_val, act.max_val) != (0, 6):
