@@ -155,7 +155,7 @@ def test_activations_relu6_with_a_residual_goes_by_y(instruction_set, dtype, pla
 @pytest.mark.parametrize("name", ["hardswish", "silu"])
 def test_activations_without_an_inverse_refuse_a_residual(name):
     x, y, sums = np.ones((4, 3)), np.ones((4, 3)), np.ones((2, 3))
-    statistics, block = (np.zeros(3), None, np.ones(3), 0.0), np.ones((1, 4, 3))
+    statistics, block = (np.zeros(3), None, np.ones(3), 0.0), np.ones((1, 5, 3))
     code = CODES[name][0]
     calls = [
         lambda **r: _core.forward(x, y, 1, 0.0, *np.ones((3, 3)), **r),
@@ -167,7 +167,7 @@ def test_activations_without_an_inverse_refuse_a_residual(name):
         lambda **r: _core.backward_sums(x, x, 1, *statistics, *sums, **r),
         lambda **r: _core.backward(x, x, y, 1, 4.0, *statistics, *sums, **r),
         lambda **r: _core.backward_fused(x, x, y, 1, 4.0, *statistics, *sums, **r),
-        lambda **r: _core.layer_backward(x, x, y, 1, 0.0, block, **r),
+        lambda **r: _core.layer_backward(x, x, y, 1, 0.0, block, True, **r),
     ]
     for call, argument in [(c, "residual") for c in calls] + [(c, "y") for c in backwards]:
         call(activation=code)

@@ -179,7 +179,7 @@ def test_recalibrate_exact_is_right_where_others_are_far_off(monkeypatch):
     rows, _ = importlib.import_module("recalibrate").measure_errors()
     errors = {}
     for row in rows:
-        errors.setdefault(row["estimator"], []).append(float(row["error"]))
+        errors.setdefault(row.estimator, []).append(row.error)
     worst = {name: max(found) for name, found in errors.items()}
     others = {name: error for name, error in worst.items() if name not in ("exact", "precise")}
     assert set(others) == {"running averages", "update_bn", "fvcore"}

@@ -81,7 +81,9 @@ def as_tensor(statistics: native.Statistics | Tensor | portable.Measured) -> Ten
     """Statistics as torch knows them, (groups, 5, C) float64."""
     if isinstance(statistics, portable.Measured):
         return statistics.statistics()
-    return torch.as_tensor(statistics).double()
+    if isinstance(statistics, np.ndarray):
+        return torch.from_numpy(statistics)
+    return statistics.double()
 
 
 def merge_into(
