@@ -31,7 +31,7 @@ void set(const Array& a, index c, double v) {
   }
 }
 
-// A parameter as the kernels read it.
+// A parameter as float64, which the kernels read.
 class Wide {
  public:
   explicit Wide(const Array& a) {
@@ -66,8 +66,8 @@ const double* row(const double* statistics, index channels, index group, int r) 
   return statistics + (group * statistics_rows + r) * channels;
 }
 
-// The variance of x that normalizes it. Nothing measured: any will do, for there is nothing to
-// normalize, and every gradient is zero.
+// The biased variance. Without values any will do: there is nothing to normalize, and every gradient
+// is zero.
 double variance(double count, double m2) { return count > 0 ? m2 / count : 1; }
 
 // The statistics of one group as the kernels take them.
@@ -172,7 +172,7 @@ index update_running(const double* statistics, const Array& mean, const Array& v
                *means = row(statistics, channels, 0, mean_row),
                *m2s = row(statistics, channels, 0, m2_row),
                *dofs = row(statistics, channels, 0, dof_row);
-  // m2 and dof share the scale of the weights, which may be as small as float64 has numbers.
+  // m2 and dof have the scale of the weights, which may be as small as float64 can represent.
   const auto unbiased = [&](index c) { return dofs[c] > 0 ? m2s[c] / dofs[c] : m2s[c]; };
   index not_finite = -1;
   for (index c = channels; c-- > 0;)

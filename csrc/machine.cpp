@@ -92,7 +92,7 @@ std::mutex& pool_mutex() {
 }
 
 #if defined(__unix__) || defined(__APPLE__)
-// A child starts with the pool's lock held by nobody, and without OpenMP's threads.
+// In a forked child nobody holds the pool's lock, and OpenMP's threads do not exist.
 const int registered = pthread_atfork([] { pool_mutex().lock(); },
                                       [] { pool_mutex().unlock(); },
                                       [] {
@@ -173,12 +173,11 @@ Pool& pool() {
   return *p;
 }
 
-// What a program with large arrays does sooner or later by itself: glibc raises the size above which
-// freed memory goes back to the system to twice that of the largest block freed so far, of up to
-// 32 MiB. Below it, gradients that the optimizer drops in every step would come back as fresh pages,
-// which the system has to clear; see the page faults that benchmarks/resnet_step.py --profile counts.
-// No page of this block is touched. Thresholds that were set by hand stay; other allocators do not
-// care.
+// glibc returns freed memory to the system above a threshold, which is twice the largest block freed
+// so far, of up to 32 MiB. Free such a block now, as a program with large arrays does sooner or later.
+// Otherwise gradients that the optimizer drops in every step would come back as fresh pages, which
+// the system has to clear; benchmarks/resnet_step.py --profile counts these page faults. No page of
+// the block is touched. Thresholds set by hand remain, and other allocators are not affected.
 void settle_allocator() {
 #ifdef __GLIBC__
   void* volatile block = std::malloc((std::size_t(32) << 20) - (std::size_t(64) << 10));
@@ -192,7 +191,7 @@ void* fresh(std::size_t bytes) {
   const std::align_val_t alignment{bytes >= huge_page ? huge_page : 64};
   void* p = ::operator new(bytes, alignment);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes >= huge_page) madvise(p, bytes, MADV_HUGEPAGE);  // a wish; refusal changes nothing
+  if (bytes >= huge_page) madvise(p, bytes, MADV_HUGEPAGE);  // may fail without harm
 #endif
   return p;
 }

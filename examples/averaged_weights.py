@@ -1,7 +1,7 @@
-"""Weights averaged over training need statistics of their own: three ways to measure them.
+"""Averaged weights need their own statistics; this compares three ways to measure them.
 
-A network is trained in small batches, with dropout, and an average of its weights (EMA) is kept.
-The running statistics of the average belong to other weights.
+A network with dropout is trained in small batches, with an exponential moving average (EMA) of its
+weights. The running statistics of the averaged model do not belong to the averaged weights.
 """
 
 import copy
@@ -54,7 +54,7 @@ print(report, "\n")
 for name, value in found.items():
     print(f"{name:24}{value:8.4f}")
 
-# "exact" promises that each layer has the statistics of its input in evaluation.
+# After "exact", each layer has the statistics of its input in evaluation.
 inside = exact.module
 for k, layer in enumerate(inside):
     if isinstance(layer, nn.BatchNorm1d):

@@ -1,4 +1,4 @@
-"""Sequences of unequal length in one padded array: a mask keeps the padding out of everything."""
+"""Normalize sequences of different length in one padded array; a mask hides the padding."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ rng = np.random.default_rng(0)
 lengths = [7, 3, 5]
 sequences = [rng.normal(50, 4, (length, 2)) for length in lengths]
 
-padded = np.full((3, 7, 2), np.nan)  # (N, L, C); what stands in the padding does not matter
+padded = np.full((3, 7, 2), np.nan)  # (N, L, C); the padding may hold any value
 for row, sequence in zip(padded, sequences, strict=True):
     row[: len(sequence)] = sequence
 mask = np.arange(7) < np.array(lengths)[:, None]  # (N, L)

@@ -1,7 +1,7 @@
-"""Statistics of a data set that arrives in unequal batches: running averages and merged moments.
+"""Statistics of a data set in batches of different size: running averages and merged moments.
 
-The last batch is small and differs from the others. A running average gives it a tenth of the
-weight, an average over batches a fifth; merged moments weight it by its size.
+The last batch is small and differs from the others. In a running average its weight is a tenth, and
+in an average over batches a fifth. Merged moments weight it by its size.
 """
 
 import numpy as np

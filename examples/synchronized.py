@@ -1,7 +1,7 @@
-"""One batch on three processes: the network that trains on all of it is the same as on one process.
+"""Train on three processes that share each batch; the result is the same as on one process.
 
-The processes bring 5, 0 and 11 examples. This script starts them itself; under `torchrun` it would
-call `train` in each.
+The processes have 5, 0 and 11 examples of each batch. This script starts them itself; with
+`torchrun`, each process would call `train`.
 """
 
 import multiprocessing
@@ -34,7 +34,8 @@ def train(rank: int, folder: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for step in range(10):
         examples = batch(step).split(SIZES)[rank]
-        # Gradients are averaged over processes; the loss is to be averaged over all examples.
+        # DistributedDataParallel averages gradients over processes. Scale the loss so that the
+        # result is the average over all examples.
         loss = model(examples).square().sum() * len(SIZES) / sum(SIZES)
         optimizer.zero_grad()
         loss.backward()

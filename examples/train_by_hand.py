@@ -1,7 +1,7 @@
-"""Train one hidden layer with batch norm by plain gradient descent, forward and backward by hand.
+"""Train a hidden layer with batch norm by gradient descent, with forward and backward by hand.
 
-The inputs have means of 1,000 and standard deviations from 0.01 to 100, which is what batch
-normalization does not mind.
+The inputs have means of 1,000 and standard deviations from 0.01 to 100. Batch normalization makes
+training independent of such differences in scale.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Batch normalization, exact, fast and visible: the NumPy face.
+"""Accurate and fast batch normalization of NumPy arrays.
 
 >>> import numpy as np
 >>> import batchnorm

@@ -1,10 +1,10 @@
 """The command line: ``batchnorm`` and ``python -m batchnorm``.
 
-Each subcommand is added to the application by a function below, and imports the modules it needs
-when it runs. To add a subcommand, write such a function and list it in `SUBCOMMANDS`.
+Each subcommand is added to the application by a function below, and imports the modules that it
+needs when it runs. To add a subcommand, write such a function and add it to `SUBCOMMANDS`.
 
-Exit status: 0 done; 1 the command ran and found something wrong; 2 the call or its input was
-unusable; 130 interrupted.
+Exit status: 0 for success; 1 if the command ran and found something wrong; 2 if the arguments or
+the input cannot be used; 130 if interrupted.
 """
 
 import csv
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Missing(str, enum.Enum):
-    """What `stats` does about NaN and null."""
+    """How `stats` handles NaN and null."""
 
     refuse = "refuse"
     skip = "skip"
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments
-        Arguments after the program's name; None for those of this process.
+        Arguments after the name of the program; None for those of this process.
 
     Returns
     -------
@@ -62,13 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog_name="batchnorm",
             standalone_mode=False,
         )
-        sys.stdout.flush()  # here, where an error can still be reported
+        sys.stdout.flush()  # while an error can still be reported
     except BatchNormError as error:
         return _refuse(str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
     except BrokenPipeError:
-        _drop_output()  # the reader of the pipe is gone
+        _drop_output()  # the reader of the pipe has exited
         return DONE
     except OSError as error:
         if error.filename is not None:
@@ -139,7 +139,7 @@ def _drop_output() -> None:
 
 
 def _console(**options: Any) -> "Console":
-    """Make a console that prints text unchanged, and raises when the reader of a pipe is gone."""
+    """Make a console that prints text unchanged, and raises if the reader of a pipe has exited."""
     from rich.console import Console
 
     class Piped(Console):
@@ -171,11 +171,11 @@ def _demo(app: "typer.Typer") -> None:
         out: Annotated[Path, typer.Option(help="The page to write.")] = Path("demo.html"),
         seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
         steps: Annotated[
-            int | None, typer.Option(help="Training steps, in place of the usual number.")
+            int | None, typer.Option(help="Number of training steps, instead of the default.")
         ] = None,
         quick: Annotated[bool, typer.Option("--quick", help="Train for a few steps only.")] = False,
     ) -> None:
-        """Train a small network with and without batch norm and show what it changes."""
+        """Train a small network with and without batch norm, and show the difference."""
         import batchnorm.demo
 
         batchnorm.demo.run(out=out, seed=seed, steps=steps, quick=quick, console=_console())
@@ -197,7 +197,8 @@ def _bench(app: "typer.Typer") -> None:
             ),
         ] = None,
         ops: Annotated[
-            str | None, typer.Option(help="Some of forward, inference, backward.", metavar="A,B")
+            str | None,
+            typer.Option(help="Any of forward, inference, backward.", metavar="A,B"),
         ] = None,
         shapes: Annotated[
             str | None,
@@ -206,23 +207,23 @@ def _bench(app: "typer.Typer") -> None:
         providers: Annotated[
             str | None,
             typer.Option(
-                help="Some of batchnorm, batchnorm-out, numpy, torch, torch.compile, jax.",
+                help="Any of batchnorm, batchnorm-out, numpy, torch, torch.compile, jax.",
                 metavar="A,B",
             ),
         ] = None,
         accuracy: Annotated[
-            bool, typer.Option(help="Compare outputs at large means with the exact ones.")
+            bool, typer.Option(help="Compare outputs at large means with exact values.")
         ] = True,
         threads: Annotated[
-            int | None, typer.Option(help="Threads for every provider; all processors if left out.")
+            int | None, typer.Option(help="Threads for every provider; by default all processors.")
         ] = None,
         rounds: Annotated[
-            int | None, typer.Option(min=1, help="Samples of a case at the least.")
+            int | None, typer.Option(min=1, help="Minimum number of samples per case.")
         ] = None,
         budget: Annotated[
-            float | None, typer.Option(min=0, help="Seconds of a case at the least.")
+            float | None, typer.Option(min=0, help="Minimum number of seconds per case.")
         ] = None,
-        seed: Annotated[int, typer.Option(min=0, help="Seed of the inputs.")] = 0,
+        seed: Annotated[int, typer.Option(min=0, help="Random seed of the inputs.")] = 0,
     ) -> int:
         """Time forward, inference and backward beside NumPy, PyTorch, JAX and a plain copy."""
         from dataclasses import replace
@@ -281,12 +282,12 @@ def _stats(app: "typer.Typer") -> None:
             int, typer.Option(help="Axis of the features in arrays; -1 is the last.")
         ] = 1,
         missing: Annotated[
-            Missing, typer.Option(help="What to do about NaN and null.")
+            Missing, typer.Option(help="How to handle NaN and null.")
         ] = Missing.refuse,
         columns: Annotated[
             str | None,
             typer.Option(
-                help="Columns of tables; all if left out. Quote names that contain commas, as in "
+                help="Columns of tables; by default all. Quote names that contain commas, as in "
                 "'\"a,b\",c'.",
                 metavar="A,B",
             ),
@@ -306,7 +307,7 @@ def _stats(app: "typer.Typer") -> None:
             ),
         ] = None,
     ) -> None:
-        """Compute count, mean and standard deviation of each feature, also beyond memory.
+        """Compute count, mean and standard deviation of each feature, of data of any size.
 
         For example: batchnorm stats train/ --missing skip --out stats.npz
         """
@@ -362,11 +363,11 @@ def _normalize(app: "typer.Typer") -> None:
         ] = 1e-5,
         dtype: Annotated[
             str | None,
-            typer.Option(help="float16, float32 or float64; that of the data if left out."),
+            typer.Option(help="float16, float32 or float64; by default that of the data."),
         ] = None,
         channel_axis: Annotated[
             int | None,
-            typer.Option(help="Axis of the features; if left out, as measured."),
+            typer.Option(help="Axis of the features; by default, as in the statistics."),
         ] = None,
         header: Annotated[
             bool, typer.Option(help="Whether .csv files begin with a line of names.")
@@ -404,7 +405,7 @@ def _note(text: str) -> None:
 
 
 def _show_statistics(found: "Statistics", console: "Console") -> None:
-    """Print a table of the features, or of the first `SHOWN`."""
+    """Print a table of the first `SHOWN` features."""
     import rich.box
     from rich.table import Table
 
@@ -427,7 +428,7 @@ def _many(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-#: Features that `stats` prints at most.
+#: The maximum number of features that `stats` prints.
 SHOWN = 20
 
 SUBCOMMANDS = (_demo, _bench, _stats, _normalize)

@@ -1,10 +1,10 @@
-"""What the library raises for input it cannot use."""
+"""The errors that this library raises for input that it cannot use."""
 
 __all__ = ["ArgumentError", "BatchNormError", "DTypeError", "ShapeError"]
 
 
 class BatchNormError(Exception):
-    """Base of every error that this library raises on purpose."""
+    """Base class of all errors that this library raises."""
 
 
 class ShapeError(BatchNormError, ValueError):

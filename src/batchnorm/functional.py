@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from . import _core, native
 from .errors import ArgumentError, DTypeError, ShapeError
-from .moments import Moments, measured
+from .moments import Moments, moments_without_copy
 from .native import Array, Float64
 
 __all__ = [
@@ -23,25 +23,26 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Saved:
-    """What `batch_norm_backward` needs; made by `batch_norm`.
+    """What `batch_norm_backward` needs; returned by `batch_norm`.
 
     Attributes
     ----------
     moments : Moments
-        The statistics that normalized: of the batch in training.
+        The statistics of the batch.
     x : (N, C, *S)
-        The input itself, not a copy: change it and the gradient changes.
+        The input itself, not a copy. If it changes, the gradient changes.
     gamma : (C,) or None
     gamma_dtype, beta_dtype : dtype or None
-        Of the arguments; None where they were not given.
+        Types of the arguments; None for those that were not given.
     eps : float
     channel_axis : int
-        From the front.
-    weights : (N, *S) seen in the shape of `x`, or None
+        Counted from the front.
+    weights : (N, *S), broadcast to the shape of `x`, or None
     mean, mean_low, var : (C,)
-        What x was normalized by; `mean_low` is what rounding left off `mean`.
+        The statistics by which x was normalized. The mean is `mean` + `mean_low`, in which the
+        second is what rounding has removed from the first.
     training : bool
-        Whether the statistics depend on `x`, and so take part in the gradient.
+        Whether the statistics depend on `x`, so that the gradient includes them.
     """
 
     moments: Moments
@@ -69,11 +70,11 @@ def normalize(x: ArrayLike, *, eps: float = 1e-5, channel_axis: int = 1) -> Arra
     Parameters
     ----------
     x : (N, C, *S)
-        Any strides; channel-first and channel-last are read in place.
+        Any strides; channel-first and channel-last arrays are read in place.
     eps : float
         Added to the variance, inside the root.
     channel_axis : int
-        The axis whose entries are normalized each for itself.
+        The axis of the channels; -1 for channels-last arrays.
 
     Returns
     -------
@@ -117,19 +118,19 @@ def batch_norm(
     Parameters
     ----------
     x : (N, C, *S)
-        Any strides; channel-first and channel-last are read in place.
+        Any strides; channel-first and channel-last arrays are read in place.
     gamma, beta : (C,)
         Scale and shift; None means 1 and 0. May be of a wider type than `x`.
     eps : float
         Added to the variance, inside the root.
     channel_axis : int
-        The axis whose entries are normalized each for itself; -1 for channels-last arrays.
+        The axis of the channels; -1 for channels-last arrays.
     weights : broadcasts to (N, *S)
-        Weight of each value in the statistics; a mask is 0 and 1. Where it is zero, neither x nor
-        grad_y matters (NaN and infinity included), and y and grad_x are zero. If all are zero, y
-        is zero and the moments are empty.
+        Weight of each value in the statistics; a mask is 0 and 1. Values with weight zero are
+        ignored, in x and in grad_y, even NaN and infinity; y and grad_x are zero there. If all
+        weights are zero, y is zero and the moments are empty.
     out : (N, C, *S)
-        Where to write y: shape and type of `x`, no memory in common with the inputs.
+        Array to write y to. It has the shape and type of `x`, and shares no memory with an input.
 
     Returns
     -------
@@ -141,8 +142,8 @@ def batch_norm(
     Raises
     ------
     ShapeError
-        `gamma`, `beta`, `weights` or `out` do not fit `x`, or a channel has one value only (its
-        variance is zero, and y would be beta whatever x is).
+        The shape of `gamma`, `beta`, `weights` or `out` does not fit `x`, or a channel has only one
+        value. Its variance is zero, so y would be beta, whatever x is.
     DTypeError
         An argument is not real numbers, or `out` is of another type than `x`.
     ArgumentError
@@ -175,9 +176,9 @@ def batch_norm(
 
     mean, low, m2 = np.empty((3, channels))
     count, dof = _core.forward(
-        native.seen(values), native.seen(y), axis, eps, mean, low, m2, g, b, weights=w
+        native.for_core(values), native.for_core(y), axis, eps, mean, low, m2, g, b, weights=w
     )
-    batch = measured(count, mean, m2, dof)
+    batch = moments_without_copy(count, mean, m2, dof)
     saved = Saved(
         moments=batch,
         x=values,
@@ -189,7 +190,7 @@ def batch_norm(
         weights=w,
         mean=mean,
         mean_low=low,
-        # Nothing measured: any variance will do, for every gradient is zero.
+        # Without values every gradient is zero, so any variance will do.
         var=batch.var() if count > 0 else np.ones(channels),
         training=True,
     )
@@ -208,27 +209,27 @@ def batch_norm_backward(
     saved : Saved
         From the `batch_norm` that made y.
     out : (N, C, *S)
-        Where to write grad_x.
+        Array to write grad_x to.
 
     Returns
     -------
     grad_x : (N, C, *S)
-        In the dtype of `x`, through the batch's mean and variance.
+        In the dtype of `x`. In training, it includes the gradient through mean and variance.
     grad_gamma, grad_beta : (C,)
-        In the type of gamma and beta (float64 for integers); None where those were None. Empty
-        input gives zeros.
+        In the type of gamma and beta (float64 for integers); None if those were None. Zeros for
+        empty input.
 
     Raises
     ------
     ShapeError, DTypeError
-        `grad_y` or `out` has not the shape or type of `x`.
+        `grad_y` or `out` does not have the shape or type of `x`.
     ArgumentError
         `out` shares memory with `grad_y` or x.
 
     Notes
     -----
-    grad_x = γ/√(var+ε) · (grad_y − Σgrad_y/m − x̂·Σ(grad_y·x̂)/m), the derivation on page 4 of the
-    paper collapsed to two sums; `batchnorm.reference` keeps the printed form.
+    grad_x = γ/√(var+ε) · (grad_y − Σgrad_y/m − x̂·Σ(grad_y·x̂)/m). This is the derivation on page 4
+    of the paper, simplified to two sums; `batchnorm.reference` has the equations as printed.
 
     References
     ----------
@@ -240,7 +241,7 @@ def batch_norm_backward(
     >>> x = np.array([[1.0], [2.0], [6.0]])
     >>> y, saved = batchnorm.batch_norm(x, gamma=[2.0], eps=0.0)
     >>> grad_x, grad_gamma, grad_beta = batchnorm.batch_norm_backward(np.ones((3, 1)), saved)
-    >>> bool(np.abs(grad_x).max() < 1e-15)  # shifting all of y is not something x can do
+    >>> bool(np.abs(grad_x).max() < 1e-15)  # no change of x shifts all of y
     True
     """
     x = saved.x
@@ -256,9 +257,9 @@ def batch_norm_backward(
     channels = x.shape[saved.channel_axis]
     sum_grad, sum_grad_x_hat = np.empty((2, channels))
     _core.backward_fused(
-        native.seen(g),
-        native.seen(x),
-        native.seen(grad_x),
+        native.for_core(g),
+        native.for_core(x),
+        native.for_core(grad_x),
         saved.channel_axis,
         float(saved.moments.count) if saved.training else 0.0,
         saved.mean,
@@ -294,17 +295,17 @@ def batch_norm_inference(
     Parameters
     ----------
     x : (N, C, *S)
-        Any strides; channel-first and channel-last are read in place.
+        Any strides; channel-first and channel-last arrays are read in place.
     mean, var : (C,)
-        Statistics of the population. May be of a wider type than `x`.
+        Population statistics. May be of a wider type than `x`.
     gamma, beta : (C,)
         Scale and shift; None means 1 and 0.
     eps : float
         Added to `var`, inside the root.
     channel_axis : int
-        The axis whose entries are normalized each for itself.
+        The axis of the channels; -1 for channels-last arrays.
     out : (N, C, *S)
-        Where to write y: shape and type of `x`, no memory in common with the inputs.
+        Array to write y to. It has the shape and type of `x`, and shares no memory with an input.
 
     Returns
     -------
@@ -354,7 +355,7 @@ def inference(
     named_axis: int = 1,
     apart: tuple[Array, ...] = (),
 ) -> tuple[Array, Saved]:
-    """Normalize by given statistics; also return what the backward pass in evaluation needs."""
+    """Normalize by given statistics; return y and what the backward pass in evaluation needs."""
     channels = x.shape[axis]
     if mean is None or var is None:
         raise ArgumentError("mean and var must be given, got None.")
@@ -374,7 +375,7 @@ def inference(
         raise ArgumentError(f"var + eps must be above zero, got 0 in channel {c}; pass eps > 0.")
     y = native.output_like(x, out, apart)
     low = np.zeros(channels)
-    _core.normalize(native.seen(x), native.seen(y), axis, m, low, v, eps, g, b)
+    _core.normalize(native.for_core(x), native.for_core(y), axis, m, low, v, eps, g, b)
     saved = Saved(
         moments=_NO_MOMENTS,
         x=x,

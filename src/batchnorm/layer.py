@@ -1,4 +1,4 @@
-"""BatchNorm: the layer with its parameters and running statistics, on NumPy arrays."""
+"""BatchNorm: a layer with parameters and running statistics, for NumPy arrays."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import _core, functional, native
 from .errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 from .functional import Saved
-from .moments import Moments, as_block
+from .moments import Moments, as_statistics
 from .native import Array
 
 __all__ = ["BatchNorm"]
@@ -33,36 +33,36 @@ class BatchNorm:
     affine : bool
         Whether there are `gamma` and `beta`.
     track_running_stats : bool
-        Whether there are running statistics; without them, evaluation uses the batch's.
+        Whether there are running statistics; without them, evaluation uses those of the batch.
     channel_axis : int
-        The axis of the input that is C; -1 for channels-last arrays.
+        The axis of the channels; -1 for channels-last arrays.
     dtype : float16, bfloat16, float32 or float64
         Of `gamma`, `beta` and their gradients. The input may have any supported type.
 
     Attributes
     ----------
     gamma, beta : (C,) or None
-        Scale and shift, in `dtype`: ones and zeros at first.
+        Scale and shift, in `dtype`; initially ones and zeros.
     grad_gamma, grad_beta : (C,) or None
         Gradients from the last `backward`.
     running_mean, running_var : (C,) or None
-        float64: at a large offset a narrower mean would cost evaluation the digits that training
-        keeps. The variance is the unbiased one, as in PyTorch.
+        In float64, because at a large offset a narrower mean would make evaluation less accurate
+        than training. The variance is unbiased, as in PyTorch.
     num_batches_tracked : int
-        Training batches seen since construction or `set_population`.
+        Number of training batches since construction or `set_population`.
     nonfinite_batches : int
-        Training batches that the running statistics have left out.
+        Number of training batches that were skipped because they were not finite.
     training : bool
-        Whether a call normalizes by the batch (and updates the running statistics) or by the
-        running statistics.
+        True: a call normalizes by the batch and updates the running statistics. False: it
+        normalizes by the running statistics.
 
     Notes
     -----
-    A call that raises changes nothing. The running statistics take up the mean of the batch and its
-    unbiased variance, ``moments.var(ddof=1)``; a batch whose variance has no degrees of freedom
-    leaves them as they are. An empty batch counts as tracked, as in PyTorch; one whose weights are
-    all zero does not. A batch whose mean or variance is not finite is left out, counted in
-    `nonfinite_batches`, and the first time a RuntimeWarning says so.
+    A call that raises changes nothing. A training batch updates the running statistics with its
+    mean and its unbiased variance, ``moments.var(ddof=1)``, unless the variance has no degrees of
+    freedom. An empty batch counts in `num_batches_tracked`, as in PyTorch; a batch with all weights
+    zero does not. If the mean or variance of a batch is not finite, the batch is skipped and
+    counted in `nonfinite_batches`, with a RuntimeWarning the first time.
 
     Examples
     --------
@@ -136,7 +136,7 @@ class BatchNorm:
         ----------
         x : (N, C, *S)
         weights : broadcasts to (N, *S)
-            As in `batch_norm`; in training only.
+            As in `batch_norm`; only in training.
 
         Returns
         -------
@@ -146,7 +146,7 @@ class BatchNorm:
         Raises
         ------
         ShapeError, DTypeError, ArgumentError
-            As `batch_norm` and `batch_norm_inference`; the layer is unchanged then.
+            As `batch_norm` and `batch_norm_inference`; the layer remains unchanged.
         """
         values = native.aligned(native.as_values(x))
         axis = native.channel_axis_of(values, self.channel_axis)
@@ -164,8 +164,8 @@ class BatchNorm:
                 self._track(saved.moments, weights is not None)
         elif weights is not None:
             raise ArgumentError(
-                "weights must be None in evaluation, where the batch has no part in the "
-                "statistics. Call train() first, or leave them out."
+                "weights must be None in evaluation, which does not use the statistics of the "
+                "batch. Call train() first, or leave them out."
             )
         else:
             y, saved = functional.inference(
@@ -190,7 +190,7 @@ class BatchNorm:
         address = tracked.__array_interface__["data"][0]
         momentum = np.nan if self.momentum is None else self.momentum
         bad = _core.update_running(
-            as_block(batch), mean, var, address, momentum, False, not weighted
+            as_statistics(batch), mean, var, address, momentum, False, not weighted
         )
         if bad >= 0:
             self.nonfinite_batches += 1
@@ -198,7 +198,8 @@ class BatchNorm:
                 warnings.warn(
                     f"the batch's statistics are not finite (channel {bad}: mean "
                     f"{batch.mean[bad]}, variance {batch.var()[bad]}); the running statistics "
-                    "leave it out. Further such batches are only counted, in nonfinite_batches.",
+                    "skip this batch. Further ones are counted in nonfinite_batches without a "
+                    "warning.",
                     RuntimeWarning,
                     stacklevel=3,
                 )
@@ -217,8 +218,7 @@ class BatchNorm:
         Returns
         -------
         (N, C, *S)
-            ∂L/∂x: through the batch's statistics where the call used them, as a plain affine map
-            where it used the running ones.
+            ∂L/∂x. If the call used the statistics of the batch, it includes their gradient.
 
         Raises
         ------
@@ -235,30 +235,30 @@ class BatchNorm:
         return grad_x
 
     def train(self, mode: bool = True) -> BatchNorm:
-        """Normalize by the batch from now on (or not, with ``mode=False``); returns the layer."""
+        """Set training mode, or evaluation mode with ``mode=False``; return the layer."""
         self.training = bool(mode)
         return self
 
     def eval(self) -> BatchNorm:
-        """Normalize by the running statistics from now on; returns the layer."""
+        """Set evaluation mode; return the layer."""
         return self.train(False)
 
     def set_population(self, moments: Moments) -> None:
-        """Put exact statistics in place of the running averages.
+        """Replace the running averages by the statistics of a whole data set.
 
         Parameters
         ----------
         moments : Moments
-            Of the layer's input over the whole training set, e.g. merged over its batches. The
-            unbiased variance is stored, as the running one is.
+            Moments of the layer's input over the data set, e.g. merged over its batches. The
+            unbiased variance is stored.
 
         Raises
         ------
         ShapeError
-            `moments` has not `num_features` channels.
+            `moments` does not have `num_features` channels.
         ArgumentError
-            Fewer than two values per channel, statistics that are not finite, or a layer built
-            with ``track_running_stats=False``.
+            There are fewer than two values per channel, the statistics are not finite, or the layer
+            was created with ``track_running_stats=False``.
         """
         if self.running_mean is None:
             raise ArgumentError(
@@ -277,20 +277,20 @@ class BatchNorm:
             )
         var = moments.var(ddof=1)
         if not np.isfinite(moments.mean).all():
-            raise ArgumentError("moments must have a finite mean; the data hold NaN or infinity.")
+            raise ArgumentError("moments must have a finite mean; the data have NaN or infinity.")
         native.check_variance(var, "moments.var()")
         self.running_mean, self.running_var = moments.mean.copy(), var
         self.num_batches_tracked = 0
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of parameters and statistics, by name, ready for `numpy.savez`."""
+        """Return copies of parameters and statistics, by name, ready for `numpy.savez`."""
         state: dict[str, Array] = {}
         for name in self._state_names():
             state[name] = np.array(getattr(self, name))
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over parameters and statistics, all or none.
+        """Load parameters and statistics, all or none.
 
         Parameters
         ----------
@@ -324,13 +324,13 @@ class BatchNorm:
                 loaded[name] = int(value)
                 continue
             if value.dtype == "V2" and native.is_bfloat16(self.dtype):
-                value = value.view(self.dtype)  # .npz has no name for bfloat16, and keeps its bits
+                value = value.view(self.dtype)  # .npz stores only the bits of bfloat16
             checked = native.per_channel(value, self.num_features, name, self.channel_axis)
             assert checked is not None
             own = self.dtype if name in ("gamma", "beta") else np.dtype(np.float64)
             loaded[name] = checked.astype(own)
         if "running_mean" in loaded and not np.isfinite(loaded["running_mean"]).all():
-            raise ArgumentError("running_mean must be finite; the saved statistics hold NaN.")
+            raise ArgumentError("running_mean must be finite; the saved one has NaN or infinity.")
         if "running_var" in loaded:
             native.check_variance(loaded["running_var"], "running_var")
         for name, value in loaded.items():

@@ -1,4 +1,4 @@
-"""Moments: the one value from which every mean and variance of this library comes."""
+"""Moments: count, mean and sum of squared deviations, from which all statistics are computed."""
 
 from __future__ import annotations
 
@@ -25,28 +25,30 @@ def _zero() -> Float64:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Count, mean and summed squared deviation of each channel, in float64; merges exactly.
+    """Count, mean and sum of squared deviations of each channel, in float64.
+
+    The sum of two `Moments` is the `Moments` of all their values together.
 
     Parameters
     ----------
     count : () or (C,)
-        Number of values per channel, or the sum of their weights. Zero: no values seen.
+        Number of values per channel, or the sum of their weights.
     mean : (C,)
-        Mean per channel; zero where count is.
+        Mean per channel; zero if there are no values.
     m2 : (C,)
-        Σ(x − mean)² per channel, weighted where there are weights.
+        Σ(x − mean)² per channel, or Σw(x − mean)² with weights.
     dof : () or (C,)
-        Degrees of freedom of the variance: count − 1, the default, for values without weights, and
-        Σw − Σw²/Σw with weights w. Moments of weighted values need it to merge rightly.
+        Degrees of freedom of the variance: count − 1, the default, without weights, and
+        Σw − Σw²/Σw with weights w. Merging weighted moments needs it.
 
     Notes
     -----
-    m2 / dof is the average of (xᵢ − xⱼ)²/2 over all pairs of values, each weighted by wᵢwⱼ. So it
-    does not depend on the scale of the weights, is finite as soon as two of them are not zero, and
-    with weights of 0 and 1 it is the unbiased variance m2 / (count − 1).
+    m2 / dof is the average of (xᵢ − xⱼ)²/2 over all pairs of values, each with the weight wᵢwⱼ. It
+    does not depend on the scale of the weights, is finite if two weights are not zero, and for
+    weights of 0 and 1 it is the unbiased variance m2 / (count − 1).
 
-    ``Moments()`` is the neutral element: it merges with moments of any number of channels and
-    leaves them as they are. Merging is associative and commutative up to rounding of float64.
+    ``Moments()`` holds no values: adding it to moments of any number of channels changes nothing.
+    Merging is associative and commutative up to rounding.
 
     Examples
     --------
@@ -68,7 +70,7 @@ class Moments:
     dof: Float64 = None  # type: ignore[assignment]  # count - 1, set below
 
     def __post_init__(self) -> None:
-        """Own read-only float64 copies of consistent shapes."""
+        """Make read-only float64 copies, and check their shapes and values."""
         count, mean, m2 = (np.array(v, np.float64) for v in (self.count, self.mean, self.m2))
         if self.dof is None:
             dof = np.asarray(np.maximum(count - 1, 0))
@@ -97,25 +99,25 @@ class Moments:
     def of(
         cls, x: ArrayLike, *, channel_axis: int = 1, weights: ArrayLike | None = None
     ) -> Moments:
-        """Moments of an array, one per channel.
+        """Moments of each channel of an array.
 
         Parameters
         ----------
         x : (N, C, *S)
-            Any strides; channel-first and channel-last are read in place. A Dask array is measured
-            chunk by chunk by the scheduler in use, with NaN for masked values.
+            Any strides; channel-first and channel-last arrays are read in place. A Dask array is
+            measured chunk by chunk by the scheduler in use; masked values count as NaN.
         channel_axis : int
-            The axis that is kept.
+            The axis of the channels; -1 for channels-last arrays.
         weights : broadcasts to (N, *S)
-            Real, finite, not negative. What a zero weight covers does not matter, NaN and infinity
-            included.
+            Weight of each value, finite and not negative. Values with weight zero are ignored, even
+            NaN and infinity.
 
         Returns
         -------
         Moments
-            Mean within 1e-12·max(|mean|, std) and variance within 1e-9 of the exact values for
-            inputs up to float32 and |mean|/std ≤ 1e6; as accurate as a corrected two-pass in
-            float64.
+            For float32 and narrower types and |mean|/std ≤ 1e6: the mean is within
+            1e-12·max(|mean|, std) of the exact value, and the variance has a relative error of at
+            most 1e-9. For float64: as accurate as a corrected two-pass algorithm.
 
         Raises
         ------
@@ -130,15 +132,17 @@ class Moments:
         axis = native.channel_axis_of(values, channel_axis)
         w = None if weights is None else native.as_weights(weights, values, axis)
         mean, low, m2 = np.empty((3, values.shape[axis]))
-        count, dof = _core.forward(native.seen(values), None, axis, 0.0, mean, low, m2, weights=w)
-        return measured(count, mean, m2, dof)
+        count, dof = _core.forward(
+            native.for_core(values), None, axis, 0.0, mean, low, m2, weights=w
+        )
+        return moments_without_copy(count, mean, m2, dof)
 
     @classmethod
     def merge(cls, parts: Iterable[Moments]) -> Moments:
-        """Moments of all the values that the parts are moments of.
+        """Moments of the values of all parts together.
 
-        Parts are merged pairwise, in the order given, so that rounding grows with the logarithm
-        of their number. No parts give the neutral element.
+        Parts are merged pairwise, in the order given, so rounding errors grow only with the
+        logarithm of their number. Without parts, the result is ``Moments()``.
         """
         stack: list[tuple[int, Moments]] = []
         for part in parts:
@@ -158,7 +162,7 @@ class Moments:
             return NotImplemented
         if self.mean.shape != other.mean.shape:
             for neutral, kept in ((self, other), (other, self)):
-                if neutral.mean.ndim == 0 and neutral.count == 0:
+                if neutral.mean.ndim == 0 and neutral.count == 0:  # Moments()
                     return kept
             raise ShapeError(
                 "moments to merge must have the same number of channels, got "
@@ -173,12 +177,11 @@ class Moments:
             if not np.isfinite(delta).all():  # further apart than float64 reaches
                 apart = (1 - share) * self.mean + share * other.mean
                 step = np.where(np.isfinite(delta), step, apart)
-            # An empty part has no mean to differ from: its share of zero or one must give the
-            # other's value to the last bit, and 0 · inf must not arise.
+            # If one part is empty, take the mean of the other to the last bit, and avoid 0 · inf.
             mean = np.where(nb == 0, self.mean, np.where(na == 0, other.mean, step))
             between = np.where((na == 0) | (nb == 0), 0.0, delta) * delta * na * share
             m2 = self.m2 + other.m2 + np.where((na == 0) | (nb == 0), 0.0, between)
-        # Pairs of a value here and a value there; n - 1 exactly where there are no weights.
+        # Pairs of a value in one part and a value in the other. Without weights, the sum is n - 1.
         across = np.divide(
             nb * (na - self.dof) + na * (nb - other.dof), n, out=np.zeros_like(n), where=n > 0
         )
@@ -187,7 +190,8 @@ class Moments:
     def var(self, ddof: float = 0) -> Float64:
         """Variance, m2 / (count − ddof): (C,); NaN where that is not positive.
 
-        With weights, ddof=1 divides by `dof`, Σw − Σw²/Σw, and other values in proportion.
+        With weights, the divisor is count − ddof·(count − dof), so ddof=1 divides by `dof`, which
+        is Σw − Σw²/Σw.
         """
         freedom = (1 - ddof) * self.count + ddof * self.dof
         if freedom.ndim == 0 and freedom > 0:
@@ -213,20 +217,20 @@ class Moments:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        """Count, number of channels, and the values where there are few."""
+        """Count and number of channels, or the values if there are few."""
         if self.mean.size <= 4:
             return f"Moments(count={self.count}, mean={self.mean}, m2={self.m2})"
         return f"Moments(count={self.count}, {self.mean.size} channels)"
 
 
 def is_dask(x: object) -> bool:
-    """Whether `x` is a Dask collection, told without importing Dask."""
+    """Whether `x` is a Dask collection, without importing Dask."""
     return hasattr(x, "__dask_graph__")
 
 
 def dask_channel_axis(x: Any, channel_axis: int) -> int:
     """`channel_axis` counted from the front; checks that `x` is a Dask array of real numbers."""
-    # A delayed value has every attribute that it is asked for, so look at the type of one.
+    # A dask.delayed value has every attribute, so check the type of one.
     if not (hasattr(x, "map_blocks") and isinstance(x.dtype, np.dtype)):
         raise DTypeError(
             f"x must be an array, got {type(x).__module__}.{type(x).__name__}. "
@@ -244,7 +248,7 @@ def dask_channel_axis(x: Any, channel_axis: int) -> int:
 
 
 def _of_dask_array(x: Any, channel_axis: int, weights: object) -> Moments:
-    """Measure and merge on the scheduler in use, by methods of the array: Dask is not imported."""
+    """Measure and merge on the scheduler in use, without importing Dask."""
     axis = dask_channel_axis(x, channel_axis)
     if weights is not None:
         raise ArgumentError(
@@ -270,10 +274,10 @@ def _of_chunk(chunk: Any, axis: int) -> NDArray[Any]:
     return part
 
 
-def measured(
+def moments_without_copy(
     count: float | Float64, mean: Float64, m2: Float64, dof: float | None = None
 ) -> Moments:
-    """Moments from what the core returned: fresh arrays of one length, not checked again."""
+    """Moments from new arrays that the core has written, without copying or checking them."""
     moments = object.__new__(Moments)
     counts = np.array(count, np.float64)
     dofs = np.maximum(counts - 1, 0) if dof is None else dof
@@ -281,8 +285,8 @@ def measured(
     return moments
 
 
-def as_block(moments: Moments) -> Float64:
-    """Moments as the core's layers keep them, (1, 5, C): count, mean, its low part, m2 and dof."""
+def as_statistics(moments: Moments) -> Float64:
+    """Moments as one array (1, 5, C) with the rows count, mean, low part of the mean, m2, dof."""
     zero = np.zeros_like(moments.mean)
     rows = (moments.count, moments.mean, zero, moments.m2, moments.dof)
     return np.stack([zero + row for row in rows])[None]

@@ -1,7 +1,6 @@
-"""NumPy arrays on their way into the native core, and outputs on their way back.
+"""Prepare NumPy arrays for the native core, and allocate its outputs.
 
-Everything that a function must know about its arguments before the kernels may run is checked
-here, so that a call which raises has changed nothing.
+All arguments are checked here before a kernel runs, so that a call that raises changes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Float64 = NDArray[np.float64]
 
 _SUPPORTED = "float16, bfloat16, float32 or float64"
 
-# Below this many bytes NumPy's own allocator hands out memory that is already mapped.
+# Arrays with fewer bytes get memory from NumPy's own allocator, which is usually mapped already.
 _POOLED_BYTES = 1 << 18
 
 
@@ -46,12 +45,12 @@ def is_supported(dtype: np.dtype[Any]) -> bool:
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    """Whether this is `ml_dtypes.bfloat16`, told by name: the package is not needed for it."""
+    """Whether this is `ml_dtypes.bfloat16`, by name, so that the package need not be imported."""
     return dtype.kind == "V" and dtype.name == "bfloat16"
 
 
 def as_weights(weights: ArrayLike, x: Array, channel_axis: int) -> Float64:
-    """Weights of `x` without its channel axis, as float64 seen in the shape of `x`."""
+    """Weights for the axes of `x` without the channel axis, as float64 broadcast to `x`."""
     w = np.asarray(weights)
     if w.dtype.kind not in "fiub" and not is_bfloat16(w.dtype):
         raise DTypeError(f"weights must be real numbers, got {w.dtype}.")
@@ -123,7 +122,7 @@ def check_eps(eps: float) -> float:
 
 
 def check_variance(var: Float64, name: str = "var") -> None:
-    """Refuse what no variance can be, naming the channel."""
+    """Raise if a variance is negative or not finite, naming the channel."""
     if not var.size or (var.min() >= 0 and var.max() < math.inf):  # False if there is a NaN
         return
     wrong = ~(np.isfinite(var) & (var >= 0))
@@ -136,7 +135,7 @@ def check_variance(var: Float64, name: str = "var") -> None:
 
 
 def output_like(x: Array, out: Array | None, apart_from: tuple[Array, ...]) -> Array:
-    """`out`, checked, or fresh memory with the shape, type and memory order of `x`."""
+    """`out`, checked, or a new array with the shape, type and memory order of `x`."""
     if out is None:
         return empty_like(x)
     if not isinstance(out, np.ndarray):
@@ -168,14 +167,14 @@ def _share_memory(a: Array, b: Array) -> bool:
 
 
 def empty_like(x: Array) -> Array:
-    """Uninitialised, with the shape, type and memory order of `x`.
+    """An uninitialized array with the shape, type and memory order of `x`.
 
-    Large arrays come from the core's pool, whose memory is already mapped when it comes round
-    again: a fresh array of 50 MB costs several times the kernel that fills it.
+    Large arrays come from the core's pool, whose memory is mapped already when it is used again.
+    Mapping 50 MB takes several times as long as the kernel that fills them.
     """
     if x.nbytes < _POOLED_BYTES:
         return np.empty_like(x, subok=False)
-    memory = _core.take(x.nbytes, seen(x))
+    memory = _core.take(x.nbytes, for_core(x))
     if x.flags.c_contiguous:
         flat: Array = np.ndarray(x.shape, x.dtype, memory)
         return flat
@@ -189,8 +188,8 @@ def empty_like(x: Array) -> Array:
     return y
 
 
-def seen(x: Array) -> Array:
-    """`x` as the core takes it: bfloat16, which has no buffer format, as its bits."""
+def for_core(x: Array) -> Array:
+    """`x` as it is passed to the core: bfloat16, which has no buffer format, as uint16."""
     if is_bfloat16(x.dtype):
         bits: Array = x.view(np.uint16)
         return bits
@@ -198,7 +197,7 @@ def seen(x: Array) -> Array:
 
 
 def aligned(x: Array) -> Array:
-    """`x`, copied only where its memory is not made of whole, aligned elements."""
+    """`x`, or a copy if elements are not aligned or strides are not multiples of their size."""
     flags = x.flags
     if flags.aligned and (flags.c_contiguous or all(s % x.itemsize == 0 for s in x.strides)):
         return x
@@ -214,19 +213,19 @@ def use_environment() -> None:
     known = _core.instruction_sets()
     if name not in known:
         raise ArgumentError(
-            f"BATCHNORM_ISA must be one of the instruction sets this machine runs, "
+            f"BATCHNORM_ISA must be an instruction set that this machine supports, "
             f"{', '.join(known)}, got {name!r}. Unset it to use the best one."
         )
     _core.use_instruction_set(name)
 
 
 def show_config() -> dict[str, Any]:
-    """What this build is and what it runs on.
+    """Version, instruction set, threads and cache that are in use.
 
     Returns
     -------
     dict
-        version, instruction_set (in use), instruction_sets (that this machine runs), openmp,
+        version, instruction_set (in use), instruction_sets (that this machine supports), openmp,
         threads, last_level_cache (bytes).
     """
     from ._version import __version__

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on the terminal, and nothing where there is no terminal."""
+"""Progress bars, if there is a terminal."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 
 __all__ = ["Show", "bar", "steps"]
 
-#: Told what is being done, how much is done, and how much there is, or None.
+#: Called with a description, the amount done, and the total amount, or None if unknown.
 Show = Callable[[str, int, "int | None"], None]
 
 
 @contextlib.contextmanager
 def bar(*, in_bytes: bool = False) -> Iterator[Show]:
-    """Show a bar on stderr while the block runs; call the `Show` that it gives to move it.
+    """Show a bar on stderr while the block runs; yields a `Show` that updates it.
 
-    Without rich, which the extras that do long work install, nothing is shown.
+    Nothing is shown without rich, which comes with the extras that need it.
     """
     try:
         from rich import progress
@@ -48,7 +48,7 @@ def bar(*, in_bytes: bool = False) -> Iterator[Show]:
 
 @contextlib.contextmanager
 def steps(total: int) -> Iterator[Callable[[str], None]]:
-    """Show a bar of `total` steps; call what it gives with the name of each step that begins."""
+    """Show a bar of `total` steps; yields a function to call with the name of each new step."""
     with bar() as show:
         number = itertools.count()
         yield lambda text: show(text, next(number), total)

@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError
-from ..moments import Moments
-from ..moments import measured as moments_without_copy
+from ..moments import Moments, moments_without_copy
 from .parts import PairwiseMerge, Part
 from .sources import Block, Source, prefetch
 from .sources.values import to_native

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..moments import Moments
-from ..moments import measured as moments_without_copy
+from ..moments import Moments, moments_without_copy
 from ..native import Float64
 
 #: Features that are merged together, so that temporary arrays stay small beside the blocks.

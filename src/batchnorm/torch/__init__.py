@@ -1,4 +1,4 @@
-"""The PyTorch face: torch's layers, exact and faster, and what keeps their statistics right.
+"""Batch normalization for PyTorch: accurate layers, and functions for their statistics.
 
 >>> import torch
 >>> from batchnorm.torch import BatchNorm2d

@@ -21,27 +21,28 @@ __all__ = ["accumulate"]
 def accumulate(model: nn.Module) -> Iterator[None]:
     """Merge the statistics of all forwards inside into one update of the running statistics.
 
-    The moments of the micro-batches merge exactly (`batchnorm.Moments`), so the running statistics
-    get one update, that of one large batch of the same inputs. Normalization is not affected: each
-    micro-batch is still normalized by its own mean and variance, and its gradients follow.
+    The moments of the micro-batches are merged (see `batchnorm.Moments`), and update the running
+    statistics once, as one large batch of the same inputs would. Normalization is not affected:
+    each micro-batch is still normalized by its own mean and variance.
 
     Parameters
     ----------
     model : Module
-        Its batch-norm layers are ours (see `convert`). Layers with constant statistics, such as
+        Its batch-norm layers must be ours (see `convert`). Layers with constant statistics, such as
         torchvision's `FrozenBatchNorm2d`, have none to update.
 
     Raises
     ------
     ArgumentError
-        `model` has no batch-norm layer, or one that is not ours, or is inside such a block already.
+        `model` has no batch-norm layer, has one that is not ours, or is inside such a block
+        already.
 
     Notes
     -----
-    The update comes at the end. If it, or the block, raises, all running statistics are those from
-    before the block. Copies that are made inside, with `copy`, `pickle` or `torch.save`, are
-    layers of their own, which the block does not concern; and a call with other buffers, as by
-    `torch.func.functional_call`, updates those.
+    The update comes at the end of the block. If the block or the update raises an exception, all
+    running statistics are as they were before. Copies made inside the block, with `copy`, `pickle`
+    or `torch.save`, are not part of it. A call with other buffers, as by
+    `torch.func.functional_call`, updates these instead.
 
     Examples
     --------
@@ -57,8 +58,8 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     layers = layers_of(model, "accumulate")
     if any(layer._accumulated is not None for layer in layers):
         raise ArgumentError(
-            "accumulate takes a model that is not being accumulated already: leave the outer block "
-            "first."
+            "accumulate takes a model that is not inside an accumulate block already: leave the "
+            "outer block first."
         )
     with undone_on_error(layers):
         for layer in layers:

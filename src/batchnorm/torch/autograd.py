@@ -1,8 +1,8 @@
-"""Derivatives of the layer: one Function for all eager calls, and the operators' derivatives.
+"""Derivatives: one autograd Function for all eager calls, and the derivatives of the operators.
 
-Reductions over processes sit between kernels, as in inplace_abn: before `normalize` in the caller,
-and between `backward_sums` and `backward` in `BatchNormFunction`. Where a derivative is to be
-differentiated, or a transform or forward mode is at work, `portable` takes over.
+Reductions over processes take place between kernels, as in inplace_abn: before `normalize` in the
+caller, and between `backward_sums` and `backward` in `BatchNormFunction`. Derivatives that are
+differentiated again, transforms and forward mode use `portable`.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from .internals import (
 
 
 class Call:
-    """What a call is besides its differentiable tensors.
+    """The arguments of a call, besides the tensors that it is differentiated by.
 
     Attributes
     ----------
     backend : module
-        `native`, `portable`, or `operators`, which stands in between for torch.
+        `native`, `portable`, or `operators`, which calls `native` through torch's dispatcher.
     config : Config
     mask : (N, *S) or None
     statistics : (groups, 5, C) or None
-        What normalizes; the forward pass measures it where it is None.
+        Normalize by these; if None, the forward pass measures them and sets this attribute.
     measured : bool
-        Whether it depends on x.
+        Whether the statistics depend on x.
     reduce : callable or None
-        Adds the two sums of the backward pass up over all processes, in place.
+        Sums the two sums of the backward pass over all processes, in place.
     """
 
     __slots__ = ("backend", "config", "mask", "measured", "reduce", "statistics")
@@ -64,15 +64,16 @@ class Call:
         self.reduce = reduce
 
     def tensor(self) -> Tensor:
-        """The statistics as torch knows them."""
+        """The statistics as a tensor."""
         s = self.statistics
         return torch.from_numpy(s) if isinstance(s, np.ndarray) else s
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """The layer in eager mode, a function of x, weight, bias, residual and call.
+    """The layer in eager mode, as a function of x, weight, bias, residual and call.
 
-    It uses the older protocol of Functions: that with `setup_context` costs several times as much.
+    It has the older form of `forward`, with `ctx`. The newer one, with `setup_context`, costs
+    several times as much per call.
     """
 
     @staticmethod
@@ -104,23 +105,23 @@ class BatchNormFunction(torch.autograd.Function):
             x, weight, bias, y = saved
             rest = (weight, bias, y, call.mask, call.config, call.measured, needs)
             return (*portable.gradients(grad_y, x, call.tensor(), *rest), None)
-        return (*_through(_gradients, call, grad_y, saved, needs), None)
+        return (*_gradients_by(_gradients, call, grad_y, saved, needs), None)
 
 
-@once_differentiable  # its sums are those of other processes, too
+@once_differentiable  # the sums include those of other processes
 def _reduced_backward(ctx: Any, grad_y: Tensor) -> Any:
     needs = ctx.needs_input_grad[:4]
-    return (*_through(_reduced_gradients, ctx.call, grad_y, ctx.saved_tensors, needs), None)
+    return (*_gradients_by(_reduced_gradients, ctx.call, grad_y, ctx.saved_tensors, needs), None)
 
 
-def _through(run: Any, call: Call, grad_y: Tensor, saved: Any, needs: Needs) -> Any:
-    """The gradients of `run`, but for a residual's that is grad_y itself."""
+def _gradients_by(run: Any, call: Call, grad_y: Tensor, saved: Any, needs: Needs) -> Any:
+    """Gradients by `run`; if the gradient of the residual is grad_y itself, it is not copied."""
     if grad_y.dtype != saved[0].dtype:
         grad_y = grad_y.to(saved[0].dtype)
-    passes = needs[3] and call.config.activation == IDENTITY and call.mask is None
-    needs = (needs[0], needs[1], needs[2], needs[3] and not passes)
+    is_grad_y = needs[3] and call.config.activation == IDENTITY and call.mask is None
+    needs = (needs[0], needs[1], needs[2], needs[3] and not is_grad_y)
     a, b, c, d = run(call, grad_y, saved, needs)
-    return a, b, c, grad_y if passes else d
+    return a, b, c, grad_y if is_grad_y else d
 
 
 def _is_differentiated_again(grad_y: Tensor) -> bool:
@@ -139,13 +140,13 @@ def _gradients(call: Call, grad_y: Tensor, saved: Any, needs: Needs) -> Any:
 
 
 def _reduced_gradients(call: Call, grad_y: Tensor, saved: Any, needs: Needs) -> Any:
-    """Gradients with sums over all processes between the two kernels of the backward pass."""
+    """Gradients of a synchronized layer: the two sums are reduced over all processes."""
     x, weight, bias, y = saved
     backend, statistics = call.backend, call.statistics
     rest = (weight, bias, y, call.mask, call.config)
     sums = backend.backward_sums(grad_y, x, statistics, *rest)
     own_bias, own_weight = sums.clone()
-    # Others may need these for their x, though this process needs no gradient: it may be empty.
+    # The other processes wait for these sums, even if this one needs no gradient of x.
     if needs[0] or needs[1] or needs[2]:
         assert call.reduce is not None
         call.reduce(sums)
@@ -160,7 +161,7 @@ def _reduced_gradients(call: Call, grad_y: Tensor, saved: Any, needs: Needs) -> 
     )
 
 
-# Untyped in torch's stubs, and looked up once.
+# Typed here, because torch's stubs do not type it; and looked up only once.
 apply: Callable[..., Tensor] = BatchNormFunction.apply
 
 

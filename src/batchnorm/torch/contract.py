@@ -1,14 +1,14 @@
-"""What both back ends compute: the native core (`native`) and torch's own operations (`portable`).
+"""What the two back ends compute: the native core (`native`) and torch's operations (`portable`).
 
-Each has the same functions. x is (N, C, *S), `mask` (N, *S) float64, `config` a `Config`, and
-`statistics` float64 of shape (groups, 5, C), whose rows are `Moments` and what rounding left off
-the mean: count, mean, low, m2, dof. They are measured on x, or given and then constant, which is
-told beside them.
+Both have the functions below. x is (N, C, *S), `mask` (N, *S) float64, and `config` a `Config`.
+`statistics` are float64 of shape (groups, 5, C). Their rows are count, mean, low, m2 and dof, as in
+`Moments`; `low` is what rounding has removed from the mean. Statistics are either measured on x, or
+given and constant; an argument `measured` says which.
 
 | function | in → out |
 |---|---|
 | ``moments(x, mask)`` | → statistics of one group |
-| ``given(mean, var)`` | → statistics that are given |
+| ``given(mean, var)`` | → statistics, constant |
 | ``normalize(x, statistics, weight, bias, residual, mask, config)`` | → y |
 | ``forward(x, weight, bias, residual, mask, config)`` | = moments, then normalize → y, statistics |
 | ``backward_sums(grad_y, x, statistics, weight, bias, y, mask, config)`` | → Σgrad_z, Σgrad_z·x̂ |
@@ -17,9 +17,9 @@ told beside them.
 | ``merge(statistics)`` | groups → one group |
 | ``update_running(running_mean, running_var, …)`` | in place |
 
-where z = weight·x̂ + bias + residual, y = activation(z), grad_z = grad_y·activation'(z). In the
-backward functions `y` stands where a residual was added before the activation: it tells as much of
-z as the activation's gradient needs (which is not so for hardswish and silu).
+where z = weight·x̂ + bias + residual, y = activation(z), grad_z = grad_y·activation'(z). The
+backward functions need `y` if a residual was added before an activation: its derivative at z follows
+from y (except for hardswish and silu, which no residual precedes).
 """
 
 from __future__ import annotations
@@ -52,21 +52,21 @@ Needs = tuple[bool, bool, bool, bool]
 
 
 class NonFiniteError(BatchNormError, FloatingPointError):
-    """A batch's statistics are not finite, and the layer was told to raise."""
+    """The statistics of a batch are not finite, and the layer has ``on_nonfinite="raise"``."""
 
 
 class Config(NamedTuple):
-    """What a call computes, besides its tensors.
+    """The options of a call.
 
     Attributes
     ----------
     eps : float
     group_size : int
-        Examples that share their statistics; 0 for all.
+        Number of examples that share their statistics; 0 for all.
     activation : int
-        Code of the core.
+        The core's code for it.
     slope : float
-        Of leaky ReLU.
+        Of the leaky ReLU.
     """
 
     eps: float
@@ -78,7 +78,7 @@ class Config(NamedTuple):
 def config_of(
     eps: float, group_size: int | None, activation: str | None, negative_slope: float
 ) -> Config:
-    """The arguments that torch does not have, checked."""
+    """Check the arguments that torch does not have, and return them as a `Config`."""
     if activation not in ACTIVATIONS:
         known = ", ".join(repr(name) for name in ACTIVATIONS if name)
         raise ArgumentError(f"activation must be None or one of {known}, got {activation!r}.")
@@ -88,7 +88,7 @@ def config_of(
 
 
 def groups_of(x: Tensor, group_size: int) -> int:
-    """Number of groups; a last one of a single value per channel joins the one before it."""
+    """Number of groups. If the last has a single value per channel, it joins the one before."""
     n = x.shape[0]
     if group_size <= 0 or group_size >= n:
         return 1
@@ -102,18 +102,18 @@ def values_per_example(x: Tensor) -> int:
 
 
 def saved_y(y: Tensor, residual: Tensor | None, config: Config) -> Tensor | None:
-    """What tells the activation's gradient where a residual was added.
+    """y, if the gradient of the activation needs it because a residual was added.
 
-    Not the residual itself: as with torch's own addition and activation, it may change afterwards.
+    The residual itself is not saved: as with torch's addition, it may change afterwards.
     """
     return y if residual is not None and config.activation != IDENTITY else None
 
 
 def joins(residual: object, x: Tensor, config: Config) -> bool:
-    """Whether a residual can be added in the same pass, not after it."""
+    """Whether a residual can be added in the same pass."""
     return (
         isinstance(residual, Tensor)
-        # Otherwise y does not tell what the activation saw.
+        # Otherwise y does not determine the activation's derivative.
         and config.slope >= 0
         and config.activation not in (HARDSWISH, SILU)
         and residual.shape == x.shape
@@ -123,7 +123,7 @@ def joins(residual: object, x: Tensor, config: Config) -> bool:
 
 
 def check_mask(mask: Tensor, *, training: bool = False, shape: object = None) -> None:
-    """Raise if weights are negative or not finite, or if only one is left to train with."""
+    """Raise if weights are negative or not finite, or, in training, if only one is not zero."""
     if mask.numel() and not (bool(mask.isfinite().all()) and float(mask.min()) >= 0):
         raise ArgumentError(
             "mask must be finite and not negative; use 0 to leave a value out, got values from "

@@ -1,6 +1,6 @@
-"""torch's layers into ours and back, in place; those of timm and torchvision, too.
+"""Convert the batch-norm layers of torch, timm and torchvision to ours and back, in place.
 
-A layer is converted by a change of class: it remains the same object, so parents, optimizers and
+To convert a layer is to change its class. It remains the same object, so parents, optimizers and
 hooks that refer to it are not affected. `adapters` has the table of classes.
 """
 
@@ -42,21 +42,21 @@ UNCHANGED: Final = Unchanged.UNCHANGED
 
 @dataclass
 class Report:
-    """What became of the batch-norm layers of a model, by name.
+    """The batch-norm layers of a model, by name: which are converted, and which are skipped.
 
     Attributes
     ----------
     converted : dict of str to str
-        Layers that are ours, or that `convert` would convert, to the activation that runs in the
-        same pass ("" if none does).
+        For each layer that is ours, or that `convert` would convert: the activation that runs in
+        the same pass, or "".
     pending : set of str
-        Those of them that are not converted yet.
+        Layers in `converted` that are not converted yet.
     skipped : dict of str to str
-        Other batch-norm layers to the reason why `convert` skips them.
+        For each other batch-norm layer: the reason why `convert` skips it.
     synchronized : set of str
-        Layers that share their batch with other processes.
+        Layers that are synchronized with other processes.
     classes : dict of str to str
-        Names of the classes of the converted ones.
+        For each layer in `converted`: the name of its class.
     """
 
     converted: dict[str, str] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Report:
     classes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """A summary, then one line a layer."""
+        """A summary, then one line for each layer."""
         pending, skipped = len(self.pending), len(self.skipped)
         done = len(self.converted) - pending
         if pending and not done:
@@ -100,16 +100,16 @@ def convert(
     process_group: Any = UNCHANGED,
     reproducible: bool | Unchanged = UNCHANGED,
 ) -> M:
-    """Turn the batch-norm layers of `model` into ours, in place.
+    """Convert the batch-norm layers of `model` to ours, in place.
 
     Layers remain the same objects under the same names, with their parameters, buffers, hooks and
     flags, and shared layers remain shared. State dicts are interchangeable in both directions.
 
-    Only exact instances are converted: of `torch.nn.BatchNorm1d`, `2d`, `3d` and `SyncBatchNorm`;
-    of timm's `BatchNormAct2d`, `SyncBatchNormAct` and `FrozenBatchNormAct2d`, whose activation then
-    runs in the same pass if our layers have it; of torchvision's `FrozenBatchNorm2d`; and of
-    classes given to `register_adapter`. Subclasses, which may compute something else, are skipped;
-    `explain` says which and why.
+    Layers are converted by exact type: `torch.nn.BatchNorm1d`, `2d`, `3d` and `SyncBatchNorm`;
+    timm's `BatchNormAct2d`, `SyncBatchNormAct` and `FrozenBatchNormAct2d`, whose activation then
+    runs in the same pass if our layers have it; torchvision's `FrozenBatchNorm2d`; and classes
+    given to `register_adapter`. Subclasses are skipped, because they may compute something else.
+    `explain` lists the skipped layers, with the reason.
 
     Parameters
     ----------
@@ -117,11 +117,11 @@ def convert(
         May itself be a batch-norm layer. Convert before `torch.compile` and before wrapping in
         `DistributedDataParallel`; revert before quantization.
     on_nonfinite, on_single, group_size
-        As in `BatchNorm2d`. An option that is not given remains what it is in layers that are ours
-        already, and has its default in the others.
+        As in `BatchNorm2d`. If an option is not given, layers that are ours already keep its value,
+        and others get the default.
     sync : bool
-        True makes every layer a `SyncBatchNorm`, which shares its batch with other processes. False
-        undoes that for layers that an earlier ``sync=True`` has synchronized.
+        True makes every layer a `SyncBatchNorm`, which normalizes by the statistics of all
+        processes. False undoes an earlier ``sync=True``.
     process_group, reproducible
         Of synchronized layers, as in `SyncBatchNorm`.
 
@@ -133,9 +133,9 @@ def convert(
     Raises
     ------
     ArgumentError
-        `model` is no Module; an option is unknown, or is of synchronized layers and there are none;
-        a registered adapter has no synchronized class and ``sync=True``. After any exception the
-        model is as it was.
+        `model` is not a Module; an option has an unknown value; an option of synchronized layers is
+        given, but there are none; or ``sync=True`` and a registered adapter has no synchronized
+        class. After any exception, the model is as it was before.
 
     Examples
     --------
@@ -149,7 +149,7 @@ def convert(
     """
     _check_model(model, "convert")
     options = _given(on_nonfinite=on_nonfinite, on_single=on_single, group_size=group_size)
-    modules.BatchNorm1d(1, **options)  # which knows what is valid
+    modules.BatchNorm1d(1, **options)  # raises if one is not valid
     sync_options = _given(process_group=process_group, reproducible=reproducible)
     layers = {name: module for name, module, skipped in _found(model) if not skipped}
     _check_sync(layers, sync, sync_options)
@@ -165,7 +165,7 @@ def convert(
             module.__dict__.update(options)
             if sync is True and not isinstance(module, nn.SyncBatchNorm):
                 _synchronize(module)
-            elif sync is False and getattr(module, "_alone", None) is not None:
+            elif sync is False and getattr(module, "_class_before_sync", None) is not None:
                 _desynchronize(module)
             if isinstance(module, nn.SyncBatchNorm):
                 module.__dict__.update(sync_options)
@@ -175,8 +175,8 @@ def convert(
 def revert(model: M) -> M:
     """Give the layers that `convert` has converted their original classes back, in place.
 
-    What the original classes cannot do is lost: options like `group_size` go, and a layer that is
-    frozen by `freeze` is put into evaluation mode.
+    What the original classes do not have is lost: options like `group_size` are removed, and a
+    layer with statistics frozen by `freeze` is put into evaluation mode.
 
     Parameters
     ----------
@@ -190,14 +190,14 @@ def revert(model: M) -> M:
     Raises
     ------
     ArgumentError
-        A layer has an activation that the original class has no place for, is parametrized, or is
-        inside `accumulate`. After any exception the model is as it was.
+        A layer has an activation that its original class does not have, is parametrized, or is
+        inside `accumulate`. After any exception, the model is as it was before.
     """
     _check_model(model, "revert")
     originals: dict[nn.Module, type[nn.Module]] = {}
     for name, module in model.named_modules():
         if isinstance(module, (Layer, FrozenLayer)):
-            original = original_of(getattr(module, "_alone", None) or type(module))
+            original = original_of(getattr(module, "_class_before_sync", None) or type(module))
             _check_revertible(name, module, original)
             if original is not None:
                 originals[module] = original
@@ -206,7 +206,7 @@ def revert(model: M) -> M:
             if isinstance(module, Layer):
                 if module.stats_frozen:
                     module.training = False
-                if getattr(module, "_alone", None) is not None:
+                if getattr(module, "_class_before_sync", None) is not None:
                     _desynchronize(module)
                 module.release()
             set_class(module, original)
@@ -214,7 +214,7 @@ def revert(model: M) -> M:
 
 
 def explain(model: nn.Module) -> Report:
-    """What `convert` did to `model`, or would do, layer by layer.
+    """Say for each batch-norm layer whether it is converted, or would be, or why not.
 
     Returns
     -------
@@ -224,7 +224,7 @@ def explain(model: nn.Module) -> Report:
     Raises
     ------
     ArgumentError
-        `model` is no Module.
+        `model` is not a Module.
     """
     _check_model(model, "explain")
     report = Report()
@@ -255,13 +255,13 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Batch-norm layers with their names, and why they are skipped ("" if they are not)."""
+    """Yield name, layer, and the reason to skip it or "", for each batch-norm layer."""
     for name, module in model.named_modules():
         kind = type(module)
         known = (
             adapter_of(kind) is not None
             or original_of(kind) is not None
-            or getattr(module, "_alone", None) is not None
+            or getattr(module, "_class_before_sync", None) is not None
         )
         if known:
             replaced = "forward" in module.__dict__
@@ -286,7 +286,7 @@ def _reason(module: nn.Module) -> str:
 
 
 def _activation(module: nn.Module, ours: type[nn.Module] | None) -> str | None:
-    """What runs in the same pass, or will when the module is an instance of `ours`."""
+    """The activation that runs in the same pass, or would in an instance of `ours`."""
     if ours is None:
         name: str | None = getattr(module, "activation", None)
         return name
@@ -304,8 +304,8 @@ def _check_revertible(name: str, module: nn.Module, original: type[nn.Module] | 
         return
     if getattr(module, "_accumulated", None) is not None:
         raise ArgumentError(
-            f"'{name}' cannot be reverted inside accumulate, which is to update its running "
-            "statistics at the end. Leave the block first."
+            f"'{name}' cannot be reverted inside accumulate, which updates its running statistics "
+            "at the end. Leave the block first."
         )
     activation = module.__dict__.get("activation")
     if activation is not None:
@@ -326,11 +326,11 @@ def _synchronized_class(module: nn.Module) -> type[nn.Module] | None:
 def _check_sync(
     layers: dict[str, nn.Module], sync: bool | Unchanged, options: dict[str, Any]
 ) -> None:
-    """Refuse options of synchronized layers if there will be none, and layers that cannot be."""
+    """Raise for options of synchronized layers without any, and for layers that cannot be."""
     some = sync is True
     for name, module in layers.items():
         if isinstance(module, nn.SyncBatchNorm):
-            some = some or sync is UNCHANGED or getattr(module, "_alone", None) is None
+            some = some or sync is UNCHANGED or getattr(module, "_class_before_sync", None) is None
         elif sync is True and isinstance(module, _BatchNorm) and not _synchronized_class(module):
             raise ArgumentError(
                 f"'{name}' cannot be synchronized: register_adapter was given no synchronized "
@@ -338,19 +338,19 @@ def _check_sync(
             )
     if not some and (options.get("process_group") is not None or options.get("reproducible")):
         raise ArgumentError(
-            "process_group and reproducible are of layers that share their batch: pass sync=True "
-            "with them."
+            "process_group and reproducible are options of synchronized layers, and the model has "
+            "none: pass sync=True as well."
         )
 
 
 def _synchronize(module: nn.Module) -> None:
     synchronized = _synchronized_class(module)
     assert synchronized is not None  # see `_check_sync`
-    module.__dict__.update(_alone=type(module), process_group=None)
+    module.__dict__.update(_class_before_sync=type(module), process_group=None)
     set_class(module, synchronized)
 
 
 def _desynchronize(module: Any) -> None:
-    set_class(module, module._alone)
-    for name in ("_alone", "process_group", "reproducible"):
+    set_class(module, module._class_before_sync)
+    for name in ("_class_before_sync", "process_group", "reproducible"):
         module.__dict__.pop(name, None)

@@ -1,9 +1,9 @@
 """Statistics that are bitwise the same however the same examples are divided among processes.
 
-Sums of integers do not depend on the order of their terms. So each example is measured by itself,
-its mean and variance are rounded to whole numbers of a unit that all processes agree on, and these
-are summed. A second round, of differences to the first one's mean, brings what rounding left off,
-as in the corrected two-pass algorithm.
+Sums of integers do not depend on the order of their terms. So each example is measured separately,
+its mean and variance are scaled by powers of two that all processes agree on and rounded to
+integers, and these are summed. A second round sums the differences to the mean of the first, which
+recovers what the rounding lost, as in the corrected two-pass algorithm.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from .processes import Processes
 
-#: Values that are turned into integers at once: what is made of them fits a core's cache.
+#: Values that are converted to integers at a time, so that intermediate results fit the cache.
 _CHUNK = 1 << 16
 
-#: A float64 of up to 2^51 added to this is rounded to a whole number, which its bits then hold.
-_WHOLE = 1.5 * 2.0**52
-_WHOLE_BITS = 0x4338000000000000
+#: Adding a float64 of up to 2^51 to this rounds it to an integer, which the low bits then hold.
+_ROUNDER = 1.5 * 2.0**52
+_ROUNDER_BITS = 0x4338000000000000
 
 
 class Examples(NamedTuple):
-    """Mean and variance of each example, (N, C), its weight and weight of squares, (N,).
+    """Mean and variance of each example, (N, C), and the sums of its weights, (N,).
 
-    Each is measured by itself, so that it has the same bits on whatever process. Without axes
-    behind the channels the mean is the value, and there is no variance (None). `square` is
-    Σw²/Σw of an example's values; None, as `weight`, where both are one.
+    Each example is measured separately, so it has the same bits in every process. If there are no
+    axes after the channels, the mean is the value, and `var` is None. `weight` is Σw and `square`
+    Σw²/Σw of the values of an example; both are None without weights.
     """
 
     mean: Tensor
@@ -42,7 +42,7 @@ class Examples(NamedTuple):
     def of(
         cls, x: Tensor, weights: Tensor | None, measure: Callable[[Tensor, Tensor | None], Tensor]
     ) -> Examples:
-        """Examples of x, (N, C, *S); `measure` gives the statistics (1, 5, C) of one."""
+        """Measure the examples of x, (N, C, *S); `measure` returns the statistics of one."""
         if x.dim() == 2:
             return cls(x, None, weights, weights)
         found = x.new_zeros((len(x), 5, x.shape[1]), dtype=torch.float64)
@@ -54,73 +54,78 @@ class Examples(NamedTuple):
         var = m2 / torch.where(count > 0, count, 1.0)
         return cls(mean, var, weight, weight - dof[:, :1].sum(1))
 
-    def extent(self, seen: Tensor | int) -> Tensor:
-        """Number of values seen, and of examples, the largest weight, |mean| and variance: (3+2C).
+    def extent(self, values: Tensor | int) -> Tensor:
+        """Message of this process, (3 + 2 C), from which all processes choose the same scales.
 
-        Mean and variance are those of each channel.
+        Number of values, number of examples, largest weight; then for each channel the largest
+        |mean|, then for each channel the largest variance.
         """
         rows, channels = self.mean.shape
         largest = torch.zeros((2, channels), dtype=torch.float64, device=self.mean.device)
         top: Tensor | float = 1.0 if self.weight is None else 0.0
         if rows:
-            for k, values in enumerate((self.mean, self.var)):
-                if values is not None:
+            for k, v in enumerate((self.mean, self.var)):
+                if v is not None:
                     if self.weight is not None:
-                        values = torch.where(self.weight[:, None] > 0, values, 0.0)
-                    largest[k] = values.abs().amax(0)
+                        v = torch.where(self.weight[:, None] > 0, v, 0.0)
+                    largest[k] = v.abs().amax(0)
             if self.weight is not None:
                 top = self.weight.max()
-        numbers = [torch.as_tensor(v, device=largest.device).double() for v in (seen, rows, top)]
+        numbers = [torch.as_tensor(v, device=largest.device).double() for v in (values, rows, top)]
         return torch.cat([torch.stack(numbers), largest.flatten()])
 
 
 def statistics_of(examples: Examples, extents: Tensor, processes: Processes) -> Tensor:
-    """Statistics (1, 5, C) of all examples; `extents` of all processes, (parts, 3 + 2 C)."""
+    """Statistics (1, 5, C) of the examples of all processes.
+
+    `extents` holds the messages of all processes, (processes, 3 + 2 C).
+    """
     means, variances, weight, square = examples
+    # At most 51 bits for one term (see `_ROUNDER`), and 62 for the sum over all examples.
     bits = min(51, 62 - int(extents[:, 1].sum()).bit_length())
     top = extents[:, 2].max()
-    one = _power(bits - torch.frexp(top).exponent)
-    heaviest = _power(-torch.frexp(top).exponent)
-    largest, widest = extents[:, 3:].amax(0).chunk(2)
-    finite = _is_scalable(largest) & _is_scalable(widest)
+    weight_scale = _power(bits - torch.frexp(top).exponent)
+    square_scale = _power(-torch.frexp(top).exponent)
+    largest_mean, largest_var = extents[:, 3:].amax(0).chunk(2)
+    finite = _is_scalable(largest_mean) & _is_scalable(largest_var)
 
-    zero = torch.zeros_like(largest)
+    zero = torch.zeros_like(largest_mean)
     sums = torch.zeros((4, len(zero)), dtype=torch.int64, device=zero.device)
-    unit, wide = _unit_of(largest), _unit_of(widest)
+    mean_scale, var_scale = _scale_of(largest_mean), _scale_of(largest_var)
     if weight is None or square is None:
-        sums[0] = (one * len(means)).long()
-        sums[1] = (one * heaviest * len(means)).long()
+        sums[0] = (weight_scale * len(means)).long()
+        sums[1] = (weight_scale * square_scale * len(means)).long()
     else:
-        sums[0] = (weight * one).round().long().sum()
-        sums[1] = (weight * one * (square * heaviest)).round().long().sum()
-    sums[2:3] = _whole(means, weight, zero, unit, one, 1)
+        sums[0] = (weight * weight_scale).round().long().sum()
+        sums[1] = (weight * weight_scale * (square * square_scale)).round().long().sum()
+    sums[2:3] = _integer_sums(means, weight, zero, mean_scale, weight_scale, 1)
     if variances is not None:
-        sums[3:] = _whole(variances, weight, zero, wide, one, 1)
-    total, squares, first, inner = processes.add("sums", sums).double()
-    some = torch.where(total > 0, total, 1.0)
-    mean = torch.where(finite, first / some / unit, 0.0)
+        sums[3:] = _integer_sums(variances, weight, zero, var_scale, weight_scale, 1)
+    total, squares, first, within = processes.add("sums", sums).double()
+    divisor = torch.where(total > 0, total, 1.0)
+    mean = torch.where(finite, first / divisor / mean_scale, 0.0)
 
-    far = processes.gather_from(
+    farthest = processes.gather_from(
         lambda: _farthest(means, weight, mean), len(mean), mean.device
     ).amax(0)
-    finite &= _is_scalable(far)
-    unit = _unit_of(far)
-    sums = processes.add("sums", _whole(means, weight, mean, unit, one, 2))
-    rest, spread = sums.double() / some / unit
-    spread = spread / unit
-    # Below zero is only the rounding of a spread that is nothing beside the mean's own.
-    var = (spread - rest * rest).clamp(min=0) + inner / some / wide
-    mean = torch.where(finite, mean + rest, math.nan)
-    count = total / one
+    finite &= _is_scalable(farthest)
+    scale = _scale_of(farthest)
+    sums = processes.add("sums", _integer_sums(means, weight, mean, scale, weight_scale, 2))
+    correction, between = sums.double() / divisor / scale
+    between = between / scale
+    # Negative only through rounding, if the means of the examples hardly differ.
+    var = (between - correction * correction).clamp(min=0) + within / divisor / var_scale
+    mean = torch.where(finite, mean + correction, math.nan)
+    count = total / weight_scale
     m2 = torch.where(finite, var * count, math.nan)
-    dof = (count - squares / some / heaviest).clamp(min=0)
+    dof = (count - squares / divisor / square_scale).clamp(min=0)
     return torch.stack([count, mean, zero, m2, dof])[None]
 
 
 def _differences(
     values: Tensor, weight: Tensor | None, shift: Tensor
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Differences of values (N, C) to the shift (C,) in float64, with weights (N, 1), in parts."""
+    """Yield values - shift in float64, (n, C), and their weights, (n, 1), part by part."""
     rows = max(1, _CHUNK // max(1, len(shift)))
     for n in range(0, len(values), rows):
         part = values[n : n + rows].double() - shift
@@ -138,40 +143,40 @@ def _farthest(values: Tensor, weight: Tensor | None, shift: Tensor) -> Tensor:
     return far
 
 
-def _whole(
+def _integer_sums(
     values: Tensor,
     weight: Tensor | None,
     shift: Tensor,
-    unit: Tensor,
-    one: Tensor,
+    scale: Tensor,
+    weight_scale: Tensor,
     powers: int,
 ) -> Tensor:
-    """Sums over N of the first powers of (values - shift) * unit, in units of 1 / one: (powers, C).
+    """Σ weight·weight_scale·d^k over N, for d = (values - shift)·scale and k = 1 … powers.
 
-    Each product with the weight is rounded to a whole number of them by itself. What is no number
-    gives one that means nothing.
+    Each term is rounded to an integer before it is added. The result is (powers, C); it is
+    meaningless for channels with NaN or infinity.
     """
     sums = torch.zeros((powers, len(shift)), dtype=torch.int64, device=shift.device)
     for part, w in _differences(values, weight, shift):
-        part.mul_(unit)
-        product = part * (one if w is None else one * w)
+        part.mul_(scale)
+        product = part * (weight_scale if w is None else weight_scale * w)
         for k in range(powers):
             if k:
                 product.mul_(part)
-            sums[k] += (product + _WHOLE).view(torch.int64).sub_(_WHOLE_BITS).sum(0)
+            sums[k] += (product + _ROUNDER).view(torch.int64).sub_(_ROUNDER_BITS).sum(0)
     return sums
 
 
-def _unit_of(largest: Tensor) -> Tensor:
-    """What brings values up to these below one: a power of two, so that nothing is rounded."""
+def _scale_of(largest: Tensor) -> Tensor:
+    """The power of two that scales `largest` to below 1; the scaling rounds nothing."""
     return _power(-torch.frexp(torch.where(_is_scalable(largest), largest, 0.0)).exponent)
 
 
 def _power(exponent: Tensor) -> Tensor:
-    """2 to integers, exactly: by the bits of float64, for `pow` may be off in the last."""
+    """2 to integer exponents, made from the bits of float64, because `pow` may be inexact."""
     return ((exponent.long().clamp(-1000, 1000) + 1023) << 52).view(torch.float64)
 
 
 def _is_scalable(largest: Tensor) -> Tensor:
-    """Where values up to these can be scaled by `_power`; a spread beyond overflows anyway."""
+    """Whether `_power` can scale values up to this; the squares of larger ones overflow anyway."""
     return largest < 2.0**1000

@@ -1,4 +1,4 @@
-"""Batch-norm layers that stay as they are while the rest of a model trains."""
+"""Keep batch-norm layers constant while the rest of a model trains."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def freeze(model: M, *, stats: bool = True, affine: bool = False) -> M:
-    """Keep the batch-norm layers of `model` as they are in every mode.
+    """Keep the batch-norm layers of `model` constant, in every mode.
 
     Parameters
     ----------
     model : Module
-        Its batch-norm layers are ours (see `convert`); may itself be one. Layers that are frozen by
-        their class, such as torchvision's `FrozenBatchNorm2d`, are left as they are.
+        Its batch-norm layers must be ours (see `convert`); it may itself be one. Layers that are
+        constant by their class, such as torchvision's `FrozenBatchNorm2d`, are left as they are.
     stats : bool
-        Normalize by the running statistics and do not update them, after ``model.train()`` either,
-        nor reset them. A layer without running statistics still uses the batch's.
+        Normalize by the running statistics, and neither update nor reset them, even after
+        ``model.train()``. A layer without running statistics still uses those of the batch.
     affine : bool
-        Give scale and shift no gradient, also where pruning or a parametrization computes them from
-        other parameters. Gradients that they have are dropped, so no optimizer applies them.
+        Compute no gradients of scale and shift, also if pruning or a parametrization computes them
+        from other parameters. Gradients that they have are dropped, so no optimizer applies them.
 
     Returns
     -------
@@ -39,8 +39,8 @@ def freeze(model: M, *, stats: bool = True, affine: bool = False) -> M:
     Raises
     ------
     ArgumentError
-        `model` has no batch-norm layer, or one that is not ours, which cannot be kept frozen. After
-        any exception the model is as it was.
+        `model` has no batch-norm layer, or has one that is not ours. After any exception, the model
+        is as it was before.
 
     Examples
     --------
@@ -60,7 +60,7 @@ def freeze(model: M, *, stats: bool = True, affine: bool = False) -> M:
                 for name, parameters in _affine_parameters(layer).items():
                     trained = [p for p in parameters if p.requires_grad]
                     if trained:
-                        layer._thawed = (*layer._thawed, name)
+                        layer._to_unfreeze = (*layer._to_unfreeze, name)
                     for parameter in trained:
                         parameter.requires_grad_(False)
                         parameter.grad = None
@@ -74,7 +74,7 @@ def unfreeze(model: M, *, stats: bool = True, affine: bool = True) -> M:
     ----------
     model : Module
     stats, affine : bool
-        What to unfreeze. Parameters that had no gradient before they were frozen get none.
+        What to unfreeze. Parameters that did not train before `freeze` still do not.
 
     Returns
     -------
@@ -93,15 +93,15 @@ def unfreeze(model: M, *, stats: bool = True, affine: bool = True) -> M:
                 layer.stats_frozen = False
             if affine and layer.affine_frozen:
                 layer.affine_frozen = False
-                for name in layer._thawed:
+                for name in layer._to_unfreeze:
                     for parameter in _affine_parameters(layer)[name]:
                         parameter.requires_grad_(True)
-                layer._thawed = ()
+                layer._to_unfreeze = ()
     return model
 
 
 def layers_of(model: nn.Module, name: str) -> list[Layer]:
-    """Our layers in a model; refuses one with layers that are not ours, or without any."""
+    """Our layers in a model; raises if it has none, or has batch-norm layers that are not ours."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{name} takes a torch.nn.Module, got {type(model).__name__}.")
     layers, constant = [], False
@@ -123,21 +123,22 @@ def layers_of(model: nn.Module, name: str) -> list[Layer]:
 
 
 def _is_constant(kind: type[nn.Module]) -> bool:
-    """Whether statistics, scale and shift of the class never change."""
+    """Whether statistics, scale and shift of layers of this class never change."""
     adapter = adapter_of(kind)
     return issubclass(kind if adapter is None else adapter.ours, FrozenLayer)
 
 
 def _affine_parameters(layer: Layer) -> dict[str, list[nn.Parameter]]:
-    """The parameters that scale and shift are computed from: one each, or those behind them.
+    """The parameters that scale and shift are, or are computed from.
 
-    `weight` may be made of `weight_orig` by pruning or of `parametrizations.weight.original`.
+    Pruning computes `weight` from `weight_orig`; parametrizations, from
+    `parametrizations.weight.original`.
     """
     found: dict[str, list[nn.Parameter]] = {"weight": [], "bias": []}
     for path, parameter in layer.named_parameters():
         own = path.removeprefix("parametrizations.")
         if own == path and "." in path:
-            continue  # of a module inside, like an activation
+            continue  # of a module in the layer, such as an activation
         for name, parameters in found.items():
             if own.startswith(name):
                 parameters.append(parameter)

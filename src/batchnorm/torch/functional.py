@@ -1,7 +1,7 @@
-"""Batch normalization of torch tensors: one function with torch's signature, differentiable.
+"""Batch normalization of torch tensors: a differentiable function with torch's signature.
 
-The arguments are checked here, and one of three ways is chosen: the core at once (`native`), the
-core behind operators that torch sees (`operators`), or torch's own operations (`portable`).
+This module checks the arguments and dispatches the call: to the core directly (`native`), to the
+core through torch's dispatcher (`operators`), or to torch's operations (`portable`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .internals import is_direct, is_exporting_to_onnx, is_tracing
 
 __all__ = ["batch_norm"]
 
-# A NumPy array where torch need not see it; on other devices what torch's own kernels measure.
+# A NumPy array from the native back end; on other devices what torch's own kernels measure.
 Statistics = native.Statistics | Tensor | portable.Measured
 
 
@@ -43,19 +43,19 @@ def batch_norm(
     negative_slope: float = 0.01,
     group_size: int | None = None,
 ) -> Tensor:
-    """Normalize each channel, as `torch.nn.functional.batch_norm`, and more in the same pass.
+    """Normalize each channel, as `torch.nn.functional.batch_norm`, with additional options.
 
     Parameters
     ----------
     input : (N, C, *S)
         Contiguous, channels-last or any other strides; the output keeps the memory format.
     running_mean, running_var : (C,)
-        In training they take up the batch's statistics, in place; None where there are none. In
-        evaluation they normalize.
+        In training, they are updated in place with the statistics of the batch; None for no
+        running statistics. In evaluation, `input` is normalized by them.
     weight, bias : (C,)
         Scale and shift, None for 1 and 0; of any floating type.
     training : bool
-        Whether the batch's own statistics normalize.
+        Whether to normalize by the statistics of the batch.
     momentum : float
         Weight of the new value in the running statistics.
     eps : float
@@ -64,28 +64,28 @@ def batch_norm(
         Added before the activation.
     mask : broadcasts to (N, *S)
         Weight of each value in the statistics: booleans, or numbers that are finite and not
-        negative; not differentiated. Where it is zero, neither the input nor gradients matter (NaN
-        and infinity included), and the output is zero.
+        negative; not differentiated. Values with weight zero are ignored, even NaN and infinity,
+        and so are their gradients; the output is zero there.
     activation : None, "relu", "leaky_relu", "relu6", "hardswish" or "silu"
-        Applied to the result, in the same pass but for a residual before hardswish and silu.
+        Applied to the result, in the same pass unless a residual precedes hardswish or silu.
     negative_slope : float
         Of "leaky_relu".
     group_size : int
-        Examples that share their statistics in training (ghost batches); None for all. What is
-        left over forms a smaller group, or joins the last where it had one value per channel. The
-        running statistics are those of the whole batch.
+        Number of examples that share their statistics in training (ghost batches); None for all.
+        The remaining examples form a smaller group, or join the last one if they have only one
+        value per channel. The running statistics are those of the whole batch.
 
     Returns
     -------
     (N, C, *S)
-        In the type of `input`; with a residual of another type or shape, in those of the sum.
+        In the type of `input`; if the residual has another type or shape, in those of the sum.
 
     Raises
     ------
     ValueError, RuntimeError
-        Where torch's function raises them, with its messages; and `ArgumentError` or `ShapeError`,
-        which are ValueErrors, for the arguments that it does not have, and for a negative
-        `running_var`. A call that raises changes nothing.
+        As torch's function, with its messages. For the arguments that torch does not have, and for
+        a negative `running_var`: `ArgumentError` or `ShapeError`, which are ValueErrors. A call
+        that raises changes nothing.
 
     References
     ----------
@@ -142,14 +142,14 @@ def normalize(
     residual: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Statistics | None]:
-    """Check, normalize, and leave the running statistics alone.
+    """Check the arguments and normalize; do not update the running statistics.
 
-    Returns the batch's statistics as well (in evaluation, None).
+    Returns y and the statistics of the batch (None in evaluation).
     """
     vectors = (running_mean, running_var, weight, bias)
     if residual is None and mask is None and _is_simple(x, *vectors):
-        # The core and torch check what is left to check, before anything has been changed; if they
-        # refuse, the longer way says why, or does what they cannot.
+        # This checks little and relies on the checks of the core and of torch, which come before
+        # any change. If they refuse, the general case below finds out why, or is able to do it.
         try:
             return _normalize_simple(x, *vectors, training, config)
         except (KeyError, RuntimeError, ValueError):
@@ -157,8 +157,8 @@ def normalize(
     check(x, *vectors, training, config)
     weights = None if mask is None else as_weights(mask, x)
     if residual is not None and not joins(residual, x, config):
-        alone = config._replace(activation=IDENTITY)
-        y, statistics = normalize(x, *vectors, training, alone, None, mask)
+        linear = config._replace(activation=IDENTITY)
+        y, statistics = normalize(x, *vectors, training, linear, None, mask)
         return portable.finish(y, residual, weights, config), statistics
     tensors = (weight, bias, residual, weights)
     if (
@@ -211,7 +211,7 @@ def _normalize_simple(
     if running_mean is None or running_var is None:
         if running_mean is not running_var or not training:
             raise ValueError
-    elif not (_is_running(running_mean, channels) and _is_running(running_var, channels)):
+    elif not (_is_valid_buffer(running_mean, channels) and _is_valid_buffer(running_var, channels)):
         raise ValueError
     statistics = None
     if not training:
@@ -227,8 +227,8 @@ def _normalize_simple(
     return native.normalize(x, statistics, weight, bias, None, None, config), None
 
 
-def _is_running(t: Tensor, channels: int) -> bool:
-    """Whether this can be a running statistic."""
+def _is_valid_buffer(t: Tensor, channels: int) -> bool:
+    """Whether a tensor with one axis can be a running mean or variance."""
     return t.shape[0] == channels and t.is_floating_point() and not t.requires_grad
 
 
@@ -246,10 +246,10 @@ def update_running(
     mask: Tensor | None,
     name: str,
 ) -> None:
-    """Bring a batch's statistics into the running ones (`running.update_native`)."""
+    """Update the running statistics with those of a batch (see `running.update_native`)."""
     policy = (momentum, on_nonfinite, mask is None, name)
     buffers = (running_mean, running_var, tracked, nonfinite)
-    if statistics is None:  # of an empty batch, which has none
+    if statistics is None:
         return
     if not native.supports(running_mean, running_var):
         if isinstance(statistics, np.ndarray):
@@ -264,7 +264,7 @@ def update_running(
 def merge_into(
     total: Tensor, statistics: Statistics | None, nonfinite: Tensor | None, *policy: str
 ) -> None:
-    """Merge a batch's statistics into `total` (`running.merge_into`)."""
+    """Merge a batch's statistics into `total` (see `running.merge_into`)."""
     if statistics is not None:
         operators.merge_into(total, running.as_tensor(statistics), nonfinite, *policy)
 
@@ -276,7 +276,7 @@ def measure(x: Tensor, mask: Tensor | None) -> Moments:
 
 
 def statistics_of(x: Tensor, weights: Tensor | None) -> Tensor:
-    """The statistics (1, 5, C) of x, which is detached, on its device, without waiting for it."""
+    """Statistics (1, 5, C) of a detached x, on its device and without waiting for it."""
     if native.supports(x, weights) and is_direct(x, weights):
         return torch.from_numpy(native.moments(x, weights))
     return portable.moments(x, weights)
@@ -294,11 +294,11 @@ def check(
     training: bool,
     config: Config,
     *,
-    alone: bool = True,
+    is_whole_batch: bool = True,
 ) -> None:
-    """Refuse what torch refuses. `alone`: whether x is all of the batch."""
+    """Refuse what torch refuses. `is_whole_batch`: False if other processes have parts of it."""
     if is_tracing():
-        return  # to compare a traced size is to fix it; the core will check
+        return  # comparing a traced size would make it constant; the core checks later
     good = x.dim() >= 2 and (config.eps > 0 or (config.eps == 0 and not training))
     vectors = (running_mean, running_var, weight, bias)
     if good:
@@ -307,12 +307,12 @@ def check(
             if t is not None and (t.dim() != 1 or t.shape[0] != channels or t.device != x.device):
                 good = False
         for t in (running_mean, running_var):
-            if good and t is not None and not _is_running(t, channels):
+            if good and t is not None and not _is_valid_buffer(t, channels):
                 good = False
         good = good and (running_mean is None) == (running_var is None)
         if training:
             per_example = values_per_example(x)
-            good = good and not (alone and x.shape[0] * per_example == 1)
+            good = good and not (is_whole_batch and x.shape[0] * per_example == 1)
             if good and config.group_size * per_example == 1:
                 raise ShapeError(
                     "Expected more than 1 value per channel when training, got input size "
@@ -321,10 +321,10 @@ def check(
         else:
             good = good and running_mean is not None and running_var is not None
     if not good:
-        _refuse(x, running_mean, running_var, weight, bias, training, config.eps)
+        _raise_as_torch(x, running_mean, running_var, weight, bias, training, config.eps)
 
 
-def _refuse(
+def _raise_as_torch(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -333,19 +333,19 @@ def _refuse(
     training: bool,
     eps: float,
 ) -> None:
-    """Raise what torch would have raised, which says it best; or our own where it would not."""
+    """Raise the error of torch's function; or one of ours, if torch raises none."""
     for name, t in (("weight", weight), ("bias", bias)):
-        # torch takes some of these, or fails in an internal assertion.
+        # torch accepts some of these, and fails in an internal assertion for others.
         if x.dim() >= 2 and t is not None and t.dim() != 1 and t.numel() == x.shape[1]:
             raise ShapeError(f"{name} must have shape ({x.shape[1]},), got {tuple(t.shape)}.")
     mean, var = (
         None if t is None else t.detach().clone().requires_grad_(t.requires_grad)
         for t in (running_mean, running_var)
     )
-    # Contiguous: of others torch may say no more than that an internal assertion failed.
+    # Contiguous, because for other inputs torch may fail in an internal assertion.
     F.batch_norm(x.contiguous(), mean, var, weight, bias, training, 0.1, eps)
     if x.dim() == 1 and x.numel() == 0:
-        return  # as torch's own samples have it
+        return  # torch's own test samples contain this
     raise ShapeError(
         "weight, bias and the running statistics must have shape (C,) and lie on one device with "
         f"input, got input {tuple(x.shape)} on {x.device}."
@@ -362,7 +362,7 @@ def as_weights(mask: Tensor, x: Tensor) -> Tensor:
     if mask.dim() == x.dim() and mask.shape[1] == 1:
         mask = mask.squeeze(1)
     try:
-        # A copy, since the backward pass needs it as it is now.
+        # A copy, since the mask may change before the backward pass.
         weights = torch.broadcast_to(mask.to(x.device, torch.float64, copy=True), shape)
     except RuntimeError:
         raise ShapeError(

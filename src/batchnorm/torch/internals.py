@@ -1,6 +1,6 @@
-"""torch's internals that are used here, each behind a name that says what for.
+"""The private parts of torch that this package uses, each behind a function that says what for.
 
-All were checked with torch 2.13.0, the pinned version, and exist since 2.4. Nothing else in this
+All were checked with torch 2.13.0, the pinned version, and exist since 2.4. No other module of this
 package imports from ``torch._C``, ``torch._functorch`` or other private modules.
 """
 
@@ -20,15 +20,15 @@ is_compiling = torch.compiler.is_compiling
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# With these types a tensor is what it seems.
-_PLAIN = (Tensor, nn.Parameter)
+# Not subclasses, which may override operations.
+_EXACT_TYPES = (Tensor, nn.Parameter)
 
 
 def is_direct(*tensors: Tensor | None) -> bool:
     """True if no compiler, tracer, dispatch mode, transform or subclass must see the call.
 
-    Then kernels may take the tensors by their addresses, without torch's dispatcher, which costs
-    several times as much as a small kernel.
+    The kernels may then use raw pointers and bypass torch's dispatcher, which costs several times
+    as much as a small kernel.
     """
     if (
         torch.compiler.is_compiling()
@@ -39,13 +39,13 @@ def is_direct(*tensors: Tensor | None) -> bool:
     ):
         return False
     for t in tensors:  # noqa: SIM110 (a generator takes twice as long)
-        if t is not None and (type(t) not in _PLAIN or t.is_neg()):
+        if t is not None and (type(t) not in _EXACT_TYPES or t.is_neg()):
             return False
     return True
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` transforms or forward mode derivatives are at work."""
+    """Whether a transform of `torch.func` or forward mode is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -55,31 +55,31 @@ def is_vmapped_gradient(t: Tensor) -> bool:
 
 
 def is_tracing() -> bool:
-    """Whether `torch.jit.trace` records: to compare a size would fix it."""
+    """Whether `torch.jit.trace` is recording. Comparing a size would then make it constant."""
     return torch._C._get_tracing_state() is not None
 
 
 def is_exporting_to_onnx() -> bool:
-    """Whether one of torch's ONNX exporters records: it knows torch's operators only."""
+    """Whether one of torch's ONNX exporters is recording. They know only torch's operators."""
     return (is_tracing() or torch.compiler.is_compiling()) and torch.onnx.is_in_onnx_export()
 
 
 def uncompiled(function: F) -> F:
-    """Keep `torch.compile` out of a function, which it then calls as it is.
+    """Exclude a function from `torch.compile`.
 
-    `torch.compiler.disable` does the same, and imports the compiler at once.
+    `torch.compiler.disable` does the same, but imports the compiler immediately.
     """
     disable: Any = torch._disable_dynamo  # type: ignore[attr-defined]
     return cast(F, disable(function))
 
 
 def is_recomputing() -> bool:
-    """Whether a backward pass is running: a forward inside it is checkpointing's second one."""
+    """Whether a backward pass is running. A forward inside it is a recomputation."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def below_autograd() -> Any:
-    """A context in which operators are called without their derivatives."""
+    """A context in which operators are called without recording derivatives."""
     return torch._C._AutoDispatchBelowAutograd()
 
 
@@ -91,12 +91,12 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def has_dispatch_modes() -> bool:
-    """Whether a dispatch mode sees every operator of this thread."""
+    """Whether a dispatch mode is active in this thread."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def has_function_modes() -> bool:
-    """Whether a function mode, other than a default device, sees every call of this thread."""
+    """Whether a function mode, other than a default device, is active in this thread."""
     modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return any(not isinstance(mode, DeviceContext) for mode in modes)
 

@@ -1,4 +1,4 @@
-"""BatchNorm1d, 2d and 3d: torch's own layers, with what they lack."""
+"""BatchNorm1d, 2d and 3d: subclasses of torch's layers with additional options."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _NOT_QUANTIZABLE = (
 
 
 class Layer(nn.Module):
-    """What the three layers add to torch's; stands before torch's class among their bases.
+    """What our layers add to torch's; a base class that comes before torch's class.
 
-    The attributes have defaults on the class, so that an instance of torch's class becomes one of
-    ours by nothing but a change of class.
+    The defaults of all attributes are on the class, so that changing the class of an instance is
+    enough to convert it.
     """
 
     activation: str | None = None
@@ -46,7 +46,7 @@ class Layer(nn.Module):
     stats_frozen: bool = False
     affine_frozen: bool = False
 
-    # torch's
+    # Of torch's class
     num_features: int
     eps: float
     momentum: float | None
@@ -58,14 +58,14 @@ class Layer(nn.Module):
     num_batches_tracked: Tensor | None
     _check_input_dim: Callable[[Tensor], None]
 
-    _thawed: tuple[str, ...] = ()  # parameters that `unfreeze` gives their gradient back
+    _to_unfreeze: tuple[str, ...] = ()  # names of parameters that `unfreeze` lets train again
     _name: str = ""
-    # The merged statistics of `accumulate`, and the running mean that they are for.
+    # The merged statistics of `accumulate`, and the running mean that they will update.
     _accumulated: tuple[Tensor, Tensor | None] | None = None
 
     EXTRAS: ClassVar[tuple[str, ...]] = (
         "activation", "negative_slope", "on_nonfinite", "on_single", "group_size", "stats_frozen",
-        "affine_frozen", "_thawed", "_name", "_accumulated",
+        "affine_frozen", "_to_unfreeze", "_name", "_accumulated",
     )  # fmt: skip
 
     def __init__(
@@ -83,7 +83,7 @@ class Layer(nn.Module):
         on_nonfinite: str = "skip",
         on_single: str = "raise",
         group_size: int | None = None,
-        **torchs: Any,  # bias=, where the installed torch has it
+        **of_torch: Any,  # bias=, if the installed torch has it
     ) -> None:
         check_options(eps, group_size, activation, negative_slope, on_nonfinite, on_single)
         super().__init__(
@@ -94,7 +94,7 @@ class Layer(nn.Module):
             track_running_stats,
             device=device,
             dtype=dtype,
-            **torchs,
+            **of_torch,
         )
         self.activation = activation
         self.negative_slope = negative_slope
@@ -104,17 +104,17 @@ class Layer(nn.Module):
         self.adopt()
 
     def adopt(self, name: str = "") -> None:
-        """Make ready an instance that torch's constructor left behind."""
+        """Complete an instance that was made by the constructor of torch's class."""
         if name:
             self._name = name
         if self.running_mean is not None:
-            # A buffer, so that it moves, exports and is written to like the others.
+            # A buffer, so that it is moved and exported like the others.
             count = torch.zeros((), dtype=torch.int64, device=self.running_mean.device)
             self.register_buffer("_nonfinite", count, persistent=False)
         self._widen({})
 
     def release(self) -> None:
-        """Remove what torch's layer does not have, before the class changes back."""
+        """Remove the attributes that torch's layer does not have, before the class changes back."""
         for name in {*type(self).EXTRAS} & self.__dict__.keys():
             del self.__dict__[name]
         self._buffers.pop("_nonfinite", None)
@@ -131,13 +131,13 @@ class Layer(nn.Module):
         residual : broadcasts with (N, C, *S)
             Added before the activation.
         mask : broadcasts to (N, *S)
-            Weight of each value in the statistics, as in `functional.batch_norm`; where it is zero
-            the output is zero, in evaluation too.
+            Weight of each value in the statistics, as in `functional.batch_norm`. The output is
+            zero where the mask is, in evaluation too.
 
         Returns
         -------
         (N, C, *S)
-            In the type and memory format of `input`; with a residual of another type or shape, in
+            In the type and memory format of `input`; if the residual has another type or shape, in
             those of the sum.
 
         Raises
@@ -147,7 +147,7 @@ class Layer(nn.Module):
         NonFiniteError
             With ``on_nonfinite="raise"``. A call that raises changes nothing.
         """
-        if isinstance(input, Proxy):  # torch.fx takes torch's own layers as they are, and so ours
+        if isinstance(input, Proxy):  # a leaf module for torch.fx, like torch's layers
             tracer: Any = input.tracer
             if type(tracer).__name__ == "QuantizationTracer":
                 warnings.warn(_NOT_QUANTIZABLE, stacklevel=2)
@@ -168,7 +168,7 @@ class Layer(nn.Module):
             batch = False
         else:
             batch = self.on_single == "raise" or not self._is_single(input, mask)
-        if batch and not self.track_running_stats:  # as in torch: they take no part in training
+        if batch and not self.track_running_stats:  # as in torch: training does not use them
             mean = var = None
         config = config_of(self.eps, self.group_size, self.activation, self.negative_slope)
         if not input.is_cpu and residual is None and mask is None and self._is_torchs(input):
@@ -183,9 +183,9 @@ class Layer(nn.Module):
         return y
 
     def _is_torchs(self, input: Tensor) -> bool:
-        """Whether torch's layer does on another device all that is asked of this one.
+        """Whether torch's layer would do the same on a device that the core does not read.
 
-        It then runs as it is, in fewer kernels: statistics that may be left out are measured apart.
+        Then torch's runs, in fewer kernels: to skip a batch, its statistics are computed separately.
         """
         return (
             self.on_nonfinite == "propagate"
@@ -198,15 +198,15 @@ class Layer(nn.Module):
             and not is_recomputing()
         )
 
-    #: Normalizes; also returns the statistics that the running ones take up.
+    #: Normalizes; returns y and the statistics that update the running ones.
     _normalize: Callable[..., tuple[Tensor, Any]] = staticmethod(functional.normalize)
 
     def _tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Weight, bias, running mean and variance; `nn.Module.__getattr__` takes its time."""
+        """Weight, bias, running mean and variance, without the slow `nn.Module.__getattr__`."""
         p, b = self._parameters, self._buffers
         try:
             return p["weight"], p["bias"], b["running_mean"], b["running_var"]
-        except KeyError:  # something stands in for a parameter, as weight norm does
+        except KeyError:  # one is computed from other parameters, as by weight norm
             return self.weight, self.bias, self.running_mean, self.running_var
 
     def _is_single(self, x: Tensor, mask: Tensor | None) -> bool:
@@ -216,9 +216,10 @@ class Layer(nn.Module):
         return int(torch.count_nonzero(weights)) == 1
 
     def _label(self) -> str:
-        """What messages call the layer.
+        """The name of the layer in messages: its path in the model, if known.
 
-        Compiled code has no name of its own: a compiler would make it anew for each layer.
+        Compiled code uses the class instead. A path would make it specific to one layer, and the
+        compiler would compile it again for each.
         """
         if not is_compiling() and self._name:
             return self._name
@@ -234,7 +235,7 @@ class Layer(nn.Module):
                     tracked.add_(1)  # as in torch
             return
         nonfinite = self._buffers.get("_nonfinite")
-        # Buffers that stand in for the layer's own, as in functional_call, are not accumulated.
+        # Not if functional_call has replaced the buffers: then these are updated.
         if self._accumulated is not None and self._accumulated[1] is mean:
             total = self._accumulated[0]
             functional.merge_into(total, statistics, nonfinite, self.on_nonfinite, self._label())
@@ -254,7 +255,7 @@ class Layer(nn.Module):
         )
 
     def take_accumulated(self) -> None:
-        """Bring what `accumulate` has merged into the running statistics, as one batch."""
+        """Update the running statistics with what `accumulate` has merged, as one batch."""
         accumulated, self._accumulated = self._accumulated, None
         _, _, mean, var = self._tensors()
         if accumulated is None or mean is None or var is None:
@@ -266,12 +267,12 @@ class Layer(nn.Module):
 
     @property
     def nonfinite_batches(self) -> int:
-        """Batches that ``on_nonfinite="skip"`` has left out of the running statistics."""
+        """Number of batches skipped because of ``on_nonfinite="skip"``."""
         count = self._buffers.get("_nonfinite")
         return 0 if count is None else int(count)
 
     def reset_running_stats(self) -> None:
-        """As torch's; frozen statistics stay, also in `torch.optim.swa_utils.update_bn`."""
+        """Reset the running statistics as torch does, but not if they are frozen."""
         if self.stats_frozen:
             return
         super().reset_running_stats()  # type: ignore[misc]
@@ -280,7 +281,7 @@ class Layer(nn.Module):
             nonfinite.zero_()
 
     def __getstate__(self) -> Any:
-        """Without what belongs to an `accumulate` block, in which a copy has no part."""
+        """Leave out the state of an `accumulate` block, which does not concern copies."""
         inherited = getattr(super(), "__getstate__", None)  # Python 3.11 and later, or a subclass
         state = self.__dict__ if inherited is None else inherited()
         if not isinstance(state, dict):  # a subclass with slots
@@ -290,7 +291,7 @@ class Layer(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         raise ArgumentError(NOT_SCRIPTABLE.format(type(self).__name__))
 
-    # ---- what torch's layer does, with statistics that stay wide --------------------------------
+    # ---- moving and loading: running statistics stay float32 or wider ---------------------------
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = {name: self._buffers.get(name) for name in ("running_mean", "running_var")}
@@ -303,7 +304,7 @@ class Layer(nn.Module):
         self._widen({})
 
     def _widen(self, before: dict[str, Tensor | None]) -> None:
-        """Keep running statistics in float32 or wider, by their values in `before` if there."""
+        """Make the running statistics float32 or wider, from their values in `before` if given."""
         for name in ("running_mean", "running_var"):
             now = self._buffers.get(name)
             if now is None or not now.is_floating_point() or now.itemsize >= 4:
@@ -313,14 +314,14 @@ class Layer(nn.Module):
                 self._buffers[name] = now.float()
             else:
                 self._buffers[name] = old.to(now.device)
-        if self._accumulated is not None:  # the layer's own buffers are others now
+        if self._accumulated is not None:  # the buffer is another object now
             self._accumulated = self._accumulated[0], self._buffers["running_mean"]
 
     def extra_repr(self) -> str:
-        """torch's, and what differs from it."""
+        """torch's, and the options that differ from their defaults."""
         parts = [super().extra_repr()]
         for name in ("activation", "negative_slope", "on_nonfinite", "on_single", "group_size"):
-            # Of the instance: a class may compute it from what its repr shows anyway.
+            # Of the instance: a class may compute an option from something that its repr shows.
             value = self.__dict__.get(name, getattr(Layer, name))
             if value != getattr(Layer, name) and (
                 name != "negative_slope" or self.activation == "leaky_relu"
@@ -340,7 +341,7 @@ def check_options(
     on_nonfinite: str,
     on_single: str,
 ) -> None:
-    """Refuse what no layer takes."""
+    """Raise if an option has a value that no layer accepts."""
     config_of(eps, group_size, activation, negative_slope)
     for name, value, known in (
         ("on_nonfinite", on_nonfinite, _ON_NONFINITE),
@@ -350,12 +351,12 @@ def check_options(
             raise ArgumentError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
 
 
-_DOC = """torch's {name}, exact and faster, with what it lacks.
+_DOC = """torch's {name} with a faster, more accurate core and additional options.
 
-    The constructor, the state dict and the meaning of every argument up to `bias` are those of
-    `torch.nn.{name}`; the others are keywords. A call that raises changes nothing, and a forward
-    that activation checkpointing repeats updates the running statistics once. These stay float32 or
-    wider through ``.half()`` and ``.bfloat16()``.
+    This is a subclass of `torch.nn.{name}`, with the same state dict and the same arguments up to
+    `bias`; additional arguments are keywords. A call that raises changes nothing. If activation
+    checkpointing repeats a forward, the running statistics are updated once. They stay float32 or
+    wider after ``.half()`` and ``.bfloat16()``.
 
     Parameters
     ----------
@@ -364,18 +365,19 @@ _DOC = """torch's {name}, exact and faster, with what it lacks.
     eps, momentum, affine, track_running_stats, device, dtype, bias
         As in `torch.nn.{name}`.
     activation : None, "relu", "leaky_relu", "relu6", "hardswish" or "silu"
-        Applied in the same pass, after a residual if one is given.
+        Applied in the same pass, after the residual if there is one.
     negative_slope : float
         Of "leaky_relu".
     on_nonfinite : "skip", "raise" or "propagate"
-        What to do in training with a batch whose statistics are not finite: leave it out of the
-        running statistics, count it in `nonfinite_batches` and warn once; raise `NonFiniteError`,
-        which names layer and channel; or let it in, as torch does.
+        What to do if the statistics of a training batch are not finite, or too large for the type
+        of the running statistics. "skip": do not update the running statistics, count the batch in
+        `nonfinite_batches`, and warn once. "raise": raise `NonFiniteError`, which names layer and
+        channel. "propagate": update them nevertheless, as torch does.
     on_single : "raise" or "population"
-        What to do in training with one value per channel: raise torch's ValueError, or normalize by
-        the running statistics and leave them alone.
+        What to do if a channel has only one value in training. "raise": raise torch's ValueError.
+        "population": normalize by the running statistics, and do not update them.
     group_size : int
-        Examples that share their statistics (ghost batches); None for all.
+        Number of examples that share their statistics (ghost batches); None for all.
 
     Examples
     --------

@@ -1,8 +1,8 @@
-"""The back end of the native core: dense CPU tensors, taken by their addresses.
+"""The back end for dense CPU tensors: the native core, called with raw pointers.
 
-It has the functions of `contract`, and knows nothing of autograd. Statistics are NumPy arrays here:
-a tensor that torch need not see costs a tenth of a small call. Where torch has to see the call
-(compilers, dispatch modes, transforms), `operators` stands in between.
+It has the functions of `contract`, and no derivatives. Statistics are NumPy arrays here, because
+making a tensor takes a tenth of a small call. Calls that torch must see (under compilers, dispatch
+modes and transforms) go through `operators`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _core
 from ..errors import ArgumentError
-from ..moments import Moments, as_block
+from ..moments import Moments, as_statistics
 from .contract import IDENTITY, ROWS, Config, Gradients, Needs, check_mask, groups_of
 from .internals import memory_format_of
 
@@ -31,7 +31,7 @@ _POOLED_BYTES = 1 << 18
 
 
 def supports(*tensors: Tensor | None) -> bool:
-    """Whether the core can read these: dense CPU tensors of a supported floating type."""
+    """Whether these are dense CPU tensors of a supported floating type."""
     for t in tensors:
         if t is not None and not (t.is_cpu and t.dtype in _TYPES and t.layout is torch.strided):
             return False
@@ -48,13 +48,13 @@ def moments(x: Tensor, mask: Tensor | None) -> Statistics:
     statistics = np.empty((1, ROWS, x.shape[1]))
     count, mean, low, m2, dof = statistics[0]
     count[:], dof[:] = _core.forward(
-        _seen(x), None, 1, 0.0, mean, low, m2, weights=_weights(mask, x)
+        _for_core(x), None, 1, 0.0, mean, low, m2, weights=_weights(mask, x)
     )
     return statistics
 
 
 def given(mean: Tensor, var: Tensor) -> Statistics:
-    """Statistics that are given.
+    """Statistics with a given mean and variance, which are constants.
 
     Raises
     ------
@@ -62,7 +62,7 @@ def given(mean: Tensor, var: Tensor) -> Statistics:
         A variance is negative.
     """
     statistics = np.empty((1, ROWS, mean.shape[0]))
-    negative = _core.given_statistics(_seen(mean), _seen(var), statistics)
+    negative = _core.given_statistics(_for_core(mean), _for_core(var), statistics)
     if negative >= 0:
         raise ArgumentError(
             f"running_var must not be negative, got {float(var[negative])} in channel {negative}. "
@@ -79,23 +79,23 @@ def forward(
     mask: Tensor | None,
     config: Config,
 ) -> tuple[Tensor, Statistics]:
-    """Normalize x by its own statistics; also return these."""
+    """Normalize x by its own statistics; return y and the statistics."""
     eps, group_size, activation, slope = config
     if mask is not None:
         check_mask(mask, training=True, shape=x.shape)
     y = empty_like(x)
     statistics = np.empty((groups_of(x, group_size) if group_size else 1, ROWS, x.shape[1]))
     _core.layer_forward(
-        _seen(x),
-        _seen(y),
+        _for_core(x),
+        _for_core(y),
         1,
         eps,
         statistics,
         group_size,
-        None if weight is None else _seen(weight),
-        None if bias is None else _seen(bias),
+        None if weight is None else _for_core(weight),
+        None if bias is None else _for_core(bias),
         None if mask is None else _weights(mask, x),
-        None if residual is None else _seen(residual),
+        None if residual is None else _for_core(residual),
         activation,
         slope,
     )
@@ -117,16 +117,16 @@ def normalize(
         check_mask(mask)
     y = empty_like(x)
     _core.layer_normalize(
-        _seen(x),
-        _seen(y),
+        _for_core(x),
+        _for_core(y),
         1,
         eps,
         statistics,
         group_size,
-        None if weight is None else _seen(weight),
-        None if bias is None else _seen(bias),
+        None if weight is None else _for_core(weight),
+        None if bias is None else _for_core(bias),
         None if mask is None else _weights(mask, x),
-        None if residual is None else _seen(residual),
+        None if residual is None else _for_core(residual),
         activation,
         slope,
     )
@@ -145,31 +145,32 @@ def gradients(
     measured: bool,
     needs: Needs,
 ) -> Gradients:
-    """Gradients of `forward`, or of `normalize` where statistics were not `measured` on x."""
+    """Gradients of `forward`, or of `normalize` if statistics were not `measured` on x."""
     eps, group_size, activation, slope = config
     need_x, need_weight, need_bias, need_residual = needs
-    grad_x = empty_like(x) if need_x or need_residual else None  # the core writes both or none
+    # The core writes grad_x and grad_residual together.
+    grad_x = empty_like(x) if need_x or need_residual else None
     grad_residual = empty_like(x) if need_residual else None
     grad_weight = torch.empty_like(weight) if need_weight and weight is not None else None
     grad_bias = torch.empty_like(bias) if need_bias and bias is not None else None
     if need_residual and activation == IDENTITY:
-        y = grad_y  # whose values do not matter then
+        y = grad_y  # the core needs an array here, but not its values
     _core.layer_backward(
-        _seen(grad_y),
-        _seen(x),
-        None if grad_x is None else _seen(grad_x),
+        _for_core(grad_y),
+        _for_core(x),
+        None if grad_x is None else _for_core(grad_x),
         1,
         eps,
         statistics,
         measured,
         group_size,
-        None if weight is None else _seen(weight),
-        None if bias is None else _seen(bias),
-        None if grad_weight is None else _seen(grad_weight),
-        None if grad_bias is None else _seen(grad_bias),
+        None if weight is None else _for_core(weight),
+        None if bias is None else _for_core(bias),
+        None if grad_weight is None else _for_core(grad_weight),
+        None if grad_bias is None else _for_core(grad_bias),
         None if mask is None else _weights(mask, x),
-        None if y is None else _seen(y),
-        None if grad_residual is None else _seen(grad_residual),
+        None if y is None else _for_core(y),
+        None if grad_residual is None else _for_core(grad_residual),
         activation,
         slope,
     )
@@ -190,8 +191,8 @@ def backward_sums(
     sums = np.empty((2, x.shape[1]))
     mean, low, var = _mean_and_var(statistics)
     _core.backward_sums(
-        _seen(grad_y),
-        _seen(x),
+        _for_core(grad_y),
+        _for_core(x),
         1,
         mean,
         low,
@@ -202,7 +203,7 @@ def backward_sums(
         _wide(weight),
         _wide(bias),
         _weights(mask, x),
-        None if y is None else _seen(y),
+        None if y is None else _for_core(y),
         config.activation,
         config.slope,
     )
@@ -221,17 +222,17 @@ def backward(
     config: Config,
     need_residual: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients with respect to x and residual, of one group whose sums are given."""
+    """Gradients with respect to x and residual, of one group, from its two sums."""
     grad_x = empty_like(x)
     grad_residual = empty_like(x) if need_residual else None
     if need_residual and config.activation == IDENTITY:
-        y = grad_y  # whose values do not matter then
+        y = grad_y  # the core needs an array here, but not its values
     mean, low, var = _mean_and_var(statistics)
     sum_grad, sum_grad_x_hat = sums.numpy()
     _core.backward(
-        _seen(grad_y),
-        _seen(x),
-        _seen(grad_x),
+        _for_core(grad_y),
+        _for_core(x),
+        _for_core(grad_x),
         1,
         float(statistics[0, 0, :1].sum()),
         mean,
@@ -243,8 +244,8 @@ def backward(
         _wide(weight),
         _wide(bias),
         _weights(mask, x),
-        None if y is None else _seen(y),
-        None if grad_residual is None else _seen(grad_residual),
+        None if y is None else _for_core(y),
+        None if grad_residual is None else _for_core(grad_residual),
         config.activation,
         config.slope,
     )
@@ -255,7 +256,7 @@ def merge(statistics: Statistics) -> Statistics:
     """Statistics of several groups as those of one."""
     if len(statistics) == 1:
         return statistics
-    return as_block(Moments.merge(as_moments(group) for group in statistics))
+    return as_statistics(Moments.merge(as_moments(group) for group in statistics))
 
 
 def update_running(
@@ -267,7 +268,7 @@ def update_running(
     propagate: bool,
     count_empty: bool,
 ) -> int:
-    """Bring one batch into the running averages, in place.
+    """Update the running statistics with one batch, in place.
 
     Parameters
     ----------
@@ -275,18 +276,18 @@ def update_running(
     tracked : () int64
         Counts batches.
     statistics : (groups, 5, C)
-        The running statistics are those of the whole batch.
+        Merged first: the running statistics are those of the whole batch.
     momentum : float or None
         Weight of the new value; None averages all batches equally.
     propagate : bool
-        Let in what is not finite. Otherwise such a batch changes nothing.
+        Update also with statistics that are not finite. Otherwise such a batch changes nothing.
     count_empty : bool
-        Whether a batch without values counts as tracked; it changes nothing else.
+        Whether a batch without values counts in `tracked`. It never changes the averages.
 
     Returns
     -------
     int
-        The first channel whose statistics are not finite as the buffers hold them, or -1.
+        The first channel whose statistics are not finite in the type of the buffers, or -1.
     """
     statistics = merge(statistics)
     counter = 0
@@ -297,8 +298,8 @@ def update_running(
             momentum = 1.0 / (float(tracked) + 1.0)
     bad = _core.update_running(
         statistics,
-        _seen(running_mean),
-        _seen(running_var),
+        _for_core(running_mean),
+        _for_core(running_var),
         counter,
         math.nan if momentum is None else momentum,
         propagate,
@@ -333,7 +334,7 @@ def _wide(vector: Tensor | None) -> NDArray[np.float64] | None:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Uninitialised, in the memory format that torch's batch norm gives its output."""
+    """An uninitialized tensor with the shape of x, in the memory format of torch's batch norm."""
     if x.nbytes < _POOLED_BYTES:
         if x.is_contiguous():
             return torch.empty_like(x)
@@ -341,34 +342,34 @@ def empty_like(x: Tensor) -> Tensor:
     like = x
     if not x.is_contiguous():
         like = torch.empty_like(x, device="meta", memory_format=memory_format_of(x))
-    memory = torch.frombuffer(_core.take(x.nbytes, _seen(x)), dtype=x.dtype)
-    # Not a view: autograd forbids changing views that a Function returns in place.
+    memory = torch.frombuffer(_core.take(x.nbytes, _for_core(x)), dtype=x.dtype)
+    # Not a view, because autograd forbids in-place changes of a view that a Function returns.
     y = torch.empty(0, dtype=x.dtype, device="cpu")
     return y.set_(memory.untyped_storage(), 0, x.shape, like.stride())
 
 
 def _weights(mask: Tensor | None, x: Tensor) -> Any:
-    return None if mask is None else _seen(mask.unsqueeze(1).expand(x.shape))
+    return None if mask is None else _for_core(mask.unsqueeze(1).expand(x.shape))
 
 
-def _address(t: Tensor) -> Any:
+def _as_address(t: Tensor) -> Any:
     return (t.data_ptr(), _TYPES[t.dtype], t.shape, t.stride())
 
 
-def _itself(t: Tensor) -> Any:
+def _as_itself(t: Tensor) -> Any:
     return t
 
 
 def _choose_exchange() -> Callable[[Tensor], Any]:
-    """How the core takes a tensor: itself where torch has DLPack's C exchange, or its address."""
+    """Pass tensors to the core themselves, if torch has DLPack's C exchange, or as addresses."""
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if exchange is None:
-        return _address
+        return _as_address
     try:
         _core.use_exchange(Tensor, exchange)
-    except ValueError:  # of another version than the core knows
-        return _address
-    return _itself
+    except ValueError:  # a version that the core does not know
+        return _as_address
+    return _as_itself
 
 
-_seen = _choose_exchange()
+_for_core = _choose_exchange()

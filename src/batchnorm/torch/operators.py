@@ -1,8 +1,8 @@
-"""The kernels as custom operators ``torch.ops.batchnorm.*``, for calls that torch has to see.
+"""The kernels of `native` as custom operators ``torch.ops.batchnorm.*``, on tensors.
 
-A compiler, an exporter, a dispatch mode, a transform or a tensor subclass sees one operator, with
-its shapes, the arguments that it changes and its batching rule; `autograd` adds the derivatives.
-The kernels are those of `native`, with statistics as tensors.
+They are used for calls that go through torch's dispatcher: under a compiler, an exporter, a
+dispatch mode or a transform, or with a tensor subclass. Here are the operators' shapes, the
+arguments that they change, and their rules for vmap; `autograd` adds the derivatives.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def update_running(
     statistics: Tensor,
     *policy: Any,
 ) -> None:
-    """`running.update` by the native back end."""
+    """`running.update_native`."""
     _operators.update_running(running_mean, running_var, tracked, nonfinite, statistics, *policy)
 
 
@@ -93,7 +93,7 @@ def merge_into(total: Tensor, statistics: Tensor, nonfinite: Tensor | None, *pol
 
 
 def array(statistics: Tensor) -> native.Statistics:
-    """Statistics as the native back end has them."""
+    """Statistics as a NumPy array, for the native back end."""
     found: native.Statistics = statistics.detach().cpu().contiguous().numpy()
     return found
 
@@ -143,7 +143,8 @@ def _backward(
     found = native.gradients(
         grad_y, x, array(statistics), weight, bias, y, mask, config, measured, needs
     )
-    return tuple(x.new_empty(0) if g is None else g for g in found)  # operators know no None
+    # An operator cannot return None.
+    return tuple(x.new_empty(0) if g is None else g for g in found)
 
 
 def _update_running(
@@ -187,9 +188,9 @@ def _fake_backward(grad_y: Tensor, x: Tensor, statistics: Tensor, *others: Any) 
 
 
 def _batched_forward(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-    """A batch of calls is one call with so many times the channels."""
+    """A vmap of B calls is one call with B times as many channels."""
     size = info.batch_size
-    if in_dims[4] is not None:  # a mask is of examples, not of channels
+    if in_dims[4] is not None:  # one mask for all channels of a call
         return _one_by_one(_operators.forward, size, in_dims, arguments)
     axes = (2, 1, 1, 2)
     folded = [_fold(t, d, size, a) for t, d, a in zip(arguments, in_dims, axes, strict=False)]
@@ -243,9 +244,9 @@ def _selected(arguments: Any, in_dims: tuple[int | None, ...], k: int) -> list[A
 
 
 def _fold(t: Tensor | None, dim: int | None, size: int, channel_axis: int) -> Tensor | None:
-    """Put the batch of a vmap before the channels, and make one axis of both.
+    """Move the batch axis of a vmap before the channel axis, and flatten the two into one.
 
-    `channel_axis`: of the channels, once the batch stands before them.
+    `channel_axis` is the channel axis after the move.
     """
     if t is None:
         return None
@@ -314,7 +315,7 @@ def _define() -> None:
         name, rest = schema.split("(", 1)
         operator = f"batchnorm::{name}"
         torch.library.define(operator, f"({rest}", tags=(torch.Tag.pt2_compliant_tag,))
-        # Merging waits for statistics wherever they are.
+        # Merging takes statistics from any device, and waits for them.
         torch.library.impl(operator, "default" if name == "merge_into" else "cpu")(
             uncompiled(kernel)
         )

@@ -1,4 +1,4 @@
-"""Parameters for an optimizer: which of them weight decay is for."""
+"""Parameter groups for an optimizer, with and without weight decay."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _NORMALIZATIONS: tuple[type[nn.Module], ...] = (
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters in two groups: weights that decay; scales, shifts and biases that do not.
+    """Divide parameters into two groups: weights, and scales, shifts and biases without decay.
 
-    A scale decays towards zero, which stands for nothing: what the next layer sees of a batch norm
-    hardly depends on the size of the weights before it, but directly on the size of its scale.
+    Weight decay pulls parameters towards zero, which is no natural value for a scale. The output of
+    a batch norm hardly depends on the size of the weights before it, but directly on its scale.
 
     Parameters
     ----------
@@ -33,13 +33,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Returns
     -------
     list of dict
-        For any optimizer of torch's. The second group holds the parameters of all normalization
-        layers, and those whose name says bias; each parameter stands in one group, once.
+        For any optimizer of torch. The second group contains the parameters of all normalization
+        layers, and those with "bias" in their name. Each parameter is in one group, once.
 
     Raises
     ------
     ArgumentError
-        `model` is no Module, or `weight_decay` is negative.
+        `model` is not a Module, or `weight_decay` is negative.
 
     Examples
     --------
@@ -63,16 +63,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         for module in model.modules()
         if isinstance(module, _NORMALIZATIONS)
         for name, parameter in module.named_parameters()
-        # Not those of a module inside, like the activation of one of timm's layers.
+        # Not those of a module in the layer, such as the activation of timm's layers.
         if "." not in name or name.startswith("parametrizations.")
     }
     decay: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        own = name.rpartition("parametrizations.")[2].split(".")  # or what stands behind it
+        own = name.rpartition("parametrizations.")[2].split(".")
         own_name = own[0] if "parametrizations." in name else own[-1]
-        spared = id(parameter) in normalizing or "bias" in own_name
-        (others if spared else decay).append(parameter)
+        exempt = id(parameter) in normalizing or "bias" in own_name
+        (others if exempt else decay).append(parameter)
     return [
         {"params": decay, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},

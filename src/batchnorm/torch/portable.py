@@ -1,9 +1,9 @@
-"""The back end of torch's own operations: any device, any transformation, any derivative.
+"""The back end made of torch's operations, for any device, transform and derivative.
 
-It has the functions of `contract`, composed from differentiable operations, for what the core
-does not do: other devices, derivatives of derivatives, forward mode, `torch.func`. On a CPU, where
-speed is the core's business, it computes in float64; elsewhere in float32 (or wider, if x is), with
-sums in float64 and the mean subtracted in two parts, so that none of its digits are lost.
+It has the functions of `contract`, composed of differentiable operations. It does what the core
+cannot: other devices, derivatives of derivatives, forward mode and `torch.func`. On a CPU, where
+the core provides the speed, it computes in float64. Elsewhere it computes in float32 (or wider, if
+x is), sums in float64, and subtracts the mean in two parts, to keep all its digits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .internals import is_transformed
 
 
 def moments(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Statistics of x, as one group, on its device and without waiting for it."""
+    """Statistics of x, as one group, without waiting for its device."""
     axes = _all_but_channels(x)
     if mask is None:
         w: Tensor | None = None
@@ -57,7 +57,7 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     mean = mean_of(values)
     high = mean.to(values.dtype)
     centered = values - high
-    low = mean_of(centered)  # what the sum has rounded, and what `high` leaves of the mean
+    low = mean_of(centered)  # the rest of the mean, and the rounding error of its sum
     var = mean_of(centered * centered) - low * low
     high = high.double()
     mean = high + low
@@ -66,7 +66,7 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def given(mean: Tensor, var: Tensor) -> Tensor:
-    """Statistics that are given."""
+    """Statistics with a given mean and variance, which are constants."""
     mean, var = mean.double(), var.double()
     zero = torch.zeros_like(mean)
     return torch.stack([zero + 1, mean, zero, var, zero])[None]
@@ -84,12 +84,12 @@ def normalize(
     """Normalize x by statistics."""
     ys = []
     for k, part in _parts(x, config.group_size):
-        xs = _visible(x[part], _of(mask, part))  # what is hidden has no part in gradients either
+        xs = _masked(x[part], _slice(mask, part))  # keeps NaN there out of the gradients
         x_hat, _ = _normalized(xs, statistics[min(k, len(statistics) - 1)], config.eps)
         z = _affine(x_hat, weight, bias)
         z = z if residual is None else z + residual[part].to(z.dtype)
-        ys.append(_visible(_activated(z, config), _of(mask, part)))
-    return _joined(ys).to(x.dtype)
+        ys.append(_masked(_activated(z, config), _slice(mask, part)))
+    return _concatenated(ys).to(x.dtype)
 
 
 def forward(
@@ -100,9 +100,9 @@ def forward(
     mask: Tensor | None,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
-    """Normalize x by its own statistics; also return these, detached."""
-    groups = [moments(x[part], _of(mask, part)) for _, part in _parts(x, config.group_size)]
-    statistics = _joined(groups)
+    """Normalize x by its own statistics; return y and the statistics, detached."""
+    groups = [moments(x[part], _slice(mask, part)) for _, part in _parts(x, config.group_size)]
+    statistics = _concatenated(groups)
     return normalize(x, statistics, weight, bias, residual, mask, config), statistics.detach()
 
 
@@ -133,7 +133,7 @@ def backward(
     config: Config,
     need_residual: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients with respect to x and residual, of one group whose sums are given."""
+    """Gradients with respect to x and residual, of one group, from its two sums."""
     parts = _grad_z(grad_y, x, statistics[0], weight, bias, y, mask, config)
     grad_x = _grad_x(*parts, sums, statistics[0], weight, mask)
     return grad_x.to(x.dtype), parts[0].to(x.dtype) if need_residual else None
@@ -151,17 +151,17 @@ def gradients(
     measured: bool,
     needs: Needs,
 ) -> Gradients:
-    """Gradients that can be differentiated themselves; statistics that are `measured` anew."""
+    """Gradients that can be differentiated again; if `measured`, statistics are computed anew."""
     grads_x, grads_z, all_sums = [], [], []
     for k, part in _parts(x, config.group_size):
-        xs, masks = x[part], _of(mask, part)
+        xs, masks = x[part], _slice(mask, part)
         if measured:
             group = moments(xs, masks)[0]
         else:
             assert statistics is not None
             group = statistics[min(k, len(statistics) - 1)]
         grad_z, x_hat, inv_std = _grad_z(
-            grad_y[part], xs, group, weight, bias, _of(y, part), masks, config
+            grad_y[part], xs, group, weight, bias, _slice(y, part), masks, config
         )
         sums = _sums(grad_z, x_hat)
         shared = sums if measured else None
@@ -170,18 +170,18 @@ def gradients(
         all_sums.append(sums)
     of_bias, of_weight = sum(all_sums[1:], all_sums[0])
     return (
-        _joined(grads_x).to(x.dtype) if needs[0] else None,
+        _concatenated(grads_x).to(x.dtype) if needs[0] else None,
         of_weight.to(weight.dtype) if needs[1] and weight is not None else None,
         of_bias.to(bias.dtype) if needs[2] and bias is not None else None,
-        _joined(grads_z).to(x.dtype) if needs[3] else None,
+        _concatenated(grads_z).to(x.dtype) if needs[3] else None,
     )
 
 
 def merge(statistics: Tensor) -> Tensor:
     """Statistics of several groups as those of one, without waiting for the device.
 
-    `Moments.merge` in tensors: Chan, Golub & LeVeque (1979), with the correction of the two-pass
-    algorithm.
+    This is `Moments.merge` for tensors (Chan, Golub & LeVeque 1979), with the correction of the
+    two-pass algorithm.
     """
     if len(statistics) == 1:
         return statistics
@@ -191,7 +191,7 @@ def merge(statistics: Tensor) -> Tensor:
     means = torch.where(counts > 0, means + lows, 0.0)
     mean = (means * share).sum(0)
     mean = mean + (torch.where(counts > 0, means - mean, 0.0) * share).sum(0)
-    # To the mean as it is now: equal parts differ by nothing then, and no square is subtracted.
+    # Differences from the rounded mean: equal parts add exactly zero, and nothing cancels.
     delta = torch.where(counts > 0, means - mean, 0.0)
     m2 = (m2s + counts * (delta * delta)).sum(0)
     return torch.stack([count, mean, torch.zeros_like(mean), m2, dof])[None]
@@ -209,11 +209,11 @@ def update_running(
 ) -> None:
     """`native.update_running` on any device, without waiting for it.
 
-    A batch that is left out is counted in `nonfinite`. Operations are few, for each is a kernel
-    that the device has to start.
+    A batch that is skipped is counted in `nonfinite`. There are few operations, because each is a
+    kernel that the device has to launch.
     """
     with torch.no_grad():
-        mean, var, count, dof = _to_take_up(statistics, running_mean, running_var)
+        mean, var, count, dof = _of_batch(statistics, running_mean, running_var)
         used: Tensor | bool = True
         if not propagate and mean.numel():
             # The largest magnitude: NaN if there is one.
@@ -228,7 +228,7 @@ def update_running(
         if momentum is not None:
             share: Tensor | float = momentum
         else:
-            share = 1.0 if tracked is None else 1.0 / tracked.double()
+            share = 1.0 if tracked is None else 1.0 / tracked.to(running_mean.dtype)
         takes = used & (dof > 0)
         if takes is False:
             return
@@ -240,13 +240,13 @@ def update_running(
 def finite_channels(
     statistics: Tensor | Measured, running_mean: Tensor, running_var: Tensor
 ) -> Tensor:
-    """Whether each channel's statistics are finite as the buffers hold them, (C,)."""
-    mean, var, _, _ = _to_take_up(statistics, running_mean, running_var)
+    """Whether each channel's statistics are finite in the type of the buffers, (C,)."""
+    mean, var, _, _ = _of_batch(statistics, running_mean, running_var)
     return mean.isfinite() & var.isfinite()
 
 
 class Measured(NamedTuple):
-    """What torch's own kernels measured of one batch, before it is brought into any form.
+    """Mean and variance of one batch as torch's own kernels return them.
 
     Attributes
     ----------
@@ -266,10 +266,10 @@ class Measured(NamedTuple):
         return torch.stack([zero + self.values, mean, zero, var * dof, zero + dof])[None]
 
 
-def _to_take_up(
+def _of_batch(
     statistics: Tensor | Measured, running_mean: Tensor, running_var: Tensor
 ) -> tuple[Tensor, Tensor, Any, Any]:
-    """Mean and unbiased variance as the buffers hold them, and the count and degrees of freedom."""
+    """Mean and unbiased variance in the type of the buffers; count and degrees of freedom."""
     if isinstance(statistics, Measured):
         mean, var = statistics.mean_and_var.to(running_mean.dtype)
         return mean, var.to(running_var.dtype), statistics.values, statistics.values - 1
@@ -278,15 +278,15 @@ def _to_take_up(
     return mean.to(running_mean.dtype), var.to(running_var.dtype), count[:1].sum(), dof[:1].sum()
 
 
-# ---- what follows the normalization -------------------------------------------------------------
+# ---- residual, activation, mask -----------------------------------------------------------------
 
 
 def finish(y: Tensor, residual: Tensor | None, mask: Tensor | None, config: Config) -> Tensor:
-    """Add a residual that cannot be added in the same pass, activate, and hide what is masked."""
+    """Add a residual that cannot be added in the same pass, activate, and apply the mask."""
     if residual is not None:
         check_residual(y, residual)
         y = y + residual
-    return _visible(_activated(y, config), mask)
+    return _masked(_activated(y, config), mask)
 
 
 def check_residual(x: Tensor, residual: object) -> None:
@@ -309,7 +309,7 @@ def _activated(z: Tensor, config: Config) -> Tensor:
 
 
 def _activation_gradient(z: Tensor, config: Config) -> Tensor | float:
-    """The activation's derivative at z, or at y where that tells as much."""
+    """The activation's derivative at z. Except for hardswish and silu, y may be given instead."""
     code, one = config.activation, torch.ones_like(z)
     if code == IDENTITY:
         return 1.0
@@ -336,32 +336,32 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _column(v: Tensor, x: Tensor) -> Tensor:
-    """A per-channel vector beside x, in its type."""
+    """A per-channel vector in the type of x, in a shape that broadcasts with x."""
     return v.to(x.dtype).view([-1 if a == 1 else 1 for a in range(x.dim())])
 
 
-def _visible(v: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero where the mask hides, whatever is there."""
+def _masked(v: Tensor, mask: Tensor | None) -> Tensor:
+    """Zeros where the mask is zero, even in place of NaN, and v elsewhere."""
     return v if mask is None else torch.where(mask.unsqueeze(1) > 0, v, 0.0)
 
 
 def _parts(x: Tensor, group_size: int) -> Iterator[tuple[int, slice]]:
-    """Number and examples of each group."""
+    """Yield index and examples of each group."""
     number = groups_of(x, group_size)
     for k in range(number):
         yield k, slice(k * group_size, (k + 1) * group_size if k + 1 < number else None)
 
 
-def _of(t: Tensor | None, part: slice) -> Tensor | None:
+def _slice(t: Tensor | None, part: slice) -> Tensor | None:
     return None if t is None else t[part]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _concatenated(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _count_of(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Σw and Σw - Σw²/Σw of all weights, the latter by pairs, so that nothing cancels."""
+    """Σw and Σw - Σw²/Σw; the latter is summed over pairs of weights, so nothing cancels."""
     w = weights.flatten().double()
     count = w.sum()
     before = (w.cumsum(0) - w) / torch.where(count > 0, count, 1.0)
@@ -369,7 +369,7 @@ def _count_of(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _count_of_groups(statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """Count and degrees of freedom of all groups together, (C,); as `Moments` merges them."""
+    """Count and degrees of freedom of all groups together, (C,), merged as in `Moments`."""
     counts, dofs = statistics[:, 0], statistics[:, DOF]
     count = counts[0]
     dof = dofs[0]
@@ -382,10 +382,10 @@ def _count_of_groups(statistics: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normalized(x: Tensor, group: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x̂ by the statistics of one group, and 1 / std of each channel, in the type of the work."""
+    """x̂ by the statistics of one group, and 1 / std of each channel."""
     x = _widened(x)
     count, mean, low, m2, _ = group
-    # Nothing measured: any variance will do, for there is nothing to normalize.
+    # Without values there is nothing to normalize, so any variance will do.
     var = torch.where(count > 0, m2 / torch.where(count > 0, count, 1.0), 1.0)
     high = mean.to(x.dtype)
     rest = (mean - high) + low
@@ -408,13 +408,13 @@ def _grad_z(
     mask: Tensor | None,
     config: Config,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient before the activation, and x̂, zero where the mask hides; and 1 / std."""
+    """∂z, x̂ and 1 / std; the first two are zero where the mask is zero."""
     if mask is not None:
-        x = _visible(x, mask)
+        x = _masked(x, mask)
     x_hat, inv_std = _normalized(x, group, config.eps)
     z = _affine(x_hat, weight, bias) if y is None else y.to(x_hat.dtype)
-    grad_z = _visible(grad_y.to(x_hat.dtype), mask) * _activation_gradient(z, config)
-    return grad_z, _visible(x_hat, mask), inv_std
+    grad_z = _masked(grad_y.to(x_hat.dtype), mask) * _activation_gradient(z, config)
+    return grad_z, _masked(x_hat, mask), inv_std
 
 
 def _sums(grad_z: Tensor, x_hat: Tensor) -> Tensor:
@@ -431,7 +431,7 @@ def _grad_x(
     weight: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """∂x from ∂z and its two channel sums; without sums the statistics do not depend on x."""
+    """∂x from ∂z and its two channel sums; `sums` is None if the statistics are constant."""
     if sums is not None:
         count = group[0]
         level, tilt = (_column(v, grad_z) for v in sums / torch.where(count > 0, count, 1.0))
@@ -440,7 +440,7 @@ def _grad_x(
     return _affine(inv_std * grad_z, weight, None)
 
 
-# ---- torch's own batch norm, where nothing is asked that it does not have -----------------------
+# ---- torch's own batch norm, for calls without a mask -------------------------------------------
 
 
 def forward_by_torch(
@@ -459,7 +459,7 @@ def forward_by_torch(
         for _, part in _parts(x, config.group_size)
     ]
     ys, measured = zip(*groups, strict=True)
-    y = finish(_joined(list(ys)), residual, None, config)
+    y = finish(_concatenated(list(ys)), residual, None, config)
     if len(groups) == 1:
         return y, measured[0]
     return y, torch.cat([m.statistics() for m in measured])
@@ -474,7 +474,7 @@ def _group_by_torch(
         y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
         var, mean = torch.var_mean(x.detach().to(wide), _all_but_channels(x))
         return y, Measured(torch.stack([mean, var]), n)
-    # What a momentum of one leaves in the running statistics are the batch's.
+    # With momentum 1, the running statistics become those of the batch.
     both = torch.zeros((2, x.shape[1]), dtype=wide, device=x.device)
     y = F.batch_norm(x, both[0], both[1], weight, bias, True, 1.0, eps)
     return y, Measured(both, n)

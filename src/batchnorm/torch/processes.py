@@ -1,8 +1,7 @@
-"""The processes of a process group, of which all succeed or all raise.
+"""The processes of a process group, which all succeed or all raise an error.
 
-Nothing else in the PyTorch face exchanges messages: synchronized layers and `recalibrate` do it by
-`Processes`. All messages are float64, and every process merges them in the order of ranks, so that
-all get the same bits.
+Synchronized layers and `recalibrate` exchange messages only through `Processes`. Every process
+merges the messages in the order of ranks, so all get the same bits.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ T = TypeVar("T")
 
 
 class SynchronizationError(BatchNormError, RuntimeError):
-    """Another process raised, or did not take part in an exchange of statistics or gradients."""
+    """Another process raised an error, or did not take part in exchanging statistics or sums."""
 
 
 class Processes:
@@ -66,7 +65,7 @@ class Processes:
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors of a message must lie, for messages that lie nowhere yet."""
+        """The device on which the process group exchanges messages."""
         if self.size > 1 and str(dist.get_backend(self.process_group)) == "nccl":
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
@@ -103,17 +102,17 @@ class Processes:
             self._exchange(what, dist.all_reduce, values)
         return values
 
-    # ---- all succeed, or all raise
+    # ---- all succeed, or all raise an error
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do `work` in every process; if it raises in one, raise in all.
+        """Do `work` in every process; if it fails in one, raise an error in all.
 
-        An interrupt counts as an error, or the other processes would wait for this one.
+        An interrupt counts as a failure, because the other processes would wait for this one.
 
         Raises
         ------
         SynchronizationError
-            In the processes in which `work` succeeded.
+            In the processes in which `work` succeeded, if it failed in another.
         """
         if self.size == 1:
             return work()
@@ -128,24 +127,25 @@ class Processes:
         if len(failed):
             raise SynchronizationError(
                 f"{self.name} failed in process {', '.join(map(str, failed))} of {self.size}, "
-                "whose own error says why; nothing has changed in any process."
+                "see the error there; nothing has changed in any process."
             )
         return result
 
     def gather_from(self, work: Callable[[], Tensor], length: int, device: torch.device) -> Tensor:
-        """What `work` returns in every process; if it raises in one, raise in all.
+        """Gather what `work` returns in every process; if it fails in one, raise an error in all.
 
-        It takes a single message, whose first number says whether the process raised.
+        This takes a single message. Its first number says whether the process failed.
 
         Parameters
         ----------
         work : callable
             Returns numbers of shape (length,).
         length : int
-            The same in all processes, and known to one that raises.
+            The same in all processes; needed if `work` fails.
         device : device
-            Where the messages lie. On a CPU the others raise in this call. On other devices that
-            would mean to wait for the message: they go on, and miss this process in the next one.
+            Of the message. On a CPU, the other processes raise an error in this call. On other
+            devices they would have to wait for the message; there they continue, and raise an error
+            at the next message, which the failed process does not send.
 
         Returns
         -------
@@ -155,7 +155,7 @@ class Processes:
         Raises
         ------
         SynchronizationError
-            In the processes in which `work` succeeded.
+            In the processes in which `work` succeeded, if it failed in another.
         """
         message = torch.zeros(1 + length, dtype=torch.float64, device=device)
         error: BaseException | None = None
@@ -170,12 +170,12 @@ class Processes:
         if device.type == "cpu" and bool(parts[:, 0].any()):
             rank = int(parts[:, 0].nonzero()[0, 0])
             raise SynchronizationError(
-                f"{self.name}: rank {rank} of the layer's process group raised in this layer. Its "
-                "own error says why."
+                f"{self.name}: rank {rank} of the layer's process group raised an error in this "
+                "layer; see the error there."
             )
         return parts[:, 1:]
 
-    # ---- inside
+    # ---- exchange
 
     def _gather(self, what: str, message: Tensor) -> Tensor:
         received = [torch.empty_like(message) for _ in range(self.size)]
@@ -188,6 +188,6 @@ class Processes:
         except RuntimeError as error:
             raise SynchronizationError(
                 f"{self.name}: rank {self.rank} of {self.size} could not exchange {what} "
-                f"({' '.join(str(error).split())}). If that tells no other reason, another process "
-                f"has ended, raised elsewhere, or not called {self.name}; look at what it said."
+                f"({' '.join(str(error).split())}). If that gives no other reason, another process "
+                f"has ended, has failed elsewhere, or has not called {self.name}; see its output."
             ) from error

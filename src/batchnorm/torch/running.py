@@ -1,8 +1,9 @@
-"""Running statistics: what is done with a batch's statistics, by either back end.
+"""Running statistics: how a batch updates them, with either back end.
 
-The rule itself is the core's (`csrc/layer.cpp`, which the NumPy layer uses too) and, in torch's
-operations, that of `portable.update_running`: the averages take up the mean and the unbiased
-variance m2 / dof, of a batch whose statistics are finite as the buffers hold them.
+The rule is implemented in the core (`csrc/layer.cpp`, used by the NumPy layer too), and with
+torch's operations in `portable.update_running`. The averages are updated with the mean and the
+unbiased variance m2 / dof, unless these are not finite in the type of the buffers. docs/numerics.md
+states the rule in full. This module adds the policies for batches that are not finite.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ def update_native(
     count_empty: bool,
     name: str,
 ) -> None:
-    """Bring one batch into the running statistics, in place.
+    """Update the running statistics with one batch, in place.
 
     Parameters
     ----------
     nonfinite : () int64
-        Counts batches that are left out because they are not finite.
+        Counts batches that are skipped because they are not finite.
     on_nonfinite : "skip", "raise" or "propagate"
     name : str
         Of the layer, for messages.
@@ -63,7 +64,7 @@ def update_portable(
     count_empty: bool,
     name: str,
 ) -> None:
-    """`update_native` on another device, which is waited for only if it is to raise."""
+    """`update_native` on any device. It waits for the device only if it may have to raise."""
     if running_mean.is_meta:
         return
     if on_nonfinite == "raise":
@@ -93,13 +94,13 @@ def merge_into(
     on_nonfinite: str,
     name: str,
 ) -> None:
-    """Merge a batch's statistics into `total`, (1, 5, C), in place; as `update_native`."""
+    """Merge a batch's statistics into `total`, (1, 5, C), in place; see `update_native`."""
     batch = native.merge(statistics)
     bad = np.flatnonzero(~np.isfinite(batch[0]).all(0))
     if len(bad) and on_nonfinite != "propagate":
         _report(batch, int(bad[0]), on_nonfinite, nonfinite, name)
         return
-    with _merging, torch.no_grad():  # forwards of several threads must not lose each other's
+    with _merging, torch.no_grad():  # several threads may run forwards at the same time
         both = native.merge(np.concatenate([total.detach().cpu().numpy(), batch]))
         total.copy_(torch.from_numpy(both))
 
@@ -111,7 +112,7 @@ def _report(
     nonfinite: Tensor | None,
     name: str,
 ) -> None:
-    """Raise, or count and warn the first time."""
+    """Raise an error; or count the batch, and warn the first time."""
     count, mean, m2 = statistics[0, [COUNT, MEAN, M2], channel]
     var = m2 / max(count, 1)
     finite = math.isfinite(mean) and math.isfinite(var)
@@ -123,15 +124,15 @@ def _report(
     if on_nonfinite == "raise":
         raise NonFiniteError(
             f"{what}. Look for an overflow or a division by zero before this layer; "
-            "on_nonfinite='skip' leaves such batches out of the running statistics."
+            "on_nonfinite='skip' does not update the running statistics with such batches."
         )
     if nonfinite is not None:
         nonfinite.add_(1)
         if int(nonfinite) > 1:
             return
     warnings.warn(
-        f"{what}; the running statistics leave it out. Further such batches are only counted, in "
-        "nonfinite_batches.",
+        f"{what}; the running statistics skip this batch. Further ones are counted in "
+        "nonfinite_batches without a warning.",
         RuntimeWarning,
         stacklevel=2,
     )

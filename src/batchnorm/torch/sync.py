@@ -1,8 +1,9 @@
-"""SyncBatchNorm: one batch that lies on several processes.
+"""SyncBatchNorm: one batch that is divided among several processes.
 
-Forward, each process sends the moments of its part in float64, in one message; all merge them, in
-the order of ranks, to the same bits. Backward, each sends its two sums. Between the messages it is
-the layer of one process: the same kernels, with a count that is everybody's.
+In the forward pass, each process sends the moments of its part of the batch in float64, in one
+message. All processes merge them in the order of ranks and get the same bits. In the backward pass,
+each sends its two sums. Otherwise this is the layer of one process: the same kernels, with the
+count of all processes.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ __all__ = ["DistributedDataParallel", "SyncBatchNorm"]
 
 
 class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
-    """torch's SyncBatchNorm, exact, on CPU and GPU, with what it lacks.
+    """torch's SyncBatchNorm with accurate statistics, on CPU and GPU, and additional options.
 
-    In training the statistics are those of the examples of all processes, weighted by their number:
-    processes may bring different numbers of them, or none. Without a process group, or with one of
-    a single process, this is plain batch norm. State dict and arguments are torch's; the others are
-    keywords, as in `BatchNorm2d`.
+    In training, the statistics are those of the examples of all processes, weighted by their
+    number. Processes may have different numbers of examples, or none. Without a process group, or
+    in a group of one process, this is plain batch norm. State dict and arguments are torch's;
+    additional arguments are keywords, as in `BatchNorm2d`.
 
     Parameters
     ----------
@@ -40,27 +41,27 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
     eps, momentum, affine, track_running_stats, process_group, device, dtype, bias
         As in `torch.nn.SyncBatchNorm`.
     reproducible : bool
-        Statistics are bitwise the same however the same examples are divided among processes of
-        one instruction set and memory format, at the price of twice as many messages. y and
-        gradients follow from them, but the backward pass sums in the order of processes.
+        Make the statistics bitwise the same however the same examples are divided among processes
+        with the same instruction set and memory format. This takes four messages in the forward
+        pass instead of one. The sums of the backward pass still depend on the order of processes.
     activation, negative_slope, on_nonfinite, on_single
-        As in `BatchNorm2d`; a single value is one in all processes.
+        As in `BatchNorm2d`. `on_single` applies if there is one value in all processes together.
     group_size : int
-        Examples that share their statistics, all of one process: these are not exchanged for
-        normalization, but for the running statistics.
+        Number of examples that share their statistics. Groups lie within a process, so statistics
+        are exchanged only for the running statistics, not for normalization.
 
     Raises
     ------
     SynchronizationError
-        In forward or backward, a RuntimeError: another process raised in this layer, or did not
-        come within the process group's timeout, or has ended. With NCCL, where messages are
-        asynchronous, it is PyTorch's watchdog that finds the latter.
+        A RuntimeError, in forward or backward: another process raised an error in this layer, did
+        not call it within the timeout of the process group, or has ended. With NCCL, whose messages
+        are asynchronous, PyTorch's watchdog detects the last two cases.
 
     Notes
     -----
-    Only processes of one device type share a layer. Weight and bias get the gradients of the
-    process's own examples, as in torch, which `DistributedDataParallel` then averages. Backward
-    passes can not be differentiated, and `torch.compile` breaks the graph here.
+    All processes must use the same type of device. As in torch, weight and bias get the gradients
+    of the process's own examples, which `DistributedDataParallel` then averages. The backward pass
+    cannot be differentiated, and `torch.compile` breaks the graph at this layer.
 
     Examples
     --------
@@ -72,9 +73,9 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
 
     process_group: Any = None
     reproducible: bool = False
-    _alone: type[nn.Module] | None = None  # what `convert` has made this of
+    _class_before_sync: type[nn.Module] | None = None  # if `convert` did it
 
-    EXTRAS: ClassVar[tuple[str, ...]] = (*Layer.EXTRAS, "reproducible", "_alone")
+    EXTRAS: ClassVar[tuple[str, ...]] = (*Layer.EXTRAS, "reproducible", "_class_before_sync")
 
     def __init__(
         self,
@@ -98,13 +99,13 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """`convert` with ``sync=True``; torch's own would make layers of torch's."""
+        """`convert` with ``sync=True``; the method of torch's class would create torch's layers."""
         from .convert import convert
 
         return convert(module, sync=True, process_group=process_group)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Nothing yet: `_normalize` does, where it can tell the other processes."""
+        """Do nothing: `_normalize` checks, so that an error reaches all processes."""
 
     def _is_single(self, x: Tensor, mask: Tensor | None) -> bool:
         return False if self._is_shared() else super()._is_single(x, mask)
@@ -113,7 +114,7 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
         return False  # torch's layer exchanges statistics in another way
 
     def _is_shared(self) -> bool:
-        """Whether the batch lies on several processes."""
+        """Whether statistics are exchanged, or measured as if they were (`reproducible`)."""
         if dist.is_available() and dist.is_initialized():
             return self.reproducible or dist.get_world_size(self.process_group) > 1
         return self.reproducible
@@ -132,9 +133,9 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
     ) -> tuple[Tensor, Any]:
         tensors = (x, running_mean, running_var, weight, bias)
         if batch and self.training and self._is_shared():
-            if is_compiling():  # the graph breaks here
+            if is_compiling():
                 return _normalize_uncompiled(self, *tensors, config, residual, mask)
-            return _normalize_together(self, *tensors, config, residual, mask)
+            return _normalize_synchronized(self, *tensors, config, residual, mask)
         super()._check_input_dim(x)
         return functional.normalize(*tensors, batch, config, residual, mask)
 
@@ -144,9 +145,10 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
 
 
 class DistributedDataParallel(nn.parallel.DistributedDataParallel):
-    """torch's, for models with our `SyncBatchNorm` on a CPU too, where torch's refuses any.
+    """torch's DistributedDataParallel, but it accepts our `SyncBatchNorm` on a CPU.
 
-    On other devices torch's own does as well. Arguments and behaviour are torch's.
+    torch's class refuses every SyncBatchNorm on a CPU, and works on other devices. Arguments and
+    behaviour are those of torch's class.
     """
 
     def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
@@ -155,7 +157,7 @@ class DistributedDataParallel(nn.parallel.DistributedDataParallel):
             super()._passing_sync_batchnorm_handle(module)  # type: ignore[no-untyped-call]
 
 
-def _normalize_together(
+def _normalize_synchronized(
     layer: SyncBatchNorm,
     x: Tensor,
     running_mean: Tensor | None,
@@ -166,10 +168,10 @@ def _normalize_together(
     residual: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Normalize by the statistics of all processes; return these."""
+    """Normalize by the statistics of all processes; return y and the statistics."""
     processes = Processes(layer.process_group, layer._label())
     vectors = (running_mean, running_var, weight, bias)
-    part = _Part(layer, processes)
+    part = _LocalPart(layer, processes)
     parts = processes.gather_from(
         lambda: part.measure(x, *vectors, config, residual, mask),
         part.length(),
@@ -183,8 +185,8 @@ def _normalize_together(
         return part.y, statistics
     if x.device.type == "cpu" and float(parts[:, 0].sum()) == 1:
         if layer.on_single == "population" and running_mean is not None:
-            alone = functional.normalize(x, *vectors, False, config, residual, mask)
-            return alone[0], None
+            y, _ = functional.normalize(x, *vectors, False, config, residual, mask)
+            return y, None
         raise ShapeError(
             "Expected more than 1 value per channel when training, got one in all processes, "
             f"input size {x.shape}"
@@ -205,20 +207,20 @@ def _normalize_together(
     return (portable.finish(y, residual, part.weights, config) if apart else y), statistics
 
 
-_normalize_uncompiled = uncompiled(_normalize_together)
+_normalize_uncompiled = uncompiled(_normalize_synchronized)
 
 
-class _Part:
-    """What this process brings to a batch that lies on several."""
+class _LocalPart:
+    """The part of the batch in this process."""
 
     def __init__(self, layer: SyncBatchNorm, processes: Processes) -> None:
         self.layer, self.processes = layer, processes
         self.weights: Tensor | None = None
         self.examples: Examples | None = None
-        self.y: Tensor | None = None  # where each process normalizes groups of its own
+        self.y: Tensor | None = None  # with `group_size`, which needs no other process
 
     def length(self) -> int:
-        """Numbers in the message of `measure`; every process knows it, also one that raises."""
+        """Length of the message of `measure`, known even to a process that raises an error."""
         return 3 + 2 * self.layer.num_features
 
     def measure(
@@ -232,19 +234,19 @@ class _Part:
         residual: Tensor | None,
         mask: Tensor | None,
     ) -> Tensor:
-        """Check the arguments and return this process's message, so that all raise or none."""
+        """Check the arguments and return this process's message."""
         layer, channels = self.layer, self.layer.num_features
         vectors = (running_mean, running_var, weight, bias)
         if is_transformed():
             raise RuntimeError(
-                f"{self.processes.name} exchanges statistics here, which torch.func's transforms "
-                "cannot follow. They can in evaluation, or where it is frozen."
+                f"{self.processes.name} exchanges statistics between processes in training, which "
+                "torch.func cannot transform. Call eval() or freeze(model) first."
             )
         nn.SyncBatchNorm._check_input_dim(layer, x)
         by_group = config.group_size > 0
         single = by_group and layer.on_single == "population" and Layer._is_single(layer, x, mask)
         single = single and running_mean is not None
-        functional.check(x, *vectors, not single, config, alone=by_group)
+        functional.check(x, *vectors, not single, config, is_whole_batch=by_group)
         if x.shape[1] != channels:
             raise ShapeError(f"input must have {channels} channels, got {tuple(x.shape)}.")
         if not x.is_floating_point():
@@ -259,26 +261,26 @@ class _Part:
             return _message_of(0, portable.merge(running.as_tensor(of_groups)))
         if residual is not None:
             portable.check_residual(x, residual)
-        seen: Tensor | int = x.numel() // max(channels, 1)
+        values: Tensor | int = x.numel() // max(channels, 1)
         if mask is not None:
             self.weights = functional.as_weights(mask, x)
             if x.device.type == "cpu" or layer.reproducible:
                 check_mask(self.weights)
-            seen = torch.count_nonzero(self.weights)
+            values = torch.count_nonzero(self.weights)
         if layer.reproducible:
             self.examples = Examples.of(x.detach(), self.weights, functional.statistics_of)
-            return self.examples.extent(seen)
-        return _message_of(seen, functional.statistics_of(x.detach(), self.weights))
+            return self.examples.extent(values)
+        return _message_of(values, functional.statistics_of(x.detach(), self.weights))
 
 
-def _message_of(seen: Tensor | int, statistics: Tensor) -> Tensor:
-    """Number of values, count, dof, means and m2 as (3 + 2 C), of one group.
+def _message_of(values: Tensor | int, statistics: Tensor) -> Tensor:
+    """Number of values, count, dof, means and m2 of one group, as (3 + 2 C).
 
-    The count is the sum of the weights: it does not tell how many values there are.
+    The number of values is sent too, because the count is the sum of the weights.
     """
     count, mean, low, m2, dof = statistics[0]
-    of_values = torch.as_tensor(seen, device=mean.device).double()
-    numbers = torch.stack([of_values, count[:1].sum(), dof[:1].sum()])
+    number = torch.as_tensor(values, device=mean.device).double()
+    numbers = torch.stack([number, count[:1].sum(), dof[:1].sum()])
     return torch.cat([numbers, mean + low, m2])
 
 

@@ -1,4 +1,4 @@
-"""Changes to layers that are all undone if one of them raises."""
+"""Changes to layers, all of which are undone if there is an exception."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CLASS = vars(object)["__class__"]
 
 
 def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Change the class of an object past any `__setattr__` or `__class__` of that class."""
+    """Change the class of an object, bypassing any `__setattr__` or `__class__` of that class."""
     _CLASS.__set__(module, kind)
 
 
@@ -21,7 +21,7 @@ def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
 def undone_on_error(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Restore classes, attributes, buffers and `requires_grad` of `layers` if the block raises.
 
-    Values that the block writes into tensors are not restored.
+    Values of tensors are not restored.
     """
     before = [
         (

@@ -1,7 +1,7 @@
-"""The table of `convert`: which class becomes which, by exact type.
+"""The table of `convert`: which class is converted to which, by exact type.
 
-An adapter is a subclass of the original class that computes the same, with our kernels. Converting
-changes the class of a layer, and reverting changes it back, so the layer remains the same object.
+An adapter is a subclass of the original class that computes the same with our kernels. `convert`
+changes the class of a layer, and `revert` changes it back, so the layer remains the same object.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ __all__ = ["Adapter", "FrozenLayer", "adapter_of", "original_of", "register_adap
 
 
 class Adapter(NamedTuple):
-    """What a class becomes.
+    """The classes that a class is converted to.
 
     Attributes
     ----------
     ours : type
         Subclass of the original.
     synchronized : type or None
-        What it becomes with ``sync=True``.
+        The class used with ``sync=True``.
     """
 
     ours: type[nn.Module]
@@ -36,7 +36,7 @@ class Adapter(NamedTuple):
 
 _SYNC = "sync.SyncBatchNorm"
 
-# By name, because timm and torchvision are imported only if a model has one of their layers.
+# By name, so that timm and torchvision are imported only if a model has one of their layers.
 _NAMES: dict[str, tuple[str, str | None]] = {
     "torch.nn.modules.batchnorm.BatchNorm1d": ("modules.BatchNorm1d", _SYNC),
     "torch.nn.modules.batchnorm.BatchNorm2d": ("modules.BatchNorm2d", _SYNC),
@@ -66,7 +66,7 @@ def adapter_of(kind: type) -> Adapter | None:
             return None
         ours, synchronized = names
         made = Adapter(_named(ours), None if synchronized is None else _named(synchronized))
-        if issubclass(made.ours, kind):  # or another class has the same name
+        if issubclass(made.ours, kind):  # not another class with the same name
             found = _ADAPTERS[kind] = made
     return found
 
@@ -86,25 +86,25 @@ def register_adapter(
     *,
     synchronized: type[nn.Module] | None = None,
 ) -> None:
-    """Let `convert` turn layers of exactly the class `original` into `ours`, and `revert` back.
+    """Make `convert` change layers of exactly the class `original` to `ours`, and `revert` back.
 
     Parameters
     ----------
     original : type
         A class that `convert` skips, for example a subclass of `torch.nn.BatchNorm2d`.
     ours : type
-        A subclass of `original` and of one of our layers; or of `adapters.FrozenLayer` if its
-        statistics, scale and shift are constant buffers. Define it in a module that can be
-        imported, or converted models cannot be pickled. It gets instances that the constructor of
-        `original` has made.
+        A subclass of `original` and of one of our layers; or of `original` and
+        `adapters.FrozenLayer` if statistics, scale and shift are constant buffers. Its instances
+        were made by the constructor of `original`. Define it in a module that can be imported;
+        otherwise converted models cannot be pickled.
     synchronized : type
-        What ``convert(model, sync=True)`` makes of such layers, a subclass of our `SyncBatchNorm`.
-        Without it, that call raises.
+        A subclass of `original` and of our `SyncBatchNorm`, for ``convert(model, sync=True)``.
+        Without it, that call raises an error.
 
     Raises
     ------
     ArgumentError
-        A class is not such a subclass, or `original` has another adapter already.
+        A class is not such a subclass, or `original` already has another adapter.
 
     Examples
     --------
@@ -113,7 +113,7 @@ def register_adapter(
     >>> class Doubled(nn.BatchNorm1d):
     ...     def forward(self, x):
     ...         return 2 * super().forward(x)
-    >>> class OurDoubled(Doubled, BatchNorm1d):  # super().forward is now that of BatchNorm1d here
+    >>> class OurDoubled(Doubled, BatchNorm1d):  # its super().forward is now ours
     ...     pass
     >>> register_adapter(Doubled, OurDoubled)
     >>> isinstance(convert(nn.Sequential(Doubled(3)))[0], BatchNorm1d)
@@ -132,7 +132,7 @@ def register_adapter(
     known = adapter_of(original)
     if known is not None and known != (ours, synchronized):
         raise ArgumentError(
-            f"{original.__name__} has an adapter already, {known.ours.__module__}."
+            f"{original.__name__} already has an adapter, {known.ours.__module__}."
             f"{known.ours.__qualname__}; got {ours.__name__}."
         )
     probe = object.__new__(original)

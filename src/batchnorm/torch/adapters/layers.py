@@ -1,4 +1,4 @@
-"""What the layers of other packages add to a batch norm: an activation, constant statistics."""
+"""Base classes of adapters: layers with an activation module, and with constant statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["ACTIVATIONS", "ActivatedLayer", "FrozenLayer", "OwnActivation", "sup
 
 
 def supported(names: dict[type[nn.Module], str]) -> dict[type[nn.Module], str]:
-    """Those activations that our layers apply in the same pass."""
+    """Keep the activations that our layers can apply in the same pass."""
     kept = {}
     for kind, name in names.items():
         try:
@@ -27,7 +27,7 @@ def supported(names: dict[type[nn.Module], str]) -> dict[type[nn.Module], str]:
     return kept
 
 
-#: Modules, by exact type, to the name of the activation that computes the same in the same pass.
+#: The name of our equivalent activation, by the exact type of the module.
 ACTIVATIONS = supported(
     {
         nn.ReLU: "relu",
@@ -40,7 +40,7 @@ ACTIVATIONS = supported(
 
 
 def _is_observed(module: nn.Module) -> bool:
-    """Whether somebody expects a call of the module: hooks, or a forward of the instance."""
+    """Whether the module must be called, because it has hooks or a forward of its own."""
     d = module.__dict__
     return bool(
         d["_forward_hooks"]
@@ -52,17 +52,17 @@ def _is_observed(module: nn.Module) -> bool:
 
 
 class OwnActivation:
-    """The modules `drop` and `act` of a layer, as in timm; `act` runs in the same pass if it can.
+    """A layer with modules `drop` and `act`, as in timm; `act` runs in the same pass if possible.
 
-    They are looked at in each call, so they may be replaced, hooked or put into another mode at any
-    time.
+    This is decided anew in each call, so the modules may be replaced, get hooks or change their
+    mode at any time.
     """
 
     _modules: dict[str, nn.Module | None]
 
     @property
     def activation(self) -> str | None:
-        """What runs in the same pass; None if `drop` and `act` are called instead."""
+        """The activation to apply in the same pass; None to call `drop` and `act` instead."""
         drop: Any = self._modules.get("drop")
         act: Any = self._modules.get("act")
         if act is None or _is_observed(act):
@@ -83,7 +83,7 @@ class OwnActivation:
         return float(slope)
 
     def finish(self, y: Tensor) -> Tensor:
-        """Apply what has not been applied in the same pass."""
+        """Call `drop` and `act`, unless the activation was applied in the same pass."""
         if self.activation is None:
             for name in ("drop", "act"):
                 module = self._modules.get(name)
@@ -93,21 +93,21 @@ class OwnActivation:
 
 
 class ActivatedLayer(OwnActivation, nn.Module):
-    """Stands before one of our layers and the original among the bases."""
+    """The first base class of an adapter, before one of our layers and the original."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize, then drop and activate."""
         y: Tensor = super().forward(x)
-        # torch.fx takes the layer as a whole.
+        # For torch.fx, the layer is a leaf module.
         return y if isinstance(x, Proxy) else self.finish(y)
 
 
 class FrozenLayer(nn.Module):
-    """Stands before a class whose statistics, scale and shift are constant buffers.
+    """The first base class of an adapter for layers with constant statistics, scale and shift.
 
-    The class has the attributes `weight`, `bias`, `running_mean`, `running_var`, (C,) each, and
-    `eps`, and takes inputs (N, C, H, W). What our kernels compute otherwise than the original (a
-    result of another type, shapes that broadcast) is left to it.
+    The original class must have the attributes `weight`, `bias`, `running_mean`, `running_var`,
+    (C,) each, and `eps`, and take inputs (N, C, H, W). If our kernels would compute something else
+    than the original (a result of another type, shapes that broadcast), its forward is called.
     """
 
     activation: str | None = None
@@ -133,7 +133,7 @@ class FrozenLayer(nn.Module):
         )  # fmt: skip
 
     def finish(self, y: Tensor) -> Tensor:
-        """Nothing follows."""
+        """Return y; subclasses may apply an activation."""
         return y
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -141,7 +141,7 @@ class FrozenLayer(nn.Module):
 
 
 def _fits(x: Tensor, mean: Tensor, var: Tensor, *affine: Tensor) -> bool:
-    """Whether `functional.batch_norm` computes what torch's multiplication and addition would."""
+    """Whether `functional.batch_norm` computes the same as torch's multiplication and addition."""
     if isinstance(x, Proxy) or x.dim() != 4 or not x.is_floating_point():
         return False
     if mean.requires_grad or var.requires_grad:

@@ -1,6 +1,6 @@
-"""timm's layers, which call an activation themselves."""
+"""timm's layers, which contain an activation."""
 
-# Types of timm, which need not be installed; and properties that stand in for attributes.
+# timm need not be installed; and some attributes are overridden by properties.
 # mypy: disable-error-code="import-not-found, misc, override"
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BatchNormAct2d(ActivatedLayer, modules.BatchNorm2d, norm_act.BatchNormAct2
 
 
 class SyncBatchNormAct(ActivatedLayer, sync.SyncBatchNorm, norm_act.SyncBatchNormAct):
-    """timm's SyncBatchNormAct; also what `convert` with ``sync=True`` makes of BatchNormAct2d."""
+    """timm's SyncBatchNormAct; BatchNormAct2d is converted to this with ``sync=True``."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         norm_act.SyncBatchNormAct.__init__(self, *args, **keywords)

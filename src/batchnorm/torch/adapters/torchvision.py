@@ -1,6 +1,6 @@
 """torchvision's layer with constant statistics."""
 
-# Types of torchvision, which need not be installed.
+# torchvision need not be installed.
 # mypy: disable-error-code="import-not-found, import-untyped, misc"
 
 from torchvision.ops import misc
