@@ -92,7 +92,8 @@ std::mutex& pool_mutex() {
 }
 
 #if defined(__unix__) || defined(__APPLE__)
-// In a forked child nobody holds the pool's lock, and OpenMP's threads do not exist.
+// Hold the pool's lock while forking, so that no other thread does in the child; and remember there
+// that the child has no OpenMP threads.
 const int registered = pthread_atfork([] { pool_mutex().lock(); },
                                       [] { pool_mutex().unlock(); },
                                       [] {
