@@ -139,7 +139,7 @@ BAD = {
     "not a subclass": (Doubled, BatchNorm1d, {}, "ours must be a subclass of Doubled, got"),
     "itself": (OurDoubled, OurDoubled, {}, "ours must be a subclass of a layer of batchnorm.torch"),
     "not of ours": (nn.Module, nn.BatchNorm1d, {}, "must be a subclass of a layer of batchnorm"),
-    "taken": (nn.BatchNorm1d, OurDoubled, {}, "BatchNorm1d has an adapter already"),
+    "taken": (nn.BatchNorm1d, OurDoubled, {}, "BatchNorm1d already has an adapter"),
     "sync": (
         Doubled, OurDoubled, {"synchronized": OurDoubled}, "must be a subclass of SyncBatchNorm",
     ),

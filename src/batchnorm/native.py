@@ -213,7 +213,7 @@ def use_environment() -> None:
     known = _core.instruction_sets()
     if name not in known:
         raise ArgumentError(
-            f"BATCHNORM_ISA must be an instruction set that this machine supports, "
+            f"BATCHNORM_ISA must be one of the instruction sets that this machine supports, "
             f"{', '.join(known)}, got {name!r}. Unset it to use the best one."
         )
     _core.use_instruction_set(name)
