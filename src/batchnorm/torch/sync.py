@@ -73,7 +73,7 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
 
     process_group: Any = None
     reproducible: bool = False
-    _class_before_sync: type[nn.Module] | None = None  # if `convert` did it
+    _class_before_sync: type[nn.Module] | None = None  # set by `convert`
 
     EXTRAS: ClassVar[tuple[str, ...]] = (*Layer.EXTRAS, "reproducible", "_class_before_sync")
 
