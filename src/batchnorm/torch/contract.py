@@ -18,8 +18,8 @@ given and constant; an argument `measured` says which.
 | ``update_running(running_mean, running_var, …)`` | in place |
 
 where z = weight·x̂ + bias + residual, y = activation(z), grad_z = grad_y·activation'(z). The
-backward functions need `y` if a residual was added before an activation: its derivative at z follows
-from y (except for hardswish and silu, which no residual precedes).
+backward functions need `y` if a residual was added before an activation, whose derivative at z then
+follows from y (except for hardswish and silu, which no residual precedes).
 """
 
 from __future__ import annotations

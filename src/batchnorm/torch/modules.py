@@ -185,7 +185,7 @@ class Layer(nn.Module):
     def _is_torchs(self, input: Tensor) -> bool:
         """Whether torch's layer would do the same on a device that the core does not read.
 
-        Then torch's runs, in fewer kernels: to skip a batch, its statistics are computed separately.
+        Then it runs, with fewer kernels: only to skip batches, statistics are computed apart.
         """
         return (
             self.on_nonfinite == "propagate"
