@@ -50,6 +50,16 @@ struct Partition {
   }
 };
 
+double rounded_to(double v, DType t) {
+  switch (t) {
+    case DType::f32: return double(float(v));
+    case DType::f64: return v;
+    case DType::f16: return widen(to_float16(float(v)));
+    case DType::bf16: return widen(to_bfloat16(float(v)));
+  }
+  return v;
+}
+
 // Beyond this range float32 coefficients lose digits or overflow; the last step is float64 then.
 bool fits_float32(double v) {  // no branches: loops of it are vectorized
   const double a = std::fabs(v);
@@ -561,16 +571,6 @@ bool empty(const Array& a) {
 }
 
 }  // namespace
-
-double rounded_to(double v, DType t) {
-  switch (t) {
-    case DType::f32: return double(float(v));
-    case DType::f64: return v;
-    case DType::f16: return widen(to_float16(float(v)));
-    case DType::bf16: return widen(to_bfloat16(float(v)));
-  }
-  return v;
-}
 
 Count moments(const Array& x, const Array& weights, int axis, double* mean, double* mean_low,
                double* m2) {

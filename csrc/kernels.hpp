@@ -39,9 +39,6 @@ enum class Activation : int {
   identity = 0, relu = 1, leaky_relu = 2, relu6 = 3, hardswish = 4, silu = 5
 };
 
-// What a number of this type holds of v.
-double rounded_to(double v, DType t);
-
 // Raised for calls that the faces should have refused; becomes ValueError.
 struct BadCall : std::invalid_argument {
   using std::invalid_argument::invalid_argument;

@@ -66,25 +66,37 @@ const double* row(const double* statistics, index channels, index group, int r) 
   return statistics + (group * statistics_rows + r) * channels;
 }
 
-// The biased variance. Without values any will do: there is nothing to normalize, and every gradient
-// is zero.
-double variance(double count, double m2) { return count > 0 ? m2 / count : 1; }
+// Numbers of this magnitude and above round to infinity.
+double limit_of(DType t) {
+  switch (t) {
+    case DType::f32: return 0x1.ffffffp127;
+    case DType::f64: return HUGE_VAL;
+    case DType::f16: return 65520;
+    case DType::bf16: return 0x1.ffp127;
+  }
+  return HUGE_VAL;
+}
 
-// The statistics of one group as the kernels take them.
+// The statistics of one group as the kernels take them. The variance that normalizes is the biased
+// one; without values any will do: there is nothing to normalize, and every gradient is zero.
 class OfGroup {
  public:
   OfGroup(const double* s, index channels, index k)
       : mean_(row(s, channels, k, mean_row)),
         mean_low_(row(s, channels, k, mean_low_row)),
-        var_(std::size_t(channels) + 1) {
-    const double *count = row(s, channels, k, count_row), *m2 = row(s, channels, k, m2_row);
-    for (index c = 0; c < channels; ++c) var_[std::size_t(c)] = variance(count[c], m2[c]);
+        var_(row(s, channels, k, m2_row)) {
+    const double count = channels ? row(s, channels, k, count_row)[0] : 1;  // of every channel
+    if (count == 1) return;  // as that of given statistics
+    const double* m2 = var_;
+    storage_.resize(std::size_t(channels));
+    for (index c = 0; c < channels; ++c) storage_[std::size_t(c)] = count > 0 ? m2[c] / count : 1;
+    var_ = storage_.data();
   }
-  Statistics with(double eps) const { return {mean_, mean_low_, var_.data(), eps}; }
+  Statistics with(double eps) const { return {mean_, mean_low_, var_, eps}; }
 
  private:
-  const double *mean_, *mean_low_;
-  std::vector<double> var_;
+  const double *mean_, *mean_low_, *var_;
+  std::vector<double> storage_;
 };
 
 }  // namespace
@@ -173,11 +185,17 @@ index update_running(const double* statistics, const Array& mean, const Array& v
                *m2s = row(statistics, channels, 0, m2_row),
                *dofs = row(statistics, channels, 0, dof_row);
   // m2 and dof have the scale of the weights, which may be as small as float64 can represent.
-  const auto unbiased = [&](index c) { return dofs[c] > 0 ? m2s[c] / dofs[c] : m2s[c]; };
+  std::vector<double> unbiased(static_cast<std::size_t>(channels));
+  const double mean_limit = limit_of(mean.dtype), var_limit = limit_of(var.dtype);
+  int finite = 1;
+  for (index c = 0; c < channels; ++c) {  // no branches: vectorized
+    const double v = m2s[c] / (dofs[c] > 0 ? dofs[c] : 1);
+    unbiased[std::size_t(c)] = v;
+    finite &= (std::fabs(means[c]) < mean_limit) & (std::fabs(v) < var_limit);
+  }
   index not_finite = -1;
-  for (index c = channels; c-- > 0;)
-    if (!std::isfinite(rounded_to(means[c], mean.dtype)) ||
-        !std::isfinite(rounded_to(unbiased(c), var.dtype)))
+  for (index c = channels; !finite && c-- > 0;)
+    if (!(std::fabs(means[c]) < mean_limit && std::fabs(unbiased[std::size_t(c)]) < var_limit))
       not_finite = c;
   if (not_finite >= 0 && !even_if_not_finite) return not_finite;
   if (!count_empty && channels > 0 && counts[0] == 0) return -1;
@@ -186,7 +204,7 @@ index update_running(const double* statistics, const Array& mean, const Array& v
   for (index c = 0; c < channels; ++c) {
     if (!(dofs[c] > 0)) continue;
     set(mean, c, value(mean, c) * (1 - weight) + weight * means[c]);
-    set(var, c, value(var, c) * (1 - weight) + weight * unbiased(c));
+    set(var, c, value(var, c) * (1 - weight) + weight * unbiased[std::size_t(c)]);
   }
   return not_finite;
 }

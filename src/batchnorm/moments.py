@@ -91,9 +91,9 @@ class Moments:
         self._set(count, mean, m2, dof)
 
     def _set(self, *values: Float64) -> None:
-        for name, value in zip(_FIELDS, values, strict=True):
-            value.flags.writeable = False
-            object.__setattr__(self, name, value)
+        for value in values:
+            value.setflags(write=False)
+        self.__dict__.update(zip(_FIELDS, values, strict=True))  # quicker than object.__setattr__
 
     @classmethod
     def of(
@@ -193,7 +193,12 @@ class Moments:
         With weights, the divisor is count − ddof·(count − dof), so ddof=1 divides by `dof`, which
         is Σw − Σw²/Σw.
         """
-        freedom = (1 - ddof) * self.count + ddof * self.dof
+        if ddof == 0:
+            freedom = self.count
+        elif ddof == 1:
+            freedom = self.dof
+        else:
+            freedom = np.asarray((1 - ddof) * self.count + ddof * self.dof)
         if freedom.ndim == 0 and freedom > 0:
             return np.asarray(self.m2 / freedom)
         full = np.broadcast_to(freedom, self.m2.shape)
@@ -280,8 +285,8 @@ def moments_without_copy(
     """Moments from new arrays that the core has written, without copying or checking them."""
     moments = object.__new__(Moments)
     counts = np.array(count, np.float64)
-    dofs = np.maximum(counts - 1, 0) if dof is None else dof
-    moments._set(counts, mean, m2, np.array(dofs, np.float64))
+    dofs = np.array(dof, np.float64) if dof is not None else np.asarray(np.maximum(counts - 1, 0))
+    moments._set(counts, mean, m2, dofs)
     return moments
 
 

@@ -99,56 +99,41 @@ class BatchNormFunction(torch.autograd.Function):
         call = ctx.call
         if call.reduce is not None:
             return _reduced_backward(ctx, grad_y)
-        saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:4]
-        if _is_differentiated_again(grad_y):
-            x, weight, bias, y = saved
-            rest = (weight, bias, y, call.mask, call.config, call.measured, needs)
-            return (*portable.gradients(grad_y, x, call.tensor(), *rest), None)
-        return (*_gradients_by(_gradients, call, grad_y, saved, needs), None)
+        x, weight, bias, y = saved = ctx.saved_tensors
+        backend, statistics, needs = call.backend, call.statistics, ctx.needs_input_grad
+        rest = (weight, bias, y, call.mask, call.config, call.measured)
+        direct = is_direct(grad_y, *saved)
+        again = torch.is_grad_enabled() or (not direct and is_transformed())
+        if is_vmapped_gradient(grad_y) or (again and not is_compiling()):
+            found = portable.gradients(grad_y, x, call.tensor(), *rest, needs)
+            return (*found, None)
+        if backend is native and not direct:
+            backend, statistics = operators, call.tensor()
+        needs, passes = _without_copy(call, needs)
+        grad_y = grad_y if grad_y.dtype == x.dtype else grad_y.to(x.dtype)
+        a, b, c, d = backend.gradients(grad_y, x, statistics, *rest, needs)
+        return a, b, c, grad_y if passes else d, None
+
+
+def _without_copy(call: Call, needs: Any) -> tuple[Needs, bool]:
+    """What kernels have to compute, and whether the gradient of the residual is grad_y itself."""
+    passes = needs[3] and call.config.activation == IDENTITY and call.mask is None
+    return (needs[0], needs[1], needs[2], needs[3] and not passes), passes
 
 
 @once_differentiable  # the sums include those of other processes
 def _reduced_backward(ctx: Any, grad_y: Tensor) -> Any:
-    needs = ctx.needs_input_grad[:4]
-    return (*_gradients_by(_reduced_gradients, ctx.call, grad_y, ctx.saved_tensors, needs), None)
-
-
-def _gradients_by(run: Any, call: Call, grad_y: Tensor, saved: Any, needs: Needs) -> Any:
-    """Gradients by `run`; if the gradient of the residual is grad_y itself, it is not copied."""
-    if grad_y.dtype != saved[0].dtype:
-        grad_y = grad_y.to(saved[0].dtype)
-    is_grad_y = needs[3] and call.config.activation == IDENTITY and call.mask is None
-    needs = (needs[0], needs[1], needs[2], needs[3] and not is_grad_y)
-    a, b, c, d = run(call, grad_y, saved, needs)
-    return a, b, c, grad_y if is_grad_y else d
-
-
-def _is_differentiated_again(grad_y: Tensor) -> bool:
-    if is_vmapped_gradient(grad_y):
-        return True
-    return not is_compiling() and (torch.is_grad_enabled() or is_transformed())
-
-
-def _gradients(call: Call, grad_y: Tensor, saved: Any, needs: Needs) -> Any:
-    x, weight, bias, y = saved
-    backend, statistics = call.backend, call.statistics
-    if backend is native and not is_direct(grad_y, *saved):
-        backend, statistics = operators, call.tensor()
-    rest = (weight, bias, y, call.mask, call.config, call.measured, needs)
-    return backend.gradients(grad_y, x, statistics, *rest)
-
-
-def _reduced_gradients(call: Call, grad_y: Tensor, saved: Any, needs: Needs) -> Any:
     """Gradients of a synchronized layer: the two sums are reduced over all processes."""
-    x, weight, bias, y = saved
+    call = ctx.call
+    x, weight, bias, y = ctx.saved_tensors
     backend, statistics = call.backend, call.statistics
     rest = (weight, bias, y, call.mask, call.config)
+    needs, passes = _without_copy(call, ctx.needs_input_grad)
+    grad_y = grad_y.to(x.dtype)
     sums = backend.backward_sums(grad_y, x, statistics, *rest)
     own_bias, own_weight = sums.clone()
     # The other processes wait for these sums, even if this one needs no gradient of x.
     if needs[0] or needs[1] or needs[2]:
-        assert call.reduce is not None
         call.reduce(sums)
     grad_x = grad_residual = None
     if needs[0] or needs[3]:
@@ -157,7 +142,8 @@ def _reduced_gradients(call: Call, grad_y: Tensor, saved: Any, needs: Needs) -> 
         grad_x if needs[0] else None,
         own_weight.to(weight.dtype) if weight is not None and needs[1] else None,
         own_bias.to(bias.dtype) if bias is not None and needs[2] else None,
-        grad_residual,
+        grad_y if passes else grad_residual,
+        None,
     )
 
 
