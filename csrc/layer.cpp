@@ -66,6 +66,26 @@ const double* row(const double* statistics, index channels, index group, int r) 
   return statistics + (group * statistics_rows + r) * channels;
 }
 
+// Moves `a` towards new values, by their share `weight`, where there are degrees of freedom.
+template <class T>
+void blend_as(const Array& a, const double* values, const double* dofs, double weight) {
+  T* to = reinterpret_cast<T*>(a.data);
+  const index step = a.stride[0];
+  for (index c = 0; c < a.shape[0]; ++c) {
+    const double old = widen(to[c * step]), moved = old * (1 - weight) + weight * values[c];
+    narrow(dofs[c] > 0 ? moved : old, &to[c * step]);
+  }
+}
+
+void blend(const Array& a, const double* values, const double* dofs, double weight) {
+  switch (a.dtype) {
+    case DType::f32: return blend_as<float>(a, values, dofs, weight);
+    case DType::f64: return blend_as<double>(a, values, dofs, weight);
+    case DType::f16: return blend_as<float16>(a, values, dofs, weight);
+    case DType::bf16: return blend_as<bfloat16>(a, values, dofs, weight);
+  }
+}
+
 // Numbers of this magnitude and above round to infinity.
 double limit_of(DType t) {
   switch (t) {
@@ -201,11 +221,8 @@ index update_running(const double* statistics, const Array& mean, const Array& v
   if (!count_empty && channels > 0 && counts[0] == 0) return -1;
   if (tracked) ++*tracked;
   const double weight = std::isnan(momentum) ? 1 / double(tracked ? *tracked : 1) : momentum;
-  for (index c = 0; c < channels; ++c) {
-    if (!(dofs[c] > 0)) continue;
-    set(mean, c, value(mean, c) * (1 - weight) + weight * means[c]);
-    set(var, c, value(var, c) * (1 - weight) + weight * unbiased[std::size_t(c)]);
-  }
+  blend(mean, means, dofs, weight);
+  blend(var, unbiased.data(), dofs, weight);
   return not_finite;
 }
 
