@@ -280,12 +280,36 @@ def small_calls() -> str:
     )
 
 
+def gpu_step() -> str:
+    """What the layers cost on a GPU: `benchmarks/gpu_step.py`."""
+    rows, about = read("gpu_step"), read_about("gpu_step")
+    kept = [row for row in rows if row.what != "forward"]
+    cases = by(kept, "case", "memory_format")
+    providers = list(next(iter(cases.values())))
+    return markdown(
+        "Milliseconds of a forward and backward pass of a layer, and of a training step of a network, "
+        "in float32, and in parentheses the ratio to torch's. Median of "
+        f"{about['rounds']} interleaved rounds. {about['gpu']}; PyTorch {about['versions']['torch']}.",
+        ["", "memory format", *(name.replace("'", '"') for name in providers)],
+        [
+            [
+                case.replace("x", "×") if case[0].isdigit() else case,
+                form,
+                *(f"{row.p50_ms:.3g} ({row.ratio:.2f})" for row in found.values()),
+            ]
+            for (case, form), found in cases.items()
+        ],
+        words=2,
+    )
+
+
 #: Name of a table to the page that holds it and what makes it.
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "speed": ("README.md", speed),
     "resnet_step": ("docs/torch.md", resnet_step),
     "resnet_profile": ("docs/torch.md", resnet_profile),
     "small_calls": ("docs/torch.md", small_calls),
+    "gpu_step": ("docs/torch.md", gpu_step),
     "sync_step": ("docs/howto/distributed.md", sync_step),
     "recalibrate": ("docs/statistics.md", recalibrate),
     "recalibrate_errors": ("docs/statistics.md", recalibrate_errors),
