@@ -287,9 +287,10 @@ def gpu_step() -> str:
     cases = by(kept, "case", "memory_format")
     providers = list(next(iter(cases.values())))
     return markdown(
-        "Milliseconds of a forward and backward pass of a layer, and of a training step of a network, "
-        "in float32, and in parentheses the ratio to torch's. Median of "
-        f"{about['rounds']} interleaved rounds. {about['gpu']}; PyTorch {about['versions']['torch']}.",
+        "Milliseconds of a forward and backward pass of a layer, and of a training step of a "
+        "network, in float32, and in parentheses the ratio to torch's. Median of "
+        f"{about['rounds']} interleaved rounds. {about['gpu']}; "
+        f"PyTorch {about['versions']['torch']}.",
         ["", "memory format", *(name.replace("'", '"') for name in providers)],
         [
             [
