@@ -537,3 +537,11 @@ def test_models_with_torchs_own_layers_are_refused():
 def test_what_has_no_batch_norms_is_refused(model):
     with pytest.raises(ArgumentError, match="accumulate takes a"), accumulate(model):
         pass
+
+
+def test_accumulated_statistics_lie_on_the_cpu_whatever_the_default_device_is(x):
+    layer, usual = _layer(), _layer()
+    with torch.device("meta"), accumulate(layer):
+        layer(x)
+    usual(x)
+    assert torch.equal(layer.running_mean, usual.running_mean)

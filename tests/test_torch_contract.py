@@ -257,3 +257,69 @@ def test_back_ends_have_the_same_signatures(name):
 
     signatures = [inspect.signature(getattr(backend, name)) for backend in (native, portable)]
     assert list(signatures[0].parameters) == list(signatures[1].parameters)
+
+
+# ---- as on other devices ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_float32(monkeypatch):
+    """The portable back end as it computes on devices where float64 is slow."""
+    monkeypatch.setattr(portable, "_widened", lambda x: x.float())
+
+
+@masks
+def test_portable_in_float32_is_right_at_large_offsets(in_float32, mask):
+    # At a mean of 1e4 in float32, x is known to 2^-11 of a standard deviation of one; given these
+    # values, y and the variance are right to a few u.
+    case = Case(mask)
+    case.x = case.x / 3 + 1e4
+    arguments = (case.weight, case.bias, case.residual, case.mask, case.config)
+    y, statistics = portable.forward(case.x, *arguments)
+    right = case.moments(slice(None))
+    np.testing.assert_allclose(y, case.of_float64()[0], **OUTPUT)
+    found = _array(statistics)[0]
+    np.testing.assert_allclose(found[MEAN] + found[LOW], right.mean, rtol=1e-10)
+    np.testing.assert_allclose(found[M2], right.m2, rtol=1e-6)
+
+
+def test_portable_in_float32_keeps_the_mean_of_given_statistics(in_float32):
+    x = torch.full((4, C, 2), 1e4) + torch.arange(4.0)[:, None, None]
+    mean, var = torch.full((C,), 1e4 + 1e-4, dtype=torch.float64), torch.ones(C)
+    y = portable.normalize(x, portable.given(mean, var), None, None, None, None, Config(0.0))
+    exact = torch.arange(4.0, dtype=torch.float64) - 1e-4
+    np.testing.assert_allclose(y[:, 0, 0], exact, rtol=0, atol=3e-7)  # y of three, rounded
+
+
+@backends
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_a_mask_hides_matters_nowhere(backend, bad):
+    case, hidden = Case("booleans", 0, "relu"), Case("booleans", 0, "relu")
+    where = (case.mask == 0)[:, None].expand_as(case.x)
+    for t in (hidden.x, hidden.grad_y, hidden.residual):
+        t[where] = bad
+    found = []
+    for c in (case, hidden):
+        forward = (c.weight, c.bias, c.residual, c.mask, c.config)
+        y, statistics = backend.forward(c.x, *forward)
+        rest = (c.weight, c.bias, y, c.mask, c.config, True, (True,) * 4)
+        found.append([y, *backend.gradients(c.grad_y, c.x, statistics, *rest)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_portable_is_differentiated_where_a_mask_hides_nan():
+    case = Case("booleans")
+    x = case.x.clone()
+    x[(case.mask == 0)[:, None].expand_as(x)] = float("nan")
+    x.requires_grad_()
+    y, _ = portable.forward(x, case.weight, case.bias, None, case.mask, case.config)
+    (grad,) = torch.autograd.grad(y, x, case.grad_y)
+    assert bool(grad.isfinite().all())
+
+
+def test_portable_running_update_keeps_channels_without_degrees_of_freedom():
+    mean, var = torch.zeros(C), torch.ones(C)
+    one = portable.moments(torch.ones(1, C), None)
+    portable.update_running(mean, var, None, None, one, 0.5, False, True)
+    assert (mean.tolist(), var.tolist()) == ([0.0] * C, [1.0] * C)

@@ -1104,3 +1104,11 @@ def test_batches_are_counted_without_running_statistics_as_in_torch(randn):
         layer.eval()(randn(4, 3))
         counts.append(int(layer.num_batches_tracked))
     assert counts == [1, 1]
+
+
+def test_reset_forgets_the_batches_that_were_left_out(randn):
+    layer = BatchNorm1d(3)
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        layer(torch.full((4, 3), float("nan")))
+    layer.reset_running_stats()
+    assert layer.nonfinite_batches == 0
