@@ -137,8 +137,10 @@ BAD = {
     "original no module": (int, OurDoubled, {}, "original must be a subclass of Module"),
     "ours no class": (Doubled, OurDoubled(C), {}, "ours must be a subclass of Doubled"),
     "not a subclass": (Doubled, BatchNorm1d, {}, "ours must be a subclass of Doubled, got"),
-    "itself": (OurDoubled, OurDoubled, {}, "ours must be a subclass of a layer of batchnorm.torch"),
-    "not of ours": (nn.Module, nn.BatchNorm1d, {}, "must be a subclass of a layer of batchnorm"),
+    "ours already": (OurDoubled, OurDoubled, {}, "original must be a class .* not ours yet"),
+    "every module": (nn.Module, OurDoubled, {}, "original must be a class .* not ours yet"),
+    "not of ours": (nn.Linear, nn.Bilinear, {}, "ours must be a subclass of Linear"),
+    "itself": (Doubled, Doubled, {}, "must be a subclass of a layer of batchnorm"),
     "taken": (nn.BatchNorm1d, OurDoubled, {}, "BatchNorm1d already has an adapter"),
     "sync": (
         Doubled, OurDoubled, {"synchronized": OurDoubled}, "must be a subclass of SyncBatchNorm",

@@ -322,13 +322,29 @@ def test_convert_keeps_parameters_and_buffers_the_objects_they_are():
     assert all(converted[name] is t for name, t in tensors.items())
 
 
-def test_revert_leaves_no_buffer_that_torchs_layer_does_not_have():
+def test_convert_adds_no_buffer():
     net = Net()
     buffers = [name for name, _ in net.named_buffers()]
-    persistent = [set(m._non_persistent_buffers_set) for m in net.modules()]
-    revert(convert(net))
-    assert [name for name, _ in net.named_buffers()] == buffers
-    assert [set(m._non_persistent_buffers_set) for m in net.modules()] == persistent
+    assert [name for name, _ in convert(net).named_buffers()] == buffers
+
+
+@pytest.mark.parametrize("name", ["activation", "group_size", "_name"])
+def test_convert_skips_a_layer_with_an_attribute_that_would_be_an_option(name):
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    setattr(net[0], name, "relu")
+    convert(net)
+    assert type(net[0]) is nn.BatchNorm1d
+    assert f"attribute '{name}'" in explain(net).skipped["0"]
+    assert getattr(revert(net)[0], name) == "relu"
+
+
+@pytest.mark.parametrize("options", [{"sync": 1}, {"sync": "yes"}, {"sync": None},
+                                     {"sync": True, "reproducible": "x"}])  # fmt: skip
+def test_convert_refuses_options_that_are_neither_true_nor_false(options):
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    with pytest.raises(ArgumentError, match="must be True or False"):
+        convert(net, **options)
+    assert type(net[0]) is nn.BatchNorm1d
 
 
 def test_convert_keeps_hooks():

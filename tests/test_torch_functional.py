@@ -1208,7 +1208,25 @@ STRIDES = {
         ..., ::2
     ],
     **{str(order): lambda v, o=order: _in_any_order(v, o) for order in permutations(range(4))},
-}
+    # Axes of length one, of which a stride says nothing.
+    "transposed, with an axis more": lambda v: v[..., 0].transpose(1, 2).contiguous()
+    .transpose(1, 2).unsqueeze(-1),
+    "channels_last of width 1": lambda v: v[..., :1].to(memory_format=torch.channels_last),
+    "channels_last of height 1": lambda v: v[:, :, :1].to(memory_format=torch.channels_last),
+    "turned": lambda v: v[:, :, :1].to(memory_format=torch.channels_last).transpose(2, 3),
+    **{
+        f"{order} of width 1": lambda v, o=order: _in_any_order(v[..., :1], o)
+        for order in permutations(range(4))
+    },
+    **{
+        f"{order} of one example": lambda v, o=order: _in_any_order(v[:1], o)
+        for order in permutations(range(4))
+    },
+    **{
+        f"{order}, 5 axes": lambda v, o=order: _in_any_order(v[:, :, None].repeat(1, 1, 2, 1, 1), o)
+        for order in permutations(range(5))
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("strides", STRIDES)
@@ -1255,3 +1273,52 @@ def test_no_internal_assertion_of_torchs_reaches_the_caller(randn, training, sha
     with pytest.raises(Exception, match="running_mean|TensorAccessor|must have") as raised:
         batch_norm(x, torch.ones(shape), torch.ones(3), training=training)
     assert "INTERNAL ASSERT" not in str(raised.value)
+
+
+# ---- what is no tensor, and masks under transforms -----------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["input", "running_mean", "weight", "bias", "residual", "mask"])
+@pytest.mark.parametrize("bad", [1.0, "a", [1.0]], ids=str)
+def test_what_is_no_tensor_is_refused_by_name(randn, name, bad):
+    arguments = {"input": randn(4, 3), "running_mean": None, "running_var": None, name: bad}
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got {type(bad).__name__}"):
+        batch_norm(**arguments, training=True)
+
+
+def test_residual_on_another_device_is_refused(randn):
+    with pytest.raises(ArgumentError, match="residual must be on the device of input, cpu"):
+        batch_norm(randn(4, 3), None, None, training=True, residual=torch.ones(4, 3, device="meta"))
+
+
+@pytest.mark.parametrize("group_size", ["a", 2.0, float("nan"), [2], 10**30, 0])
+def test_group_size_that_is_no_positive_integer_is_refused(randn, group_size):
+    with pytest.raises(ArgumentError, match="group_size must be a positive integer"):
+        batch_norm(randn(4, 3), None, None, training=True, group_size=group_size)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, lambda f: lambda x: torch.func.vjp(f, x)])
+@pytest.mark.parametrize("mask", [-torch.ones(4), torch.full((4,), float("nan"))])
+def test_transforms_refuse_masks_that_are_no_weights(randn, transform, mask):
+    def f(x):
+        return batch_norm(x, None, None, training=True, mask=mask).sum()
+
+    with pytest.raises(ArgumentError, match="mask must be finite and not negative"):
+        transform(f)(randn(4, 3))
+
+
+def test_transforms_refuse_what_torch_refuses_in_its_words(randn):
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        torch.func.vjp(
+            lambda x: batch_norm(x, torch.zeros(3), torch.ones(3), training=True), randn(1, 3)
+        )
+
+
+def test_residual_before_a_negative_slope_has_its_gradient(randn):
+    # y has not the sign of z then.
+    x, residual, g = randn(5, 3, 4), randn(5, 3, 4), randn(5, 3, 4)
+    exact = {"activation": "leaky_relu", "slope": -0.5, "residual": residual}
+    _assert_equals_the_definition(
+        x, g, randn(3), randn(3), True, exact, residual=residual, activation="leaky_relu",
+        negative_slope=-0.5,
+    )  # fmt: skip

@@ -1112,3 +1112,33 @@ def test_reset_forgets_the_batches_that_were_left_out(randn):
         layer(torch.full((4, 3), float("nan")))
     layer.reset_running_stats()
     assert layer.nonfinite_batches == 0
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layer_made_on_meta_trains_with_the_tensors_it_is_given(randn, compiled):
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        layer = BatchNorm1d(3)
+    layer.load_state_dict(nn.BatchNorm1d(3).state_dict(), assign=True)
+    step = torch.compile(layer, backend="eager") if compiled else layer
+    step(randn(4, 3) + 5)
+    assert int(layer.num_batches_tracked) == 1
+    assert (layer.running_mean > 0.1).all()
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        step(torch.full((4, 3), float("nan")))
+    assert layer.to("cpu").nonfinite_batches == 1
+
+
+def test_forward_mode_of_another_thread_changes_no_bit(randn):
+    import threading
+
+    from torch.autograd import forward_ad
+
+    layer, x = BatchNorm1d(3), randn(40, 3) + 100
+    found = []
+    with forward_ad.dual_level():
+        thread = threading.Thread(target=lambda: found.append(layer(x)))
+        thread.start()
+        thread.join()
+    assert torch.equal(found[0], layer(x))
+    assert type(found[0].grad_fn) is type(layer(x).grad_fn)

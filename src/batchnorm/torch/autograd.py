@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native, operators, portable
-from .contract import IDENTITY, Config, Needs, saved_y
+from .contract import IDENTITY, Config, Needs, check_mask, saved_y
 from .internals import (
     below_autograd,
+    has_dispatch_modes,
+    is_batched,
     is_compiling,
     is_direct,
     is_transformed,
@@ -103,7 +105,7 @@ class BatchNormFunction(torch.autograd.Function):
         backend, statistics, needs = call.backend, call.statistics, ctx.needs_input_grad
         rest = (weight, bias, y, call.mask, call.config, call.measured)
         direct = is_direct(grad_y, *saved)
-        again = torch.is_grad_enabled() or (not direct and is_transformed())
+        again = torch.is_grad_enabled() or (not direct and is_transformed(grad_y, *saved))
         if is_vmapped_gradient(grad_y) or (again and not is_compiling()):
             found = portable.gradients(grad_y, x, call.tensor(), *rest, needs)
             return (*found, None)
@@ -166,7 +168,8 @@ def is_differentiated(*tensors: Tensor | None) -> bool:
 def _forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     weight, bias, residual, mask = others[:4]
     config = Config(*others[4:])
-    if is_transformed():
+    if is_transformed(x, weight, bias, residual):
+        _check_mask(mask, training=True, shape=x.shape)
         return portable.forward(x, weight, bias, residual, mask, config)
     if not is_differentiated(x, weight, bias, residual):
         with below_autograd():
@@ -179,12 +182,19 @@ def _forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 def _normalize(x: Tensor, statistics: Tensor, *others: Any) -> Tensor:
     weight, bias, residual, mask = others[:4]
     config = Config(*others[4:])
-    if is_transformed():
+    if is_transformed(x, weight, bias, residual):
+        _check_mask(mask)
         return portable.normalize(x, statistics, weight, bias, residual, mask, config)
     if not is_differentiated(x, weight, bias, residual):
         with below_autograd():
             return operators.normalize(x, statistics, weight, bias, residual, mask, config)
     return apply(x, weight, bias, residual, Call(operators, config, mask, statistics, False))
+
+
+def _check_mask(mask: Tensor | None, **training: Any) -> None:
+    """As the kernels do, where the values of the mask are at hand."""
+    if mask is not None and not (is_batched(mask) or has_dispatch_modes()):
+        check_mask(mask, **training)
 
 
 def _update_running(*arguments: Any) -> None:

@@ -25,6 +25,7 @@ follows from y (except for hardswish and silu, which no residual precedes).
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import NamedTuple
 
 from torch import Tensor
@@ -79,12 +80,20 @@ def config_of(
     eps: float, group_size: int | None, activation: str | None, negative_slope: float
 ) -> Config:
     """Check the arguments that torch does not have, and return them as a `Config`."""
-    if activation not in ACTIVATIONS:
+    try:
+        code = ACTIVATIONS[activation]
+    except (KeyError, TypeError):
         known = ", ".join(repr(name) for name in ACTIVATIONS if name)
-        raise ArgumentError(f"activation must be None or one of {known}, got {activation!r}.")
-    if group_size is not None and (group_size != int(group_size) or group_size < 1):
+        raise ArgumentError(
+            f"activation must be None or one of {known}, got {activation!r}."
+        ) from None
+    if group_size is not None and not (
+        isinstance(group_size, Integral) and 1 <= group_size < 1 << 63
+    ):
         raise ArgumentError(f"group_size must be a positive integer or None, got {group_size!r}.")
-    return Config(eps, group_size or 0, ACTIVATIONS[activation], negative_slope)
+    if type(negative_slope) is not float and not isinstance(negative_slope, Real):
+        raise ArgumentError(f"negative_slope must be a number, got {negative_slope!r}.")
+    return Config(eps, group_size or 0, code, negative_slope)
 
 
 def groups_of(x: Tensor, group_size: int) -> int:

@@ -264,14 +264,24 @@ def _found(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             or getattr(module, "_class_before_sync", None) is not None
         )
         if known:
-            replaced = "forward" in module.__dict__
-            yield name, module, "its forward has been replaced" if replaced else ""
+            yield name, module, _reason_of_instance(module)
         elif isinstance(module, (_BatchNorm, FrozenLayer)):
             yield name, module, _reason(module)
         elif isinstance(module, torch.jit.ScriptModule) and "BatchNorm" in getattr(
             module, "original_name", ""
         ):
             yield name, module, "it is compiled to TorchScript"
+
+
+def _reason_of_instance(module: nn.Module) -> str:
+    """Why a layer of a known class is skipped; "" if it is not."""
+    if "forward" in module.__dict__:
+        return "its forward has been replaced"
+    options = set() if isinstance(module, Layer) else {*Layer.EXTRAS} & module.__dict__.keys()
+    if options:
+        name = min(options)
+        return f"it has an attribute '{name}' already, which our layers take for an option"
+    return ""
 
 
 def _reason(module: nn.Module) -> str:
@@ -327,6 +337,9 @@ def _check_sync(
     layers: dict[str, nn.Module], sync: bool | Unchanged, options: dict[str, Any]
 ) -> None:
     """Raise for options of synchronized layers without any, and for layers that cannot be."""
+    for name, value in (("sync", sync), ("reproducible", options.get("reproducible", False))):
+        if value is not UNCHANGED and not isinstance(value, bool):
+            raise ArgumentError(f"{name} must be True or False, got {value!r}.")
     some = sync is True
     for name, module in layers.items():
         if isinstance(module, nn.SyncBatchNorm):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from ..errors import ArgumentError, ShapeError
+from ..errors import ArgumentError, DTypeError, ShapeError
 from ..moments import Moments
 from . import autograd, native, operators, portable, running
 from .autograd import Call, is_differentiated
@@ -120,6 +120,7 @@ def batch_norm(
             group_size=group_size,
         )
         return result
+    _check_tensors(input, running_mean, running_var, weight, bias)
     config = config_of(eps, group_size, activation, negative_slope)
     y, statistics = normalize(
         input, running_mean, running_var, weight, bias, training, config, residual, mask
@@ -338,10 +339,7 @@ def _raise_as_torch(
         # torch accepts some of these, and fails in an internal assertion for others.
         if x.dim() >= 2 and t is not None and t.dim() != 1 and t.numel() == x.shape[1]:
             raise ShapeError(f"{name} must have shape ({x.shape[1]},), got {tuple(t.shape)}.")
-    mean, var = (
-        None if t is None else t.detach().clone().requires_grad_(t.requires_grad)
-        for t in (running_mean, running_var)
-    )
+    mean, var = (None if t is None else _copy_of(t) for t in (running_mean, running_var))
     # Contiguous, because for other inputs torch may fail in an internal assertion.
     F.batch_norm(x.contiguous(), mean, var, weight, bias, training, 0.1, eps)
     if x.dim() == 1 and x.numel() == 0:
@@ -352,9 +350,23 @@ def _raise_as_torch(
     )
 
 
+def _check_tensors(x: object, *vectors: object) -> None:
+    names = ("input", "running_mean", "running_var", "weight", "bias")
+    for name, t in zip(names, (x, *vectors), strict=True):
+        if not isinstance(t, Tensor) and (t is not None or name == "input"):
+            raise DTypeError(f"{name} must be a tensor, got {type(t).__name__}.")
+
+
+def _copy_of(t: Tensor) -> Tensor:
+    copy = t.detach().clone()
+    return copy.requires_grad_() if t.requires_grad else copy
+
+
 def as_weights(mask: Tensor, x: Tensor) -> Tensor:
     """`mask` as (N, *S) float64."""
     shape = x.shape[:1] + x.shape[2:]
+    if not isinstance(mask, Tensor):
+        raise DTypeError(f"mask must be a tensor, got {type(mask).__name__}.")
     if mask.requires_grad:
         raise ArgumentError("mask is not differentiated; pass mask.detach().")
     if mask.is_complex():

@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -35,18 +34,40 @@ def is_direct(*tensors: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
     ):
         return False
-    for t in tensors:  # noqa: SIM110 (a generator takes twice as long)
+    for t in tensors:
         if t is not None and (type(t) not in _EXACT_TYPES or t.is_neg()):
             return False
-    return True
+    return forward_ad._current_level < 0 or not _have_tangents(*tensors)
 
 
-def is_transformed() -> bool:
-    """Whether a transform of `torch.func` or forward mode is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether a transform of `torch.func`, or forward mode for one of these, is active."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and _have_tangents(*tensors)
+
+
+def _have_tangents(*tensors: Tensor | None) -> bool:
+    # All threads share the level, so it says nothing about these tensors.
+    unpack: Any = forward_ad.unpack_dual
+    return any(t is not None and unpack(t).tangent is not None for t in tensors)
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether `torch.func.vmap` maps over this tensor."""
+    return bool(torch._C._functorch.is_batchedtensor(t))
+
+
+def can_change_attributes(t: Tensor) -> bool:
+    """Whether a call on `t` may change tensors that are neither arguments nor buffers.
+
+    Exporters, tracers, transforms and dispatch modes would lose such a change, or refuse it.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return not getattr(torch.compiler, "is_exporting", bool)()
+    return is_direct(t)
 
 
 def is_vmapped_gradient(t: Tensor) -> bool:
@@ -85,9 +106,27 @@ def below_autograd() -> Any:
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """The format that torch's batch norm gives its output."""
-    if x.is_contiguous():
+    if x.is_contiguous() or x.dim() not in (4, 5):
         return torch.contiguous_format
-    return suggest_memory_format(x)
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return last if x.is_contiguous(memory_format=last) else gradient_format_of(x)
+
+
+def gradient_format_of(x: Tensor) -> torch.memory_format:
+    """The format that torch's batch norm gives the gradient of its input.
+
+    It differs where an axis has length one, and its stride leaves the format open.
+    """
+    if x.is_contiguous() or x.dim() not in (4, 5) or x.stride(1) == 0:
+        return torch.contiguous_format
+    # As c10::TensorImpl::is_strides_like_channels_last, to which Python has no access.
+    sizes, strides, least = x.shape, x.stride(), 0
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        ambiguous = d == 0 and least == strides[1]
+        if sizes[d] == 0 or strides[d] < least or ambiguous:
+            return torch.contiguous_format
+        least = strides[d] * max(sizes[d], 1)
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
 
 
 def has_dispatch_modes() -> bool:

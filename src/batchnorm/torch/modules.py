@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import ArgumentError
 from . import functional, portable
 from .contract import config_of, values_per_example
-from .internals import is_compiling, is_direct, is_recomputing
+from .internals import can_change_attributes, is_compiling, is_direct, is_recomputing
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -60,12 +60,14 @@ class Layer(nn.Module):
 
     _to_unfreeze: tuple[str, ...] = ()  # names of parameters that `unfreeze` lets train again
     _name: str = ""
+    _nonfinite: Tensor | None = None  # counts skipped batches
     # The merged statistics of `accumulate`, and the running mean that they will update.
     _accumulated: tuple[Tensor, Tensor | None] | None = None
 
     EXTRAS: ClassVar[tuple[str, ...]] = (
         "activation", "negative_slope", "on_nonfinite", "on_single", "group_size", "stats_frozen",
-        "affine_frozen", "_to_unfreeze", "_name", "_accumulated",
+        "affine_frozen", "_to_unfreeze", "_name", "_nonfinite",
+        "_accumulated",
     )  # fmt: skip
 
     def __init__(
@@ -107,18 +109,14 @@ class Layer(nn.Module):
         """Complete an instance that was made by the constructor of torch's class."""
         if name:
             self._name = name
-        if self.running_mean is not None:
-            # A buffer, so that it is moved and exported like the others.
-            count = torch.zeros((), dtype=torch.int64, device=self.running_mean.device)
-            self.register_buffer("_nonfinite", count, persistent=False)
+        if self.running_mean is not None and not self.running_mean.is_meta:
+            self._nonfinite = self._counter(self.running_mean)
         self._widen({})
 
     def release(self) -> None:
         """Remove the attributes that torch's layer does not have, before the class changes back."""
         for name in {*type(self).EXTRAS} & self.__dict__.keys():
             del self.__dict__[name]
-        self._buffers.pop("_nonfinite", None)
-        self._non_persistent_buffers_set.discard("_nonfinite")
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
@@ -234,7 +232,7 @@ class Layer(nn.Module):
                 with torch.no_grad():
                     tracked.add_(1)  # as in torch
             return
-        nonfinite = self._buffers.get("_nonfinite")
+        nonfinite = self._counter(mean)
         # Not if functional_call has replaced the buffers: then these are updated.
         if self._accumulated is not None and self._accumulated[1] is mean:
             total = self._accumulated[0]
@@ -265,20 +263,33 @@ class Layer(nn.Module):
             return
         self._track(mean, var, total.to(mean.device), None)
 
+    def _counter(self, mean: Tensor) -> Tensor | None:
+        """What counts skipped batches, on the device of the running mean.
+
+        No buffer, so that nothing that torch does to buffers (broadcasts, averages, meta tensors)
+        happens to it. Exporters and tracers cannot change other tensors: they do without.
+        """
+        if not can_change_attributes(mean) or mean.is_meta:
+            return None
+        count = self._nonfinite
+        if count is None or count.is_meta:
+            self._nonfinite = count = torch.zeros((), dtype=torch.int64, device=mean.device)
+        elif count.device != mean.device:
+            self._nonfinite = count = count.to(mean.device)
+        return count
+
     @property
     def nonfinite_batches(self) -> int:
         """Number of batches skipped because of ``on_nonfinite="skip"``."""
-        count = self._buffers.get("_nonfinite")
-        return 0 if count is None else int(count)
+        return 0 if self._nonfinite is None else int(self._nonfinite)
 
     def reset_running_stats(self) -> None:
         """Reset the running statistics as torch does, but not if they are frozen."""
         if self.stats_frozen:
             return
         super().reset_running_stats()  # type: ignore[misc]
-        nonfinite = self._buffers.get("_nonfinite")
-        if nonfinite is not None:
-            nonfinite.zero_()
+        if self._nonfinite is not None:
+            self._nonfinite = torch.zeros_like(self._nonfinite)
 
     def __getstate__(self) -> Any:
         """Leave out the state of an `accumulate` block, which does not concern copies."""

@@ -20,9 +20,11 @@ from .. import _core
 from ..errors import ArgumentError
 from ..moments import Moments, as_statistics
 from .contract import IDENTITY, ROWS, Config, Gradients, Needs, check_mask, groups_of
-from .internals import memory_format_of
+from .internals import gradient_format_of, memory_format_of
 
 Statistics = NDArray[np.float64]
+
+FormatOf = Callable[[Tensor], torch.memory_format]
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
@@ -149,8 +151,8 @@ def gradients(
     eps, group_size, activation, slope = config
     need_x, need_weight, need_bias, need_residual = needs
     # The core writes grad_x and grad_residual together.
-    grad_x = empty_like(x) if need_x or need_residual else None
-    grad_residual = empty_like(x) if need_residual else None
+    grad_x = empty_like(x, gradient_format_of) if need_x or need_residual else None
+    grad_residual = empty_like(x, gradient_format_of) if need_residual else None
     grad_weight = torch.empty_like(weight) if need_weight and weight is not None else None
     grad_bias = torch.empty_like(bias) if need_bias and bias is not None else None
     if need_residual and activation == IDENTITY:
@@ -223,8 +225,8 @@ def backward(
     need_residual: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients with respect to x and residual, of one group, from its two sums."""
-    grad_x = empty_like(x)
-    grad_residual = empty_like(x) if need_residual else None
+    grad_x = empty_like(x, gradient_format_of)
+    grad_residual = empty_like(x, gradient_format_of) if need_residual else None
     if need_residual and config.activation == IDENTITY:
         y = grad_y  # the core needs an array here, but not its values
     mean, low, var = _mean_and_var(statistics)
@@ -333,15 +335,13 @@ def _wide(vector: Tensor | None) -> NDArray[np.float64] | None:
     return None if vector is None else vector.detach().double().contiguous().numpy()
 
 
-def empty_like(x: Tensor) -> Tensor:
+def empty_like(x: Tensor, format_of: FormatOf = memory_format_of) -> Tensor:
     """An uninitialized tensor with the shape of x, in the memory format of torch's batch norm."""
     if x.nbytes < _POOLED_BYTES:
-        if x.is_contiguous():
-            return torch.empty_like(x)
-        return torch.empty_like(x, memory_format=memory_format_of(x))
+        return torch.empty_like(x, memory_format=format_of(x))
     like = x
     if not x.is_contiguous():
-        like = torch.empty_like(x, device="meta", memory_format=memory_format_of(x))
+        like = torch.empty_like(x, device="meta", memory_format=format_of(x))
     memory = torch.frombuffer(_core.take(x.nbytes, _for_core(x)), dtype=x.dtype)
     # Not a view, because autograd forbids in-place changes of a view that a Function returns.
     y = torch.empty(0, dtype=x.dtype, device="cpu")

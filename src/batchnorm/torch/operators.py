@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import native, running
 from .contract import ROWS, Config, Gradients, Needs, groups_of
-from .internals import memory_format_of, uncompiled
+from .internals import gradient_format_of, memory_format_of, uncompiled
 
 _operators: Any = torch.ops.batchnorm
 
@@ -177,7 +177,8 @@ def _fake_forward(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_backward(grad_y: Tensor, x: Tensor, statistics: Tensor, *others: Any) -> Any:
     weight, bias, needs = others[0], others[1], others[9:]
-    like = (_like(x), weight, bias, _like(x))
+    gradient = torch.empty_like(x, memory_format=gradient_format_of(x))
+    like = (gradient, weight, bias, gradient)
     return tuple(
         torch.empty_like(t) if needed and t is not None else x.new_empty(0)
         for t, needed in zip(like, needs, strict=True)

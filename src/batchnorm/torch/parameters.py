@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -56,7 +57,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         raise ArgumentError(
             f"parameter_groups takes a torch.nn.Module, got {type(model).__name__}."
         )
-    if not weight_decay >= 0:
+    if not (isinstance(weight_decay, Real) and weight_decay >= 0):
         raise ArgumentError(f"weight_decay must not be negative, got {weight_decay!r}.")
     normalizing = {
         id(parameter)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import ShapeError
+from ..errors import ArgumentError, DTypeError, ShapeError
 from .contract import (
     DOF,
     HARDSWISH,
@@ -290,13 +290,18 @@ def finish(y: Tensor, residual: Tensor | None, mask: Tensor | None, config: Conf
 
 
 def check_residual(x: Tensor, residual: object) -> None:
-    """Raise if a residual does not broadcast with x."""
-    shape = getattr(residual, "shape", ())
+    """Raise if a residual is no tensor beside x that broadcasts with it."""
+    if not isinstance(residual, Tensor):
+        raise DTypeError(f"residual must be a tensor, got {type(residual).__name__}.")
+    if residual.device != x.device:
+        raise ArgumentError(
+            f"residual must be on the device of input, {x.device}, got {residual.device}."
+        )
     try:
-        torch.broadcast_shapes(x.shape, shape)  # type: ignore[no-untyped-call]
+        torch.broadcast_shapes(x.shape, residual.shape)  # type: ignore[no-untyped-call]
     except RuntimeError:
         raise ShapeError(
-            f"residual must broadcast with input, {tuple(x.shape)}, got {tuple(shape)}."
+            f"residual must broadcast with input, {tuple(x.shape)}, got {tuple(residual.shape)}."
         ) from None
 
 
@@ -470,7 +475,7 @@ def _group_by_torch(
 ) -> tuple[Tensor, Measured]:
     wide = torch.promote_types(x.dtype, torch.float32)
     n = x.numel() // max(x.shape[1], 1)
-    if is_transformed():
+    if is_transformed(x, weight, bias):
         y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
         var, mean = torch.var_mean(x.detach().to(wide), _all_but_channels(x))
         return y, Measured(torch.stack([mean, var]), n)

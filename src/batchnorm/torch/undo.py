@@ -29,7 +29,6 @@ def undone_on_error(layers: Iterable[nn.Module]) -> Iterator[None]:
             type(layer),
             dict(layer.__dict__),
             dict(layer._buffers),
-            set(layer._non_persistent_buffers_set),
             [(p, p.requires_grad, p.grad) for p in layer.parameters()],
         )
         for layer in layers
@@ -37,14 +36,12 @@ def undone_on_error(layers: Iterable[nn.Module]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for layer, kind, attributes, buffers, non_persistent, parameters in before:
+        for layer, kind, attributes, buffers, parameters in before:
             set_class(layer, kind)
             layer.__dict__.clear()
             layer.__dict__.update(attributes)
             layer._buffers.clear()
             layer._buffers.update(buffers)
-            layer._non_persistent_buffers_set.clear()
-            layer._non_persistent_buffers_set.update(non_persistent)
             for parameter, requires_grad, grad in parameters:
                 if parameter.requires_grad != requires_grad:
                     parameter.requires_grad_(requires_grad)

@@ -120,6 +120,11 @@ def register_adapter(
     True
     """
     _check_class("original", original, nn.Module)
+    if original is nn.Module or issubclass(original, (Layer, FrozenLayer)):
+        raise ArgumentError(
+            "original must be a class of layers that are not ours yet, got "
+            f"{original.__module__}.{original.__qualname__}."
+        )
     _check_class("ours", ours, original)
     if ours is original or not issubclass(ours, (Layer, FrozenLayer)):
         raise ArgumentError(
