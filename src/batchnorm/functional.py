@@ -178,7 +178,7 @@ def batch_norm(
     count, dof = _core.forward(
         native.for_core(values), native.for_core(y), axis, eps, mean, low, m2, g, b, weights=w
     )
-    batch = moments_without_copy(count, mean, m2, dof)
+    batch = moments_without_copy(count, mean, m2, None if w is None else dof)
     saved = Saved(
         moments=batch,
         x=values,

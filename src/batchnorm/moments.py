@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,8 @@ __all__ = ["Moments"]
 
 Float64 = NDArray[np.float64]
 
-_FIELDS = ("count", "mean", "m2", "dof")
 
-
-def _zero() -> Float64:
-    return np.zeros(())
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Moments:
     """Count, mean and sum of squared deviations of each channel, in float64.
 
@@ -64,36 +58,49 @@ class Moments:
     variances", equations 2.1.
     """
 
-    count: Float64 = field(default_factory=_zero)
-    mean: Float64 = field(default_factory=_zero)
-    m2: Float64 = field(default_factory=_zero)
-    dof: Float64 = None  # type: ignore[assignment]  # count - 1, set below
+    count: Float64
+    mean: Float64
+    m2: Float64
+    _dof: Float64 | None  # None without weights: of many features, the array is worth sparing
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        count: ArrayLike = 0.0,
+        mean: ArrayLike = 0.0,
+        m2: ArrayLike = 0.0,
+        dof: ArrayLike | None = None,
+    ) -> None:
         """Make read-only float64 copies, and check their shapes and values."""
-        count, mean, m2 = (np.array(v, np.float64) for v in (self.count, self.mean, self.m2))
-        if self.dof is None:
-            dof = np.asarray(np.maximum(count - 1, 0))
-        else:
-            dof = np.array(self.dof, np.float64)
+        n, means, m2s = (np.array(v, np.float64) for v in (count, mean, m2))
+        dofs = None if dof is None else np.array(dof, np.float64)
+        shape = n.shape if dofs is None else dofs.shape
         if (
-            mean.shape != m2.shape
-            or mean.ndim > 1
-            or count.shape not in ((), mean.shape)
-            or dof.shape != count.shape
+            means.shape != m2s.shape
+            or means.ndim > 1
+            or n.shape not in ((), means.shape)
+            or shape != n.shape
         ):
             raise ShapeError(
                 "mean and m2 must have shape (C,), count and dof () or (C,), got mean "
-                f"{mean.shape}, m2 {m2.shape}, count {count.shape}, dof {dof.shape}."
+                f"{means.shape}, m2 {m2s.shape}, count {n.shape}, dof {shape}."
             )
-        if np.any(count < 0) or np.any(m2 < 0) or np.any(dof < 0):
+        if np.any(n < 0) or np.any(m2s < 0) or (dofs is not None and np.any(dofs < 0)):
             raise ArgumentError("count, m2 and dof must not be negative.")
-        self._set(count, mean, m2, dof)
+        self._set(n, means, m2s, dofs)
 
-    def _set(self, *values: Float64) -> None:
-        for value in values:
-            value.setflags(write=False)
-        self.__dict__.update(zip(_FIELDS, values, strict=True))  # quicker than object.__setattr__
+    def _set(self, count: Float64, mean: Float64, m2: Float64, dof: Float64 | None) -> None:
+        for value in (count, mean, m2, dof):
+            if value is not None:
+                value.setflags(write=False)
+        # Quicker than object.__setattr__, four times.
+        self.__dict__.update(count=count, mean=mean, m2=m2, _dof=dof)
+
+    @property
+    def dof(self) -> Float64:
+        """Degrees of freedom of the variance: () or (C,)."""
+        if self._dof is not None:
+            return self._dof
+        return np.asarray(np.maximum(self.count - 1, 0))
 
     @classmethod
     def of(
@@ -135,7 +142,7 @@ class Moments:
         count, dof = _core.forward(
             native.for_core(values), None, axis, 0.0, mean, low, m2, weights=w
         )
-        return moments_without_copy(count, mean, m2, dof)
+        return moments_without_copy(count, mean, m2, None if w is None else dof)
 
     @classmethod
     def merge(cls, parts: Iterable[Moments]) -> Moments:
@@ -181,6 +188,8 @@ class Moments:
             mean = np.where(nb == 0, self.mean, np.where(na == 0, other.mean, step))
             between = np.where((na == 0) | (nb == 0), 0.0, delta) * delta * na * share
             m2 = self.m2 + other.m2 + np.where((na == 0) | (nb == 0), 0.0, between)
+        if self._dof is None and other._dof is None:
+            return Moments(n, mean, m2)
         # Pairs of a value in one part and a value in the other. Without weights, the sum is n - 1.
         across = np.divide(
             nb * (na - self.dof) + na * (nb - other.dof), n, out=np.zeros_like(n), where=n > 0
@@ -216,7 +225,7 @@ class Moments:
             return NotImplemented
         return all(
             np.array_equal(getattr(self, name), getattr(other, name), equal_nan=True)
-            for name in _FIELDS
+            for name in ("count", "mean", "m2", "dof")
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -284,9 +293,8 @@ def moments_without_copy(
 ) -> Moments:
     """Moments from new arrays that the core has written, without copying or checking them."""
     moments = object.__new__(Moments)
-    counts = np.array(count, np.float64)
-    dofs = np.array(dof, np.float64) if dof is not None else np.asarray(np.maximum(counts - 1, 0))
-    moments._set(counts, mean, m2, dofs)
+    dofs = None if dof is None else np.array(dof, np.float64)
+    moments._set(np.array(count, np.float64), mean, m2, dofs)
     return moments
 
 

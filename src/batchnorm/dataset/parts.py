@@ -100,8 +100,7 @@ def merge_pair(a: Part, b: Part) -> Part:
 
 
 def _features_of(x: Moments, some: slice) -> Moments:
-    fields = (x.count, x.mean, x.m2, x.dof)
-    return Moments(*(v[some] if v.ndim else v for v in fields))
+    return Moments(x.count[some] if x.count.ndim else x.count, x.mean[some], x.m2[some])
 
 
 def _own_moments(count: Any, mean: Float64, m2: Float64) -> Moments:
