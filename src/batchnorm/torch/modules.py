@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -232,7 +233,10 @@ class Layer(nn.Module):
                 with torch.no_grad():
                     tracked.add_(1)  # as in torch
             return
-        nonfinite = self._counter(mean)
+        nonfinite = self._nonfinite
+        # Statistics are an array only in direct calls, in which the counter may be changed.
+        if nonfinite is None or nonfinite.is_meta or not isinstance(statistics, np.ndarray):
+            nonfinite = self._counter(mean)
         # Not if functional_call has replaced the buffers: then these are updated.
         if self._accumulated is not None and self._accumulated[1] is mean:
             total = self._accumulated[0]

@@ -338,6 +338,8 @@ def _wide(vector: Tensor | None) -> NDArray[np.float64] | None:
 def empty_like(x: Tensor, format_of: FormatOf = memory_format_of) -> Tensor:
     """An uninitialized tensor with the shape of x, in the memory format of torch's batch norm."""
     if x.nbytes < _POOLED_BYTES:
+        if x.dim() < 4 and x.is_contiguous():
+            return torch.empty_like(x)
         return torch.empty_like(x, memory_format=format_of(x))
     like = x
     if not x.is_contiguous():
