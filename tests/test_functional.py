@@ -719,3 +719,8 @@ def test_functional_refuses_more_axes_than_the_kernels_know():
 def test_errors_are_batch_norm_errors_and_the_builtin_that_fits(error, builtin):
     assert issubclass(error, BatchNormError)
     assert issubclass(error, builtin)
+
+
+def test_batch_norm_backward_refuses_what_batch_norm_did_not_save():
+    with pytest.raises(ArgumentError, match="saved must be what batch_norm returned, got NoneType"):
+        batchnorm.batch_norm_backward(np.ones((4, 3)), None)

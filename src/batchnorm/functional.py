@@ -244,6 +244,8 @@ def batch_norm_backward(
     >>> bool(np.abs(grad_x).max() < 1e-15)  # no change of x shifts all of y
     True
     """
+    if not isinstance(saved, Saved):
+        raise ArgumentError(f"saved must be what batch_norm returned, got {type(saved).__name__}.")
     x = saved.x
     g = np.asarray(grad_y)
     if g.shape != x.shape:

@@ -122,8 +122,8 @@ def register_adapter(
     _check_class("original", original, nn.Module)
     if original is nn.Module or issubclass(original, (Layer, FrozenLayer)):
         raise ArgumentError(
-            "original must be a class of layers that are not ours yet, got "
-            f"{original.__module__}.{original.__qualname__}."
+            f"original must be the class that convert replaces, got {original.__qualname__}, which "
+            "is one of batchnorm.torch already, or the base class of every module."
         )
     _check_class("ours", ours, original)
     if ours is original or not issubclass(ours, (Layer, FrozenLayer)):
@@ -160,4 +160,5 @@ def _named(name: str) -> type[nn.Module]:
 
 def _check_class(name: str, kind: object, base: type) -> None:
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise ArgumentError(f"{name} must be a subclass of {base.__name__}, got {kind!r}.")
+        got = kind.__qualname__ if isinstance(kind, type) else repr(kind)
+        raise ArgumentError(f"{name} must be a subclass of {base.__name__}, got {got}.")
