@@ -66,7 +66,9 @@ def can_change_attributes(t: Tensor) -> bool:
     Exporters, tracers, transforms and dispatch modes would lose such a change, or refuse it.
     """
     if torch.compiler.is_dynamo_compiling():
-        return not getattr(torch.compiler, "is_exporting", bool)()
+        # Older versions of torch do not say whether they export.
+        is_exporting = getattr(torch.compiler, "is_exporting", None)
+        return is_exporting is None or not is_exporting()
     return is_direct(t)
 
 

@@ -67,8 +67,7 @@ class Layer(nn.Module):
 
     EXTRAS: ClassVar[tuple[str, ...]] = (
         "activation", "negative_slope", "on_nonfinite", "on_single", "group_size", "stats_frozen",
-        "affine_frozen", "_to_unfreeze", "_name", "_nonfinite",
-        "_accumulated",
+        "affine_frozen", "_to_unfreeze", "_name", "_nonfinite", "_accumulated",
     )  # fmt: skip
 
     def __init__(

@@ -73,7 +73,7 @@ def update_portable(
             bad = int(torch.nonzero(~finite)[0])
             merged = portable.merge(as_tensor(statistics)).cpu().numpy()
             _report(merged, bad, on_nonfinite, None, name)
-    propagate = on_nonfinite != "skip"
+    propagate = on_nonfinite != "skip"  # "raise" has raised by now
     buffers = (running_mean, running_var, tracked, nonfinite)
     portable.update_running(*buffers, statistics, momentum, propagate, count_empty)
 
