@@ -8,15 +8,19 @@ struct Application {
   static constexpr bool backward = Mode != forward;
   static constexpr bool may_weigh = E == general;
   using V = Vec<P, N>;
-  Coefficients<P, N, E, Mode> k;
+  static constexpr bool needs_z = Mode == forward || E != plain;
+  static constexpr bool needs_d = needs_z || Mode == backward_batch;
+  using Values = Coefficients<P, N,
+                              has_scale | (needs_d ? has_shift : 0) | (needs_z ? has_offset : 0) |
+                                  (Mode == backward_batch ? has_tilt | has_level : 0)>;
+  Values k;
   bool stream = false;  // whole vectors past the cache: `out` and out_residual are aligned
 
   template <bool Part>
   BN_INLINE void at(const Pointers<T>& p, index i, index n, V w, const Settings<P>& s, T* out,
                     T* out_residual) const {
-    constexpr bool needs_z = Mode == forward || E != plain;
     V d{}, z{};
-    if constexpr (needs_z || Mode == backward_batch) d = read<P, N, Part>(p.x + i, n) - k.shift;
+    if constexpr (needs_d) d = read<P, N, Part>(p.x + i, n) - k.shift;
     if constexpr (needs_z) z = d * k.scale + k.offset;
     if constexpr (E == full || E == general) {
       if (E == full || p.residual) {
@@ -68,35 +72,6 @@ struct Application {
   }
 };
 
-// The coefficients of columns, rounded to the type of the last step once for all rows of a block:
-// those of N columns side by side, then those of the next N. In five arrays a power of two long
-// they would compete with one another, and with the rows, for the same lines of the first-level cache.
-template <class P, int N>
-struct CoefficientTable {
-  static constexpr int kinds = 5;
-  alignas(64) P values[kinds * (widest + N)];
-
-  CoefficientTable(const Job& j, index c0, index width, bool backward) {
-    const double* from[kinds] = {j.shift, j.scale, j.offset, j.tilt, j.level};
-    for (int k = 0; k < (backward ? kinds : 3); ++k)
-      for (index c = 0; c < width; c += N) {
-        P* to = values + c * kinds + k * N;
-        if (width - c >= N)
-          for (int i = 0; i < N; ++i) to[i] = P(from[k][c0 + c + i]);
-        else
-          for (index i = 0; i < N; ++i) to[i] = i < width - c ? P(from[k][c0 + c + i]) : P(0);
-      }
-  }
-
-  // From column c on, a multiple of N.
-  template <class Coefficients>
-  BN_INLINE void get(index c, Coefficients& k) const {
-    const P* at = values + c * kinds;
-    k.take(*this, [&](int kind) { return load<P, N>(at + kind * N); });
-  }
-  enum : int { shift, scale, offset, tilt, level };
-};
-
 // How many of n values to write before those that go past the cache; n if none do.
 template <class T>
 index before_stream(const Job& job, const T* out, const T* out_residual, index n) {
@@ -110,34 +85,93 @@ void apply_rows(const Job& job, const Block& b) {
   using V = Vec<P, N>;
   const Settings<P> settings(job);
   const index length = b.inner_end - b.inner_begin;
-  for (index o = b.outer_begin; o < b.outer_end; ++o)
-    for (index c = b.channel_begin; c < b.channel_end; ++c) {
-      A a;
-      a.k.of_channel(job, c);
-      const Pointers<T> p(job, o, b.inner_begin, c);
-      auto some = [&](index i, auto part, index n) {
-        constexpr bool Part = decltype(part)::value;
-        V w{};
-        if constexpr (A::may_weigh)
-          if (p.weights) w = read<P, N, Part>(p.weights + i, n);
-        a.template at<Part>(p, i, n, w, settings, p.out, p.out_residual);
-      };
-      auto values = [&](index i, index end) {
-        for (; i + N <= end; i += N) some(i, std::false_type{}, N);
-        if (i < end) some(i, std::true_type{}, end - i);
-      };
-      const index first = before_stream(job, p.out, p.out_residual, length);
-      values(0, first);
-      if (first == length) continue;
-      a.stream = true;
-      values(first, length);
+  for (index b0 = b.channel_begin; b0 < b.channel_end; b0 += rows_together) {
+    const index b1 = smaller(b.channel_end, b0 + rows_together);
+    const OfRows<typename A::Values> table(job, b0, b1 - b0);
+    for (index o = b.outer_begin; o < b.outer_end; ++o) {
+      Pointers<T> p(job, o, b.inner_begin, b0);
+      for (index c = b0; c < b1; ++c, p.next_channel(job)) {
+        A a;
+        table.get(c - b0, a.k);
+        auto some = [&](index i, auto part, index n) {
+          constexpr bool Part = decltype(part)::value;
+          V w{};
+          if constexpr (A::may_weigh)
+            if (p.weights) w = read<P, N, Part>(p.weights + i, n);
+          a.template at<Part>(p, i, n, w, settings, p.out, p.out_residual);
+        };
+        auto values = [&](index i, index end) {
+          for (; i + N <= end; i += N) some(i, std::false_type{}, N);
+          if (i < end) some(i, std::true_type{}, end - i);
+        };
+        const index first = before_stream(job, p.out, p.out_residual, length);
+        values(0, first);
+        if (first == length) continue;
+        a.stream = true;
+        values(first, length);
+      }
     }
+  }
+}
+
+// Rows of N values or more that follow one another without a gap are one long row, in which vectors
+// begin where cache lines do, and may hold the end of one channel and the beginning of the next.
+template <class A, class T, class P>
+void apply_joined_rows(const Job& job, const Block& b) {
+  constexpr int N = A::N;
+  using V = Vec<P, N>;
+  const Settings<P> settings(job);
+  const index length = b.inner_end;
+  for (index b0 = b.channel_begin; b0 < b.channel_end; b0 += rows_together) {
+    const index b1 = smaller(b.channel_end, b0 + rows_together), all = (b1 - b0) * length;
+    const OfRows<typename A::Values> table(job, b0, b1 - b0);
+    for (index o = b.outer_begin; o < b.outer_end; ++o) {
+      const Pointers<T> p(job, o, 0, b0);
+      A a;
+      auto some = [&](auto part, const A& with, index i, index n) {
+        with.template at<decltype(part)::value>(p, i, n, V{}, settings, p.out, p.out_residual);
+      };
+      using Whole = std::false_type;
+      using Part = std::true_type;
+      index i = smaller(values_to_line(reinterpret_cast<const char*>(p.out), sizeof(T)), length);
+      table.get(0, a.k);
+      for (index k = 0; k < i; k += N) some(Part{}, a, k, smaller(N, i - k));
+      a.stream = before_stream(job, p.out + i, p.out_residual + (p.out_residual ? i : 0), 1) == 0;
+      index left = length - i;  // of channel c
+      for (index c = 0;;) {
+        const index end = i + left / N * N;
+        for (; i + 2 * N <= end; i += 2 * N) {
+          some(Whole{}, a, i, N);
+          some(Whole{}, a, i + N, N);
+        }
+        if (i < end) {
+          some(Whole{}, a, i, N);
+          i += N;
+        }
+        left %= N;
+        if (i + N > all) break;
+        A next, both;
+        next.stream = both.stream = a.stream;
+        table.get(++c, next.k);
+        if (left) {
+          both.k.join(a.k, next.k, left);
+          some(Whole{}, both, i, N);
+          i += N;
+          left -= N;
+        }
+        left += length;
+        a = next;
+      }
+      if (i < all) some(Part{}, a, i, all - i);
+    }
+  }
 }
 
 // `Tile` vectors of channels from c on, over all rows; without weights.
 template <class A, class T, class P, int Tile, bool Part>
-BN_INLINE void apply_tile(const Job& job, const Block& b, const CoefficientTable<P, A::N>& table,
-                          index o, index c, index n, bool stream) {
+BN_INLINE void apply_tile(const Job& job, const Block& b,
+                          const OfColumns<typename A::Values>& table, index o, index c,
+                          index n, bool stream) {
   constexpr int N = A::N;
   using V = Vec<P, N>;
   const Settings<P> settings(job);
@@ -160,8 +194,9 @@ BN_INLINE void apply_tile(const Job& job, const Block& b, const CoefficientTable
 
 // Columns [c, end) of one row.
 template <class A, class T, class P>
-BN_INLINE void apply_row(const Job& job, const Block& b, const CoefficientTable<P, A::N>& table,
-                         index o, index i, index c, index end, bool stream) {
+BN_INLINE void apply_row(const Job& job, const Block& b,
+                         const OfColumns<typename A::Values>& table, index o, index i,
+                         index ahead, index c, index end, bool stream) {
   constexpr int N = A::N;
   using V = Vec<P, N>;
   const Settings<P> settings(job);
@@ -171,10 +206,21 @@ BN_INLINE void apply_row(const Job& job, const Block& b, const CoefficientTable<
     if (p.weights) w = splat<P, N>(*p.weights);
   A a;
   a.stream = stream;
-  for (; c + N <= end; c += N) {
+  constexpr index line = 64 / index(sizeof(T)), step = N > line ? N : line;
+  auto vector = [&](index c) {
     table.get(c, a.k);
     a.template at<false>(p, c, N, w, settings, p.out, p.out_residual);
+  };
+  for (; c + step <= end; c += step) {
+    if (ahead) {
+      prefetch<step * index(sizeof(T))>(p.x + c + ahead * job.x.inner);
+      if constexpr (A::backward)
+        prefetch<step * index(sizeof(T))>(p.grad + c + ahead * job.grad.inner);
+    }
+    BN_UNROLL
+    for (index k = 0; k < step; k += N) vector(c + k);
   }
+  for (; c + N <= end; c += N) vector(c);
   if (c < end) {
     table.get(c, a.k);
     a.template at<true>(p, c, end - c, w, settings, p.out, p.out_residual);
@@ -186,7 +232,8 @@ void apply_columns(const Job& job, const Block& b) {
   constexpr int N = A::N;
   constexpr int tile = 4;
   const index width = b.channel_end - b.channel_begin;
-  const CoefficientTable<P, N> table(job, b.channel_begin, width, A::backward);
+  const OfColumns<typename A::Values> table(job, b.channel_begin, width);
+  const index ahead = rows_ahead(job, 8192);
   for (index o = b.outer_begin; o < b.outer_end; ++o) {
     const Pointers<T> p(job, o, b.inner_begin, b.channel_begin);
     const bool stream = before_stream(job, p.out, p.out_residual, width) == 0 &&
@@ -203,31 +250,26 @@ void apply_columns(const Job& job, const Block& b) {
         continue;
       }
     }
-    // Row by row, as memory has them; but where the first-level cache does not hold the
-    // coefficients of a row, two share what it does hold.
-    constexpr index held = 1024;
-    const index together = width <= held ? 1 : 2;
-    for (index first = b.inner_begin; first < b.inner_end; first += together) {
-      const index last = smaller(b.inner_end, first + together);
-      for (index c = 0; c < width; c += held)
-        for (index i = first; i < last; ++i)
-          apply_row<A, T, P>(job, b, table, o, i, c, smaller(width, c + held), stream);
-    }
+    for (index c = 0; c < width; c += held)
+      for (index i = b.inner_begin; i < b.inner_end; ++i)
+        apply_row<A, T, P>(job, b, table, o, i, ahead, c, smaller(width, c + held), stream);
   }
 }
 
 template <class T, class P, int E, int Mode>
 void apply(const Job& job, const Block& b) {
   using A = Application<T, P, E, Mode>;
-  const Columns::Members forwards = {&Job::shift, &Job::scale, &Job::offset};
-  const Columns::Members backwards = {&Job::shift, &Job::scale, &Job::offset, &Job::tilt,
-                                      &Job::level};
-  const Columns::Members& used = A::backward ? backwards : forwards;
+  const Used used(typename A::Values{});
   auto columns = [](const Columns& k) { apply_columns<A, T, P>(k.job, k.block); };
   auto rest = [&](const Block& part) { apply_columns<A, T, P>(job, part); };
+  const index channels = b.channel_end - b.channel_begin;
   if (!job.rows)
-    each_of_columns(job, b, &job.out, 4 * A::N, used, columns, rest);
-  else if (!each_of_short_rows(job, b, job.out, used, columns))
+    each_of_columns(job, b, &job.out, channels <= 4 * A::N ? 4 * A::N : 256, used, columns, rest);
+  else if (each_of_short_rows(job, b, job.out, used, columns))
+    ;
+  else if (job.dense && b.inner_end - b.inner_begin == job.out.channel && job.out.channel >= A::N)
+    apply_joined_rows<A, T, P>(job, b);
+  else
     apply_rows<A, T, P>(job, b);
   if (job.stream) stream_end();
 }

@@ -32,7 +32,10 @@ void with_epilogue(const Job& job, Call call) {
 }
 
 void reduce_moments(const Job& job, const Block& b, double* out1, double* out2) {
-  reduce<T, double, plain, forward>(job, b, out1, out2);
+  if (job.runs && !job.wide)
+    reduce<T, P, plain, forward>(job, b, out1, out2);
+  else
+    reduce<T, double, plain, forward>(job, b, out1, out2);
 }
 
 void reduce_backward(const Job& job, const Block& b, double* out1, double* out2) {

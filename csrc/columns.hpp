@@ -6,7 +6,23 @@
 // where cache lines begin. Short rows of channels, too, are columns: each value of a row is one,
 // and the rows that have the same outer index make one long row.
 
-constexpr index short_row = 128;  // values of one channel
+constexpr index short_row = 2 * F;  // values of one channel
+
+// The coefficients that a loop needs.
+struct Used {
+  PerChannel list[5];
+  int n = 0;
+  template <class K>
+  explicit Used(K k) {
+    k.take([&](PerChannel which, int kind) {
+      list[kind] = which;
+      n = kind + 1;
+      return k.shift;
+    });
+  }
+  const PerChannel* begin() const { return list; }
+  const PerChannel* end() const { return list + n; }
+};
 
 // Room for the coefficients of a job over columns, of which there are five kinds.
 struct Storage {
@@ -22,16 +38,13 @@ static inline index values_to_line(const char* p, index size) {
 // A job over columns of which number v belongs to channel
 // channel_begin + (phase + v) / each % channels.
 struct Columns {
-  using Member = const double* Job::*;
-  using Members = std::initializer_list<Member>;
-
   Job job;
   Block block;
   index channel_begin, channels, each, phase;
 
   // Rows that hold all `channels` of a block side by side, cut `phase` values after its first.
   static Columns cut(const Job& j, const Block& b, index phase, index width, index rows,
-                     Members used, double* storage) {
+                     const Used& used, double* storage) {
     Columns k(j, b, 1, phase, width, rows);
     k.each_operand([&](Operand& a) {
       k.begin(a, b.outer_begin * a.outer + b.inner_begin * a.inner + b.channel_begin + phase, width);
@@ -41,7 +54,7 @@ struct Columns {
   }
 
   // Values [phase, phase + width) of the rows of a block's channels, these taken one after the other.
-  static Columns of_rows(const Job& j, const Block& b, index phase, index width, Members used,
+  static Columns of_rows(const Job& j, const Block& b, index phase, index width, const Used& used,
                          double* storage) {
     Columns k(j, b, b.inner_end, phase, width, b.outer_end - b.outer_begin);
     k.each_operand([&](Operand& a) {
@@ -79,9 +92,9 @@ struct Columns {
     for (Operand* a : {&job.x, &job.grad, &job.residual, &job.out, &job.out_residual})
       if (a->data) visit(*a);
   }
-  void spread(Members used, double* to) {
+  void spread(const Used& used, double* to) {
     const index width = block.channel_end;
-    for (Member m : used) {
+    for (PerChannel m : used) {
       const double* from = job.*m + channel_begin;
       index c = phase / each % channels;
       for (index v = 0, e = phase % each; v < width; e = 0) {
@@ -119,7 +132,7 @@ class Visitor {
 
 // Visit a block of short rows as columns, cut where lines of `a` begin; false if it is none.
 static bool each_of_short_rows(const Job& job, const Block& b, const Operand& a,
-                               Columns::Members used, Visitor<Columns> visit) {
+                               const Used& used, Visitor<Columns> visit) {
   if (!job.dense || b.inner_end > short_row || b.outer_end - b.outer_begin < 8) return false;
   const index size = size_of(job.dtype);
   const index all = (b.channel_end - b.channel_begin) * b.inner_end;
@@ -136,7 +149,7 @@ static bool each_of_short_rows(const Job& job, const Block& b, const Operand& a,
 // Visit what of a block of columns can be cut anew, into rows of full lines `narrowest` values long
 // at the least; and the blocks that are left over. `a`: where lines should begin, or null.
 static void each_of_columns(const Job& job, const Block& b, const Operand* a, index narrowest,
-                            Columns::Members used, Visitor<Columns> visit, Visitor<Block> rest) {
+                            const Used& used, Visitor<Columns> visit, Visitor<Block> rest) {
   const index size = size_of(job.dtype), channels = b.channel_end - b.channel_begin;
   index width = channels;
   while (width * size % 64 || width < narrowest) width *= 2;

@@ -21,8 +21,11 @@ namespace {
 constexpr index rows_chunk = 16384;    // values of one channel in a chunk, channels apart
 constexpr index columns_chunk = 65536; // values of all channels in a chunk, channels side by side
 constexpr index serial_below = 32768;  // values; waking a thread costs more than this many
+constexpr index exact_below = 8192;    // values; float32 runs save less than a microsecond then
 constexpr index line = 64;             // bytes in a cache line
-constexpr index block_bytes = 512 << 10; // what one thread reads twice in a fused pass
+constexpr index block_bytes = 512 << 10; // what one thread reads twice in a fused pass,
+constexpr index largest_block = 4 << 20; // or as much, where a single channel has it
+constexpr index near_bytes = 1 << 20;    // what a core's own cache may hold of what a call reads
 
 index ceil_div(index a, index b) { return (a + b - 1) / b; }
 
@@ -144,12 +147,13 @@ class Call {
     const bool pieces = job_.dense || (layout_.rows ? layout_.inners * size_of(x.dtype) >= 1024
                                                     : layout_.channels * size_of(x.dtype) >= line);
     job_.stream = values_ * size_of(x.dtype) * touched > last_level_cache() && pieces;
+    job_.far = values_ * size_of(x.dtype) * inputs_ >
+               (layout_.rows ? near_bytes : last_level_cache() / 2);
 
     const index c = layout_.channels;
     wide_.assign(std::size_t(c), 0);
-    storage_.reset(new double[std::size_t(c) * 9]);  // each array is written before it is read
-    center_ = storage_.get();
-    shift_ = center_ + c;
+    storage_.reset(new double[std::size_t(c) * 8]);  // each array is written before it is read
+    shift_ = storage_.get();
     scale_ = shift_ + c;
     offset_ = scale_ + c;
     tilt_ = offset_ + c;
@@ -157,7 +161,6 @@ class Call {
     first_ = level_ + c;
     second_ = first_ + c;
     inv_std_ = second_ + c;
-    job_.center = center_;
     job_.shift = shift_;
     job_.scale = scale_;
     job_.offset = offset_;
@@ -212,7 +215,9 @@ class Call {
       return;
     }
     auto begin = [&](index c0, index c1) { choose_centers(c0, c1); };
+    job_.runs = apply && job_.dtype != DType::f64 && !job_.weights.data && values_ >= exact_below;
     auto finish = [&](index c0, index c1) {
+      if (job_.runs) widen_runs(c0, c1, count);
       if (moments_of_channels(c0, c1, count, mean, mean_low, m2)) return;
       for (index c = c0; c < c1; ++c) {
         if (moments_of_channels(c, c + 1, count, mean, mean_low, m2)) continue;
@@ -244,9 +249,8 @@ class Call {
     // The sign of z decides what an activation lets through, so z must be what the forward pass
     // computed: the same coefficients, at the same width.
     normalizing(0, channels(), affine);
-    std::copy_n(shift_, channels(), center_);
     auto finish = [&](index c0, index c1) {
-      const double *first = first_, *second = second_, *inv_std = inv_std_, *center = center_;
+      const double *first = first_, *second = second_, *inv_std = inv_std_, *center = shift_;
       int finite = 1;
       for (index c = c0; c < c1; ++c)
         finite &= (first[c] - first[c] == 0) & (second[c] - second[c] == 0);
@@ -254,7 +258,7 @@ class Call {
       for (index c = c0; !finite && c < c1; ++c) {
         if (std::isfinite(first[c]) && std::isfinite(second[c])) continue;
         wide_[std::size_t(c)] = 1;
-        sum_again(c);
+        sum_again(c, c + 1);
       }
       for (index c = c0; c < c1; ++c) {
         // What the sums about center leave of the mean.
@@ -382,7 +386,7 @@ class Call {
   // whose pieces fall on few cache sets where a row is a power of two long; two passes over whole
   // rows are faster, although the second reads again what the cache has lost.
   bool fusable(const Partition& p) const {
-    return layout_.rows && bytes_per_channel() * p.channel_step <= block_bytes &&
+    return layout_.rows && bytes_per_channel() * p.channel_step <= largest_block &&
            (p.channel_blocks >= 2 || values_ < serial_below);
   }
 
@@ -419,14 +423,14 @@ class Call {
       const index step = c * job_.x.channel;
       const double u = widen(at[0][step]), v = widen(at[1][step]), w = widen(at[2][step]);
       const double median = std::max(std::min(u, v), std::min(std::max(u, v), w));
-      center_[c] = std::isfinite(median) ? median : 0;
+      shift_[c] = std::isfinite(median) ? median : 0;
     }
   }
 
   // false: so much of a second sum is due to a bad center that digits were lost.
   bool moments_of_channels(index c0, index c1, double count, double* mean, double* mean_low,
                            double* m2) const {
-    const double* center = center_;
+    const double* center = shift_;
     const double* first = first_;
     const double* second = second_;
     int lost = 0;
@@ -443,21 +447,47 @@ class Call {
     return lost == 0;
   }
 
+  // Sum channels again, in float64, where float32 runs are too coarse: about a center that is 2.6
+  // standard deviations off, and where squares leave its range, as those of a constant channel do.
+  void widen_runs(index c0, index c1, double count) {
+    const double *first = first_, *second = second_;
+    auto coarse = [=](index c) {
+      const double rest = second[c] - first[c] * first[c] / count;
+      return int(!(second[c] < 8 * rest)) | int(!(second[c] > 1e-28 * count));
+    };
+    int any = 0;
+    for (index c = c0; c < c1; ++c) any |= coarse(c);  // no branches: vectorized
+    if (!any) return;
+    for (index c = c0; c < c1;) {
+      const index begin = c;
+      while (c < c1 && coarse(c)) wide_[std::size_t(c++)] = 1;
+      if (c > begin) sum_again(begin, c);
+      if (c == begin) ++c;
+    }
+  }
+
   // Sum one channel again about its mean: the corrected two-pass algorithm.
   void recenter(index c, double mean) {
     const double center = rounded_to(mean, job_.dtype);
-    if (!std::isfinite(center) || center == center_[c]) return;
-    center_[c] = center;
-    sum_again(c);
+    if (!std::isfinite(center) || center == shift_[c]) return;
+    shift_[c] = center;
+    sum_again(c, c + 1);
   }
-  void sum_again(index c) {
-    first_[c] = second_[c] = 0;
+  void sum_again(index c0, index c1) {
+    std::vector<double> sums(std::size_t(2 * (c1 - c0)));
+    double *first = sums.data(), *second = first + (c1 - c0);
+    std::fill(first_ + c0, first_ + c1, 0.0);
+    std::fill(second_ + c0, second_ + c1, 0.0);
     const Partition p(layout_, 1);
     for (index chunk = 0; chunk < p.chunks(); ++chunk) {
-      double first, second;
-      reduce_by_width(reduce_, p.block(layout_, chunk, c), &first, &second);
-      first_[c] += first;
-      second_[c] += second;
+      Block b = p.block(layout_, chunk, 0);
+      b.channel_begin = c0;
+      b.channel_end = c1;
+      reduce_by_width(reduce_, b, first, second);
+      for (index c = c0; c < c1; ++c) {
+        first_[c] += first[c - c0];
+        second_[c] += second[c - c0];
+      }
     }
   }
 
@@ -555,7 +585,7 @@ class Call {
   std::unique_ptr<Packed> packed_[operands];
   index values_ = 0, inputs_ = 1;
   std::unique_ptr<double[]> storage_;
-  double *center_, *shift_, *scale_, *offset_, *tilt_, *level_, *first_, *second_, *inv_std_;
+  double *shift_, *scale_, *offset_, *tilt_, *level_, *first_, *second_, *inv_std_;
   const double* mean_ = nullptr;
   const double* mean_low_ = nullptr;
   index probe_outer_[3] = {}, probe_inner_[3] = {};

@@ -144,17 +144,20 @@ struct Job {
   DType dtype = DType::f32;
   bool wide = false;  // the last step in float64 although x is narrower
   bool batch_statistics = true;  // backward only: false in evaluation
+  bool runs = false;             // moments in float32 runs
+  bool far = false;              // x and grad are more than a core's own cache holds
   bool stream = false;           // write past the cache
   Epilogue epilogue;
   Operand x, grad, residual, weights, out, out_residual;
   // per channel, all float64 (rounded to float32 where the last step runs in it)
-  const double* center = nullptr;  // reductions subtract this from x
   const double* shift = nullptr;   // z = (x - shift) * scale + offset + residual
   const double* scale = nullptr;
   const double* offset = nullptr;
   const double* tilt = nullptr;    // grad_x = scale * (grad_z - level - (x - shift) * tilt)
   const double* level = nullptr;
-};
+};  // sums are those of x - shift and its square, or of grad_z and grad_z * (x - shift)
+
+using PerChannel = const double* Job::*;
 
 struct InstructionSet {
   const char* name;

@@ -1,60 +1,58 @@
 // A reduction makes two float64 sums per channel, over rows or over columns. Included by bodies.hpp
 // only, inside the namespace of an instruction set; nothing here may have external linkage.
 
-// Moments are summed in float64 throughout. The sums of the backward pass need fewer digits (1e-5
-// of their norm is promised), so where the last step runs in float32 they are taken in float32 over
-// runs of 16 vectors, and only a run's sum goes to float64: half the instructions.
+// Sums are float64, or float32 over runs of this many vectors, of which only the sums go to float64:
+// half the instructions, and digits enough for a training step (docs/numerics.md).
 constexpr index run_length = 16;
 
 template <class T, class P, int E, int Mode>
 struct Reduction {
-  static constexpr bool runs = Mode != forward && sizeof(P) == 4;
-  using S = typename std::conditional<runs, float, double>::type;
+  static constexpr bool runs = sizeof(P) == 4;
   static constexpr int N = runs ? F : D;
   static constexpr bool reads_grad = Mode != forward;
   static constexpr bool may_weigh = E == general;
+  static constexpr bool needs_z = reads_grad && E != plain;
+  using S = P;
   using V = Vec<S, N>;
+  using Values = Coefficients<S, N, has_shift | (needs_z ? has_scale | has_offset : 0)>;
 
-  V center;
-  Coefficients<S, N, E, forward> affine;  // only where z is needed: backward with an epilogue
+  Values k;
 
-  // The contribution of n (or N) elements at p[i]; `w` is their weight.
-  template <bool Part, bool Rows>
+  // Add the elements at p[i], whose weight is w. Not all of them may count: of columns only the first
+  // n exist, and nobody reads the others; the first n, or the last n, of a row are what is left of it.
+  enum Which : int { all, columns, first_of_row, last_of_row };
+  template <int Count>
   BN_INLINE void add(const Pointers<T>& p, index i, index n, V w, const Settings<S>& s, V& first,
                      V& second) const {
-    const V x = read<S, N, Part>(p.x + i, n);
-    V d = x - center;
-    if constexpr (may_weigh)
-      if (p.weights) d = where_weighted<S, N>(w, d);
+    constexpr bool part = Count == columns || Count == first_of_row;
+    auto counted = [&](V v) {
+      if constexpr (may_weigh)
+        if (p.weights) v = where_weighted<S, N>(w, v);
+      if constexpr (Count == first_of_row) v = join_lanes<S, N>(v, V{}, n);
+      if constexpr (Count == last_of_row) v = join_lanes<S, N>(V{}, v, N - n);
+      return v;
+    };
+    const V x = read<S, N, part>(p.x + i, n);
+    V d = x - k.shift;
     if constexpr (Mode == forward) {
-      // Lanes past the end hold 0 - center; in columns they are dropped with their channel.
-      if constexpr (Part && Rows) d = first_lanes<S, N>(d, n);
+      d = counted(d);
       const V weighted = may_weigh ? w * d : d;  // moments are general only with weights
       first += weighted;
       second += weighted * d;
     } else {
-      V g = read<S, N, Part>(p.grad + i, n);
-      if constexpr (E != plain) {
-        V z = (x - affine.shift) * affine.scale + affine.offset;
+      V g = read<S, N, part>(p.grad + i, n);
+      if constexpr (needs_z) {
+        V z = d * k.scale + k.offset;
         if constexpr (E == full || E == general)
-          if (E == full || p.residual) z = read<S, N, Part>(p.residual + i, n);  // y in its place
+          if (E == full || p.residual) z = read<S, N, part>(p.residual + i, n);  // y in its place
         g = gradient<E, S, N>(z, g, s);
       }
       if constexpr (may_weigh)
-        if (p.weights) g = where_weighted<S, N>(w, g);
+        if (p.weights) d = where_weighted<S, N>(w, d);
+      g = counted(g);
       first += g;
       second += g * d;
     }
-  }
-
-  BN_INLINE void of_channel(const Job& j, index c) {
-    center = splat<S, N>(j.center[c]);
-    if constexpr (E != plain && Mode != forward) affine.of_channel(j, c);
-  }
-  template <bool Part>
-  BN_INLINE void of_channels(const Job& j, index c, index n) {
-    center = read<S, N, Part>(j.center + c, n);
-    if constexpr (E != plain && Mode != forward) affine.template of_channels<Part>(j, c, n);
   }
 };
 
@@ -63,13 +61,14 @@ void reduce_rows(const Job& job, const Block& b, double* out1, double* out2) {
   using S = typename R::S;
   using V = typename R::V;
   constexpr int N = R::N;
-  constexpr index together = 16;  // channels whose sums are open at once: 4 KiB of them
+  constexpr index together = 32;  // channels whose sums are open at once
   // Two chains per sum: an addition takes 3-4 cycles, and one iteration issues four of them.
   struct Sums {
     V first[2], second[2];
   };
   const Settings<S> settings(job);
   const index length = b.inner_end - b.inner_begin;
+  const index whole = length / N * N, rest = length - whole;
   const index iterations = (length + 2 * N - 1) / (2 * N);
   const index run = R::runs ? run_length * 2 * N : length;
   const index rows_in_run = iterations < run_length ? run_length / iterations : 1;
@@ -80,43 +79,47 @@ void reduce_rows(const Job& job, const Block& b, double* out1, double* out2) {
     auto flush = [&](index c, Sums& s) {
       total1[c] += fold<N>(s.first[0] + s.first[1]);
       total2[c] += fold<N>(s.second[0] + s.second[1]);
-      s = Sums{};
+      s.first[0] = s.first[1] = s.second[0] = s.second[1] = V{};
     };
+    const OfRows<typename R::Values> table(job, c0, c1 - c0);
     index rows = 0;
     for (index o = b.outer_begin; o < b.outer_end; ++o) {
-      for (index c = c0; c < c1; ++c) {
+      const bool ahead = job.far && o + 1 < b.outer_end;
+      Pointers<T> p(job, o, b.inner_begin, c0);
+      for (index c = c0; c < c1; ++c, p.next_channel(job)) {
         R r;
-        r.of_channel(job, c);
-        const Pointers<T> p(job, o, b.inner_begin, c);
-        auto weight = [&](index i, auto part, index n) {
+        table.get(c - c0, r.k);
+        auto add = [&](index i, auto count, index n, V& first, V& second) {
+          constexpr int Count = decltype(count)::value;
+          V w{};
           if constexpr (R::may_weigh)
-            if (p.weights) return read<S, N, decltype(part)::value>(p.weights + i, n);
-          return V{};
+            if (p.weights) w = read<S, N, Count == R::first_of_row>(p.weights + i, n);
+          r.template add<Count>(p, i, n, w, settings, first, second);
         };
-        using Whole = std::false_type;
-        using Part = std::true_type;
+        using All = std::integral_constant<int, R::all>;
+        auto look_ahead = [&](index i) {
+          prefetch<2 * N * index(sizeof(T))>(p.x + i + job.x.outer);
+          if constexpr (R::reads_grad)
+            prefetch<2 * N * index(sizeof(T))>(p.grad + i + job.grad.outer);
+        };
         Sums s = sums[c - c0];
-        for (index begin = 0; begin < length; begin += run) {
-          const index end = length - begin > run ? begin + run : length;
-          index i = begin;
+        index i = 0;
+        for (index end = smaller(run, whole);; end = smaller(end + run, whole)) {
           for (; i + 2 * N <= end; i += 2 * N) {
-            r.template add<false, true>(p, i, N, weight(i, Whole{}, N), settings, s.first[0],
-                                        s.second[0]);
-            r.template add<false, true>(p, i + N, N, weight(i + N, Whole{}, N), settings, s.first[1],
-                                        s.second[1]);
+            if (ahead) look_ahead(i);
+            add(i, All{}, N, s.first[0], s.second[0]);
+            add(i + N, All{}, N, s.first[1], s.second[1]);
           }
-          if (i + N <= end) {
-            r.template add<false, true>(p, i, N, weight(i, Whole{}, N), settings, s.first[0],
-                                        s.second[0]);
-            i += N;
-          }
-          if (i < end) {
-            const index n = end - i;
-            r.template add<true, true>(p, i, n, weight(i, Part{}, n), settings, s.first[1],
-                                       s.second[1]);
-          }
-          if (R::runs && iterations >= run_length) flush(c - c0, s);
+          if (end == whole) break;
+          if (R::runs) flush(c - c0, s);
         }
+        if (ahead && i < length) look_ahead(i);
+        if (i < whole) add(i, All{}, N, s.first[0], s.second[0]);
+        if (rest && whole)
+          add(length - N, std::integral_constant<int, R::last_of_row>{}, rest, s.first[1], s.second[1]);
+        else if (rest)
+          add(0, std::integral_constant<int, R::first_of_row>{}, rest, s.first[1], s.second[1]);
+        if (R::runs && iterations >= run_length) flush(c - c0, s);
         sums[c - c0] = s;
       }
       if (R::runs && iterations < run_length && ++rows == rows_in_run) {
@@ -132,94 +135,102 @@ void reduce_rows(const Job& job, const Block& b, double* out1, double* out2) {
   }
 }
 
-// `Tile` vectors of channels side by side, over rows [i0, i1) of one outer index, added to out1
-// and out2.
-template <class R, class T, int Tile, bool Part>
-BN_INLINE void reduce_tile(const Job& job, index o, index i0, index i1, index ahead, index c,
-                           index n, double* out1, double* out2) {
+// `Tile` vectors of channels side by side from c on, over some rows (`Rows`, or `rows` where that is
+// zero), added to sum1 and sum2. `n` channels exist, if `Part`.
+template <class R, class T, int Tile, int Rows, bool Part>
+BN_INLINE void reduce_tile(const Job& job, const OfColumns<typename R::Values>& table,
+                           Pointers<T> p, index rows, index ahead, index c, index n,
+                           typename R::S* sum1, typename R::S* sum2) {
   using S = typename R::S;
   using V = typename R::V;
   constexpr int N = R::N;
   const Settings<S> settings(job);
   R r[Tile];
-  V first[Tile] = {}, second[Tile] = {};
+  V first[Tile], second[Tile];
   BN_UNROLL
   for (int t = 0; t < Tile; ++t) {
-    r[t].template of_channels<Part>(job, c + t * N, n);
-    if constexpr (!R::runs) {
-      first[t] = read<S, N, Part>(out1 + t * N, n);
-      second[t] = read<S, N, Part>(out2 + t * N, n);
-    }
+    table.get(c + t * N, r[t].k);
+    first[t] = load<S, N>(sum1 + t * N);
+    second[t] = load<S, N>(sum2 + t * N);
   }
-  Pointers<T> p(job, o, i0, c);
-  for (index i = i0; i < i1; ++i, p.next_row(job)) {
+  BN_UNROLL
+  for (index i = 0; i < (Rows ? Rows : rows); ++i, p.next_row(job)) {
     if (ahead) {
-      prefetch_row<Tile * N * index(sizeof(T))>(p.x + ahead * job.x.inner);
+      prefetch<Tile * N * index(sizeof(T))>(p.x + ahead * job.x.inner);
       if constexpr (R::reads_grad)
-        prefetch_row<Tile * N * index(sizeof(T))>(p.grad + ahead * job.grad.inner);
+        prefetch<Tile * N * index(sizeof(T))>(p.grad + ahead * job.grad.inner);
     }
     V w{};
     if constexpr (R::may_weigh)
       if (p.weights) w = splat<S, N>(*p.weights);
     BN_UNROLL
     for (int t = 0; t < Tile; ++t)
-      r[t].template add<Part, false>(p, t * N, n, w, settings, first[t], second[t]);
+      r[t].template add<Part ? R::columns : R::all>(p, t * N, n, w, settings, first[t], second[t]);
   }
   BN_UNROLL
   for (int t = 0; t < Tile; ++t) {
-    if constexpr (R::runs) {
-      add_to<N, Part>(out1 + t * N, first[t], n);
-      add_to<N, Part>(out2 + t * N, second[t], n);
-    } else {
-      write<N, Part>(out1 + t * N, first[t], n);
-      write<N, Part>(out2 + t * N, second[t], n);
-    }
+    store<N>(sum1 + t * N, first[t]);
+    store<N>(sum2 + t * N, second[t]);
   }
 }
 
-template <class R, class T, int Tile>
+template <class R, class T>
 void reduce_columns(const Job& job, const Block& b, double* out1, double* out2) {
-  constexpr int N = R::N;
-  const index channels = b.channel_end - b.channel_begin;
-  // Rows whose block stays in the first-level cache while the tiles pass over it.
-  index step = index(32768 / sizeof(T)) / channels;
-  if (step < 16) step = 16;
-  if (channels <= Tile * N) step = b.inner_end - b.inner_begin;
-  if (R::runs) step = run_length;
-  for (index o = b.outer_begin; o < b.outer_end; ++o)
-    for (index i0 = b.inner_begin; i0 < b.inner_end; i0 += step) {
-      const index i1 = i0 + step < b.inner_end ? i0 + step : b.inner_end;
-      const index ahead = channels > Tile * N ? i1 - i0 : 0;
-      index c = 0;
-      for (; c + Tile * N <= channels; c += Tile * N)
-        reduce_tile<R, T, Tile, false>(job, o, i0, i1, ahead, b.channel_begin + c, N,
-                                                 out1 + c, out2 + c);
-      for (; c + 4 * N <= channels; c += 4 * N)
-        reduce_tile<R, T, 4, false>(job, o, i0, i1, ahead, b.channel_begin + c, N,
-                                              out1 + c, out2 + c);
-      for (; c + N <= channels; c += N)
-        reduce_tile<R, T, 1, false>(job, o, i0, i1, ahead, b.channel_begin + c, N, out1 + c,
-                                              out2 + c);
-      if (c < channels)
-        reduce_tile<R, T, 1, true>(job, o, i0, i1, ahead, b.channel_begin + c,
-                                             channels - c, out1 + c, out2 + c);
-    }
+  using S = typename R::S;
+  constexpr int N = R::N, tile = 4;
+  constexpr index few = 4;
+  const OfColumns<typename R::Values> table(job, b.channel_begin,
+                                                   b.channel_end - b.channel_begin);
+  alignas(64) S sum1[held + N], sum2[held + N];
+  const index run = R::runs ? run_length : b.inner_end - b.inner_begin;
+  for (index c0 = b.channel_begin; c0 < b.channel_end; c0 += held) {
+    const index width = smaller(held, b.channel_end - c0), at = c0 - b.channel_begin;
+    const bool narrow = width <= tile * N;  // registers hold the sums of a run
+    // Rows that tiles pass over together: few, as hardware follows few streams; but where sums are
+    // float64, as many as the first-level cache holds.
+    const index together = narrow ? run : R::runs ? few : 16 + 8192 / width;
+    const index ahead = narrow ? 0 : R::runs ? rows_ahead(job, 16384) : job.far ? together : 0;
+    for (index o = b.outer_begin; o < b.outer_end; ++o)
+      for (index i0 = b.inner_begin; i0 < b.inner_end; i0 += run) {
+        const index i1 = smaller(b.inner_end, i0 + run);
+        for (index c = 0; c < width + N; ++c) sum1[c] = sum2[c] = 0;
+        for (index i = i0; i < i1; i += together) {
+          const index rows = smaller(together, i1 - i);
+          auto add = [&](auto tiled, auto fixed, auto part, index c, index n) {
+            reduce_tile<R, T, decltype(tiled)::value, decltype(fixed)::value, decltype(part)::value>(
+                job, table, Pointers<T>(job, o, i, c0 + c), rows, ahead, at + c, n, sum1 + c,
+                sum2 + c);
+          };
+          using Few = std::integral_constant<int, few>;
+          using Any = std::integral_constant<int, 0>;
+          using One = std::integral_constant<int, 1>;
+          using Tile = std::integral_constant<int, tile>;
+          index c = 0;
+          if (rows == few)
+            for (; c + tile * N <= width; c += tile * N) add(Tile{}, Few{}, std::false_type{}, c, N);
+          else
+            for (; c + tile * N <= width; c += tile * N) add(Tile{}, Any{}, std::false_type{}, c, N);
+          for (; c + N <= width; c += N) add(One{}, Any{}, std::false_type{}, c, N);
+          if (c < width) add(One{}, Any{}, std::true_type{}, c, width - c);
+        }
+        for (index c = 0; c < width; ++c) {
+          out1[at + c] += sum1[c];
+          out2[at + c] += sum2[c];
+        }
+      }
+  }
 }
 
 template <class T, class P, int E, int Mode>
 void reduce(const Job& job, const Block& b, double* out1, double* out2) {
   using R = Reduction<T, P, E, Mode>;
-  // Three registers a vector of channels: 8 of them fill 32 registers, 4 of them 16.
-  constexpr int tile = D == 8 && E < curved ? 8 : 4;
   auto clear = [](double* out, index n) { std::memset(out, 0, std::size_t(n) * sizeof(double)); };
-  const Columns::Members alone = {&Job::center};
-  const Columns::Members with_z = {&Job::center, &Job::shift, &Job::scale, &Job::offset};
-  const Columns::Members& used = E != plain && Mode != forward ? with_z : alone;
+  const Used used(typename R::Values{});
   auto columns = [&](const Columns& k) {
     alignas(64) double sums1[widest], sums2[widest];
     clear(sums1, k.block.channel_end);
     clear(sums2, k.block.channel_end);
-    reduce_columns<R, T, tile>(k.job, k.block, sums1, sums2);
+    reduce_columns<R, T>(k.job, k.block, sums1, sums2);
     k.each_column([&](index v, index c) {
       out1[c - b.channel_begin] += sums1[v];
       out2[c - b.channel_begin] += sums2[v];
@@ -227,7 +238,7 @@ void reduce(const Job& job, const Block& b, double* out1, double* out2) {
   };
   auto rest = [&](const Block& part) {
     const index at = part.channel_begin - b.channel_begin;
-    reduce_columns<R, T, tile>(job, part, out1 + at, out2 + at);
+    reduce_columns<R, T>(job, part, out1 + at, out2 + at);
   };
   clear(out1, b.channel_end - b.channel_begin);
   clear(out2, b.channel_end - b.channel_begin);

@@ -272,15 +272,15 @@ BN_INLINE void store_part(T* p, V v, index n) {
   for (index i = 0; i < n; ++i) p[i] = lane[i];
 }
 
-// `v` where the lane's number is below n, zero elsewhere.
+// The first n lanes of a, the others of b.
 template <class P, int N>
-BN_INLINE Vec<P, N> first_lanes(Vec<P, N> v, index n) {
+BN_INLINE Vec<P, N> join_lanes(Vec<P, N> a, Vec<P, N> b, index n) {
 #if defined(__GNUC__) || defined(__clang__)
   using I = Vec<typename std::conditional<sizeof(P) == 8, std::int64_t, std::int32_t>::type, N>;
-  return lane_mask<I, N>(n) ? v : Vec<P, N>{};
+  return lane_mask<I, N>(n) ? a : b;
 #else
-  for (int i = 0; i < N; ++i) v[i] = i < n ? v[i] : P(0);
-  return v;
+  for (int i = 0; i < n; ++i) b[i] = a[i];
+  return b;
 #endif
 }
 

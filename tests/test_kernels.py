@@ -301,6 +301,7 @@ def test_kernels_pair_in_evaluation_is_the_fused_one_to_the_last_bit(instruction
 
 
 def test_kernels_forward_is_moments_then_normalize_to_the_last_bit(instruction_set, case):
+    # From 8192 values on, the moments are sums of float32 runs: tests/test_numerics.py.
     y, _, mean, low, m2 = case.forward()
     alone = np.empty((3, len(mean)))
     count, _ = _core.forward(_seen(case.x), None, case.axis, EPS, *alone, weights=case.weights)

@@ -473,3 +473,84 @@ def test_inference_of_infinite_values_is_infinite(instruction_set):
     x = np.array([[np.inf, -np.inf, np.nan]] * 20, np.float32)
     y = batchnorm.batch_norm_inference(x, np.zeros(3), np.ones(3))
     np.testing.assert_array_equal(y, x)
+
+
+# ---- statistics of a training step: float32 runs ------------------------------------------------
+
+STEP = 1e-6  # mean relative to std, variance relative
+
+
+def _assert_step(x, y, saved, channel_axis, eps=EPS):
+    """Statistics and y of `batch_norm` on a float32 array of any size, against longdouble."""
+    values = _matrix(x, channel_axis)
+    mean, var = _long(values)
+    std = np.sqrt(var).astype(np.float64)
+    assert np.all(np.abs(saved.moments.mean - mean) <= STEP * std)
+    np.testing.assert_allclose(saved.moments.var(), var.astype(np.float64), rtol=STEP)
+    exact = ((values - mean) / np.sqrt(var + eps)).astype(np.float64)
+    one = np.ones(len(std))
+    _assert_output(_matrix(y, channel_axis), exact, one, 0 * one)
+
+
+def _step(x, channel_axis):
+    """Normalize (N, C, S), or with channel_axis -1 the same values in (N, S, C)."""
+    x = x if channel_axis == 1 else np.ascontiguousarray(np.moveaxis(x, 1, -1))
+    y, saved = batchnorm.batch_norm(x, channel_axis=channel_axis)
+    return x, y, saved, channel_axis
+
+
+both_axes = pytest.mark.parametrize("channel_axis", [1, -1])
+
+
+@wide_longdouble
+@both_axes
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("shape", [(16, 70, 33), (5, 3, 4000), (2, 5000, 1), (300, 40, 1)])
+def test_step_keeps_its_bounds_at_every_offset(instruction_set, rng, offset, shape, channel_axis):
+    x = (offset + rng.normal(size=shape)).astype(np.float32)
+    _assert_step(*_step(x, channel_axis))
+
+
+@wide_longdouble
+@both_axes
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e-10, 1e10, 1e18, 1e30])
+def test_step_keeps_its_bounds_where_squares_leave_float32(
+    instruction_set, rng, scale, channel_axis
+):
+    x = (scale * rng.normal(size=(40, 11, 30))).astype(np.float32)
+    _assert_step(*_step(x, channel_axis), eps=EPS)
+
+
+@wide_longdouble
+@both_axes
+def test_step_keeps_its_bounds_when_the_probed_values_are_outliers(
+    instruction_set, rng, channel_axis
+):
+    x = rng.normal(size=(1001, 12, 1))
+    x[[0, 500, 1000], ::2] += 1e4
+    _assert_step(*_step(x.astype(np.float32), channel_axis))
+
+
+@wide_longdouble
+@both_axes
+def test_step_measures_each_channel_as_if_alone(instruction_set, rng, channel_axis):
+    # Channels that are summed again, between channels that are not.
+    x = rng.normal(size=(50, 40, 20)).astype(np.float32)
+    plain = np.array(_step(x, channel_axis)[1])
+    odd = x.copy()
+    odd[:, 3], odd[:, 8:11] = 5.0, 1e-25 * x[:, 8:11]
+    odd[:, 20] *= 1e25
+    odd[0, 30, 0] = np.nan
+    seen, y, saved, _ = _step(odd, channel_axis)
+    ordinary = np.setdiff1d(np.arange(40), [3, 8, 9, 10, 20, 30])
+    channels = y if channel_axis == 1 else np.moveaxis(y, -1, 1)
+    before = plain if channel_axis == 1 else np.moveaxis(plain, -1, 1)
+    np.testing.assert_array_equal(channels[:, ordinary], before[:, ordinary])
+    assert (channels[:, 3] == 0).all()
+    assert saved.moments.m2[3] == 0
+    assert np.isnan(channels[:, 30]).all()
+    _, var = _long(_matrix(seen, channel_axis))
+    measured = [8, 9, 10, 20]
+    np.testing.assert_allclose(
+        saved.moments.var()[measured], var[measured].astype(float), rtol=STEP
+    )
