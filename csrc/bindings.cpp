@@ -1,16 +1,21 @@
 // The only file that knows Python: converts, forwards, computes nothing.
 //
-// An array argument is an object with the buffer protocol (NumPy; bfloat16 travels as its uint16
-// bits), a framework's own tensor where the framework has DLPack's C exchange, or a tuple (address,
+// An array argument is a NumPy array (bfloat16 travels as its uint16 bits) or another object with the
+// buffer protocol, a framework's own tensor where the framework has DLPack's C exchange, or a tuple (address,
 // dtype code, shape, strides in elements): one build serves every version of every framework.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cfloat>
+#include <cmath>
+#include <optional>
+
 #include "kernels.hpp"
 #include "layer.hpp"
 #include "machine.hpp"
+#include "numpy_array.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -49,6 +54,8 @@ class View {
     if (object.is_none()) return;
     if (foreign.type && PyObject_TypeCheck(object.ptr(), foreign.type))
       from_foreign(object, name);
+    else if (numpy::is_array(object) && numpy::read(object, writable, &array_))
+      ;
     else if (nb::isinstance<nb::tuple>(object))
       from_address(nb::borrow<nb::tuple>(object), name);
     else
@@ -407,6 +414,202 @@ index update_running(nb::handle statistics, nb::handle mean, nb::handle var,
                             even_if_not_finite, count_empty);
 }
 
+// ---- NumPy's face in one crossing ---------------------------------------------------------------
+
+// Each of these does all of a call on ordinary arguments: NumPy arrays of a supported type, numbers
+// that need no conversion, nothing to refuse. Otherwise it returns None before anything has changed,
+// and Python finds out whether the call is another kind of right, or wrong and how.
+
+constexpr index releases_from = 1 << 14;  // values; letting other threads run costs more than fewer
+
+class ReleasedFrom {
+ public:
+  explicit ReleasedFrom(index values) {
+    if (values >= releases_from) released_.emplace();
+  }
+
+ private:
+  std::optional<nb::gil_scoped_release> released_;
+};
+
+index values_of(const Array& a) {
+  index n = 1;
+  for (int d = 0; d < a.rank; ++d) n *= a.shape[d];
+  return n;
+}
+
+bool number(nb::handle object, double* value) {
+  if (!PyFloat_CheckExact(object.ptr())) return false;
+  *value = PyFloat_AsDouble(object.ptr());
+  return *value >= 0 && *value <= DBL_MAX;
+}
+
+// An array with a channel axis, counted from the front, and with values.
+bool values_and_axis(nb::handle x, nb::handle channel_axis, Array* a, int* axis) {
+  if (!numpy::is_array(x) || !numpy::read(x, false, a) || a->rank < 2 ||
+      a->dtype == DType::bf16 ||  // integers, here
+      !PyLong_CheckExact(channel_axis.ptr()))
+    return false;
+  const long given = PyLong_AsLong(channel_axis.ptr());
+  if (given == -1 && PyErr_Occurred()) PyErr_Clear();
+  if (given < -a->rank || given >= a->rank) return false;
+  *axis = int(given < 0 ? given + a->rank : given);
+  return values_of(*a) > 0;
+}
+
+// One value per channel, or nothing where that is allowed.
+bool vector(nb::handle object, index channels, bool optional, Array* a) {
+  if (object.is_none()) return optional;
+  return numpy::is_array(object) && numpy::read(object, false, a) && a->rank == 1 &&
+         a->shape[0] == channels && a->dtype != DType::bf16;
+}
+
+nb::object like(nb::handle x, Array* a) {
+  nb::object y = nb::handle(numpy::registered.empty_like)(x);
+  if (!numpy::read(y, true, a)) throw nb::value_error("empty_like: not an array like x");
+  return y;
+}
+
+nb::object empty(nb::handle shape, Array* a) {
+  nb::object y = nb::handle(numpy::registered.empty)(shape);
+  if (!numpy::read(y, true, a)) throw nb::value_error("empty: not an array");
+  return y;
+}
+
+nb::object quick_forward(nb::handle x, nb::handle gamma, nb::handle beta, nb::handle eps_,
+                         nb::handle channel_axis) {
+  Array ax, ay, as, ag, ab;
+  int axis;
+  double eps;
+  if (!values_and_axis(x, channel_axis, &ax, &axis) || !number(eps_, &eps)) return nb::none();
+  const index channels = ax.shape[axis], values = values_of(ax);
+  if (values == channels || !vector(gamma, channels, true, &ag) ||
+      !vector(beta, channels, true, &ab))
+    return nb::none();
+  nb::object y = like(x, &ay);
+  nb::object statistics = empty(nb::make_tuple(1, int(bn::statistics_rows), channels), &as);
+  {
+    const ReleasedFrom released(values);
+    bn::layer_forward(ax, {}, {}, ay, axis, eps, {ag, ab}, {}, {},
+                      reinterpret_cast<double*>(as.data));
+  }
+  return nb::make_tuple(y, statistics, axis);
+}
+
+// `keep`: return the statistics and the axis, too.
+nb::object quick_inference(nb::handle x, nb::handle mean, nb::handle var, nb::handle gamma,
+                           nb::handle beta, nb::handle eps_, nb::handle channel_axis, bool keep) {
+  Array ax, ay, as, am, av, ag, ab;
+  int axis;
+  double eps;
+  if (!values_and_axis(x, channel_axis, &ax, &axis) || !number(eps_, &eps)) return nb::none();
+  const index channels = ax.shape[axis];
+  if (!vector(mean, channels, false, &am) || !vector(var, channels, false, &av) ||
+      !vector(gamma, channels, true, &ag) || !vector(beta, channels, true, &ab))
+    return nb::none();
+  std::vector<double> local;
+  nb::object statistics;
+  double* s;
+  if (keep) {
+    statistics = empty(nb::make_tuple(1, int(bn::statistics_rows), channels), &as);
+    s = reinterpret_cast<double*>(as.data);
+  } else {
+    local.resize(std::size_t(bn::statistics_rows * channels));
+    s = local.data();
+  }
+  bn::given_statistics(am, av, s);
+  const double *means = s + bn::mean_row * channels, *vars = s + bn::m2_row * channels;
+  int good = 1;
+  for (index c = 0; c < channels; ++c)
+    good &= int(std::fabs(means[c]) <= DBL_MAX) & int(vars[c] >= 0) & int(vars[c] <= DBL_MAX) &
+            int(vars[c] + eps > 0);
+  if (!good) return nb::none();
+  nb::object y = like(x, &ay);
+  {
+    const ReleasedFrom released(values_of(ax));
+    bn::layer_normalize(ax, {}, {}, ay, axis, eps, {ag, ab}, {}, {}, s);
+  }
+  if (!keep) return y;
+  return nb::make_tuple(y, statistics, axis);
+}
+
+// The gradients of x, gamma and beta; the last two in the types of gamma and beta, or None.
+nb::object quick_backward(nb::handle grad_y, nb::handle x, nb::handle statistics, int axis,
+                          double eps, nb::handle gamma, nb::handle gamma_dtype,
+                          nb::handle beta_dtype, bool measured) {
+  Array ag, ax, as, ao, aw, aw_out, ab_out;
+  if (!numpy::is_array(x) || !numpy::is_array(grad_y) || !numpy::is_array(statistics) ||
+      !numpy::read(x, false, &ax) || !numpy::read(grad_y, false, &ag) ||
+      !numpy::read(statistics, false, &as) || ag.dtype != ax.dtype || ag.rank != ax.rank ||
+      ax.dtype == DType::bf16)
+    return nb::none();
+  for (int d = 0; d < ax.rank; ++d)
+    if (ag.shape[d] != ax.shape[d]) return nb::none();
+  const index channels = ax.shape[axis];
+  if (!vector(gamma, channels, true, &aw)) return nb::none();
+  nb::object out[2];
+  Array* of_out[2] = {&aw_out, &ab_out};
+  const nb::handle dtypes[2] = {gamma_dtype, beta_dtype};
+  for (int k = 0; k < 2; ++k) {
+    if (dtypes[k].is_none()) {
+      out[k] = nb::none();
+      continue;
+    }
+    int code = 0;
+    while (code < 3 && numpy::registered.dtypes[code] != dtypes[k].ptr()) ++code;
+    if (code == 3) return nb::none();
+    out[k] = nb::handle(numpy::registered.empty)(channels, dtypes[k]);
+    if (!numpy::read(out[k], true, of_out[k])) return nb::none();
+  }
+  nb::object grad_x = like(x, &ao);
+  {
+    const ReleasedFrom released(values_of(ax));
+    bn::layer_backward(ag, ax, {}, {}, ao, {}, axis, eps, {aw, {}}, {}, {},
+                       reinterpret_cast<const double*>(as.data), measured, aw_out, ab_out);
+  }
+  return nb::make_tuple(grad_x, out[0], out[1]);
+}
+
+// Mean and m2 of two parts together, or None if these are not two pairs of float64 vectors of one length.
+nb::object quick_merge(double count_a, nb::handle mean_a, nb::handle m2_a, double count_b,
+                       nb::handle mean_b, nb::handle m2_b) {
+  Array given[4];
+  const nb::handle objects[4] = {mean_a, m2_a, mean_b, m2_b};
+  for (int k = 0; k < 4; ++k) {
+    Array& a = given[k];
+    if (!numpy::is_array(objects[k]) || !numpy::read(objects[k], false, &a) || a.rank != 1 ||
+        a.dtype != DType::f64 || a.shape[0] != given[0].shape[0] ||
+        (a.shape[0] > 1 && a.stride[0] != 1))
+      return nb::none();
+  }
+  const index channels = given[0].shape[0];
+  const auto values = [&](int k) { return reinterpret_cast<const double*>(given[k].data); };
+  Array mean, m2;
+  nb::object of_mean = empty(nb::make_tuple(channels), &mean),
+             of_m2 = empty(nb::make_tuple(channels), &m2);
+  bn::merge({count_a, values(0), values(1)}, {count_b, values(2), values(3)}, channels,
+            reinterpret_cast<double*>(mean.data), reinterpret_cast<double*>(m2.data));
+  return nb::make_tuple(of_mean, of_m2);
+}
+
+// Whether NumPy's arrays can be read where they lie. `probe` has this shape and these strides.
+bool use_numpy(nb::handle type, nb::handle dtypes, nb::handle empty, nb::handle empty_like,
+               nb::handle probe, std::uintptr_t address, std::vector<index> shape,
+               std::vector<index> strides) {
+  numpy::registered.type = reinterpret_cast<PyTypeObject*>(type.ptr());
+  for (int k = 0; k < 4; ++k) numpy::registered.dtypes[k] = dtypes[k].inc_ref().ptr();
+  numpy::registered.empty = empty.inc_ref().ptr();
+  numpy::registered.empty_like = empty_like.inc_ref().ptr();
+  type.inc_ref();
+  Array a;
+  bool right = numpy::is_array(probe) && numpy::read(probe, true, &a) &&
+               a.data == reinterpret_cast<char*>(address) && a.rank == int(shape.size());
+  for (int d = 0; right && d < a.rank; ++d)
+    right = a.shape[d] == shape[std::size_t(d)] && a.stride[d] == strides[std::size_t(d)];
+  if (!right) numpy::registered.type = nullptr;
+  return right;
+}
+
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -486,6 +689,19 @@ NB_MODULE(_core, m) {
   m.def("update_running", &update_running, "statistics"_a, "mean"_a, "var"_a, "tracked"_a,
         "momentum"_a, "even_if_not_finite"_a, "count_empty"_a,
         "The first channel that is not finite, or -1. `tracked`: address of an int64, or 0.");
+
+  // Whatever a caller may have passed comes here, None included.
+  m.def("quick_forward", &quick_forward, "x"_a.none(), "gamma"_a.none(), "beta"_a.none(),
+        "eps"_a.none(), "channel_axis"_a.none(),
+        "(y, statistics, axis), or None where Python has to look.");
+  m.def("quick_inference", &quick_inference, "x"_a.none(), "mean"_a.none(), "var"_a.none(),
+        "gamma"_a.none(), "beta"_a.none(), "eps"_a.none(), "channel_axis"_a.none(), "keep"_a);
+  m.def("quick_backward", &quick_backward, "grad_y"_a.none(), "x"_a, "statistics"_a, "axis"_a,
+        "eps"_a, "gamma"_a.none(), "gamma_dtype"_a.none(), "beta_dtype"_a.none(), "measured"_a);
+  m.def("quick_merge", &quick_merge, "count_a"_a, "mean_a"_a, "m2_a"_a, "count_b"_a, "mean_b"_a,
+        "m2_b"_a, "(mean, m2) of two parts together, or None where Python has to look.");
+  m.def("use_numpy", &use_numpy, "type"_a, "dtypes"_a, "empty"_a, "empty_like"_a, "probe"_a,
+        "address"_a, "shape"_a, "strides"_a);
 
   m.def("use_exchange", &use_exchange, "type"_a, "exchange"_a,
         "Take tensors of this type as they are, by the type's __dlpack_c_exchange_api__.");

@@ -196,6 +196,26 @@ index given_statistics(const Array& mean, const Array& var, double* statistics) 
   return negative;
 }
 
+void merge(Part a, Part b, index channels, double* mean, double* m2) {
+  const double n = a.count + b.count, share = n > 0 ? b.count / n : 0;
+  // The mean of an empty part may be anything.
+  if (a.count == 0 || b.count == 0) {
+    std::copy_n(b.count == 0 ? a.mean : b.mean, channels, mean);
+    for (index c = 0; c < channels; ++c) m2[c] = a.m2[c] + b.m2[c];
+    return;
+  }
+  int finite = 1;
+  for (index c = 0; c < channels; ++c) {  // no branches: vectorized
+    const double delta = b.mean[c] - a.mean[c];
+    mean[c] = a.mean[c] + delta * share;
+    m2[c] = a.m2[c] + b.m2[c] + delta * delta * a.count * share;
+    finite &= delta - delta == 0;
+  }
+  for (index c = 0; !finite && c < channels; ++c)
+    if (!std::isfinite(b.mean[c] - a.mean[c]))  // further apart than float64 reaches
+      mean[c] = (1 - share) * a.mean[c] + share * b.mean[c];
+}
+
 index update_running(const double* statistics, const Array& mean, const Array& var,
                      std::int64_t* tracked, double momentum, bool even_if_not_finite,
                      bool count_empty) {

@@ -39,6 +39,13 @@ void layer_backward(const Array& grad_y, const Array& x, const Array& y,
 // Statistics that do not depend on x. Returns the first channel with a negative variance, or -1.
 index given_statistics(const Array& mean, const Array& var, double* statistics);
 
+// Moments of two parts together (Chan, Golub & LeVeque 1979).
+struct Part {
+  double count;
+  const double *mean, *m2;
+};
+void merge(Part a, Part b, index channels, double* mean, double* m2);
+
 // Update the running averages with a batch, whose `statistics` are one group. `momentum` is the
 // weight of the batch, NaN for 1 / (number of batches so far). The variance is m2 / dof. If a mean or
 // variance is not finite in the type of the averages, nothing changes, unless `even_if_not_finite`.

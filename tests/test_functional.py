@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import batchnorm
-from batchnorm import Moments, reference
+from batchnorm import Moments, _core, reference
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 
 SHAPES = [(2, 1), (7, 3), (3, 5, 4), (2, 3, 4, 5), (1, 4, 6), (2, 3, 2, 3, 2), (130, 65)]
@@ -724,3 +724,62 @@ def test_errors_are_batch_norm_errors_and_the_builtin_that_fits(error, builtin):
 def test_batch_norm_backward_refuses_what_batch_norm_did_not_save():
     with pytest.raises(ArgumentError, match="saved must be what batch_norm returned, got NoneType"):
         batchnorm.batch_norm_backward(np.ones((4, 3)), None)
+
+
+# ---- ordinary arguments take one crossing into the core, others the long way --------------------
+
+
+def test_functions_read_ordinary_arrays_in_one_crossing(rng):
+    x, gamma = rng.normal(size=(8, 3)).astype(np.float32), np.ones(3, np.float32)
+    y, statistics, axis = _core.quick_forward(x, gamma, None, 1e-5, -1)
+    assert (y.shape, statistics.shape, axis) == ((8, 3), (1, 5, 3), 1)
+    assert _core.quick_inference(x, gamma, gamma, None, None, 1e-5, 1, False) is not None
+    assert (
+        _core.quick_backward(x, x, statistics, 1, 1e-5, gamma, gamma.dtype, None, True) is not None
+    )
+
+
+class _Subclass(np.ndarray):
+    pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.tolist(),
+        lambda x: x.view(_Subclass),
+        lambda x: x.astype(">f8"),
+        lambda x: np.frombuffer(b"\0" + x.tobytes(), np.uint8)[1:].view(x.dtype).reshape(x.shape),
+        lambda x: x.astype(np.longdouble).astype(np.float64)[::-1][::-1],
+    ],
+    ids=["list", "subclass", "big-endian", "unaligned", "strided"],
+)
+def test_functions_give_the_same_the_long_way(rng, change):
+    x, grad_y = rng.normal(size=(2, 6, 3))
+    gamma, beta, mean = rng.normal(size=(3, 3))
+    seen = change(x)
+    y, saved = batchnorm.batch_norm(x, gamma, beta)
+    if np.asarray(seen).dtype.isnative:
+        other, of_other = batchnorm.batch_norm(seen, gamma.tolist(), beta)
+        np.testing.assert_array_equal(other, y)
+        for a, b in zip(
+            batchnorm.batch_norm_backward(change(grad_y), of_other),
+            batchnorm.batch_norm_backward(grad_y, saved),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(
+            batchnorm.batch_norm_inference(seen, mean, gamma**2, gamma),
+            batchnorm.batch_norm_inference(x, mean, gamma**2, gamma),
+        )
+    else:
+        with pytest.raises(DTypeError):
+            batchnorm.batch_norm(seen)
+
+
+def test_functions_take_uint16_for_integers_not_for_bits_of_bfloat16():
+    x = np.array([[1], [2], [6]], np.uint16)
+    y, saved = batchnorm.batch_norm(x)
+    assert y.dtype == np.float64
+    assert saved.moments.mean == 3
+    assert batchnorm.batch_norm_inference(x, [3.0], [1.0], eps=0.0).tolist() == [[-2], [-1], [3]]

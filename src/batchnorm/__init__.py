@@ -20,6 +20,7 @@ from .moments import Moments as Moments
 from .native import show_config as show_config
 
 _native.use_environment()
+_native.read_arrays_in_place()
 
 __all__ = [
     "BatchNorm",

@@ -122,6 +122,36 @@ def update_running(
     even_if_not_finite: bool,
     count_empty: bool,
 ) -> int: ...
+def quick_forward(
+    x: Any, gamma: Any, beta: Any, eps: Any, channel_axis: Any
+) -> tuple[Any, Any, int] | None: ...
+def quick_inference(
+    x: Any, mean: Any, var: Any, gamma: Any, beta: Any, eps: Any, channel_axis: Any, keep: bool
+) -> Any: ...
+def quick_backward(
+    grad_y: Any,
+    x: Any,
+    statistics: Any,
+    axis: int,
+    eps: float,
+    gamma: Any,
+    gamma_dtype: Any,
+    beta_dtype: Any,
+    measured: bool,
+) -> tuple[Any, Any, Any] | None: ...
+def quick_merge(
+    count_a: Any, mean_a: Any, m2_a: Any, count_b: Any, mean_b: Any, m2_b: Any
+) -> tuple[Any, Any] | None: ...
+def use_numpy(
+    type: type,
+    dtypes: tuple[Any, ...],
+    empty: Any,
+    empty_like: Any,
+    probe: Any,
+    address: int,
+    shape: list[int],
+    strides: list[int],
+) -> bool: ...
 def use_exchange(type: type, exchange: Any) -> None: ...
 def take(bytes: int, like: _Array) -> Any: ...
 def release_blocks() -> None: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,7 +21,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Saved:
     """What `batch_norm_backward` needs; returned by `batch_norm`.
 
@@ -45,18 +44,66 @@ class Saved:
         Whether the statistics depend on `x`, so that the gradient includes them.
     """
 
-    moments: Moments
     x: Array
-    gamma: Float64 | None
-    gamma_dtype: np.dtype[np.generic] | None
-    beta_dtype: np.dtype[np.generic] | None
-    eps: float
-    channel_axis: int
-    weights: Float64 | None
-    mean: Float64
-    mean_low: Float64
-    var: Float64
-    training: bool
+    gamma: Array | None
+    gamma_dtype: np.dtype[Any] | None
+    beta_dtype: np.dtype[Any] | None
+
+    __slots__ = (
+        "beta_dtype", "channel_axis", "eps", "gamma", "gamma_dtype", "statistics", "training",
+        "weights", "x",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        x: Any,
+        statistics: Float64,  # (1, 5, C): count, mean, mean_low, m2, dof
+        gamma: Any,
+        beta: Any,
+        eps: float,
+        channel_axis: int,
+        weights: Float64 | None,
+        training: bool,
+    ) -> None:
+        self.x = x
+        self.statistics = statistics
+        # A copy, because an optimizer may step in place before the backward pass.
+        self.gamma = None if gamma is None else gamma.copy()
+        self.gamma_dtype = None if gamma is None else gamma.dtype
+        self.beta_dtype = None if beta is None else beta.dtype
+        self.eps = eps
+        self.channel_axis = channel_axis
+        self.weights = weights
+        self.training = training
+
+    @property
+    def moments(self) -> Moments:
+        """Count, mean and m2 of the batch; in evaluation, which measures nothing, ``Moments()``."""
+        if not self.training:
+            return Moments()
+        count, mean, _, m2, dof = self.statistics[0]
+        number = count[0] if count.size else 0.0
+        weighted = self.weights is not None
+        return moments_without_copy(number, mean, m2, dof[0] if weighted and dof.size else None)
+
+    @property
+    def mean(self) -> Float64:
+        """High part of the mean: (C,)."""
+        mean: Float64 = self.statistics[0, 1]
+        return mean
+
+    @property
+    def mean_low(self) -> Float64:
+        """Low part of the mean: (C,)."""
+        low: Float64 = self.statistics[0, 2]
+        return low
+
+    @property
+    def var(self) -> Float64:
+        """Biased variance: (C,)."""
+        count, m2 = self.statistics[0, [0, 3]]
+        var: Float64 = np.divide(m2, count, out=np.full(m2.shape, np.nan), where=count > 0)
+        return var
 
     def __repr__(self) -> str:
         """Shape, mode and moments."""
@@ -164,6 +211,11 @@ def batch_norm(
     >>> saved.moments.mean, saved.moments.var()
     (array([ 2., 20.]), array([  1., 100.]))
     """
+    if weights is None and out is None:
+        found = _core.quick_forward(x, gamma, beta, eps, channel_axis)
+        if found is not None:
+            y, statistics, axis = found
+            return y, Saved(x, statistics, gamma, beta, eps, axis, None, True)
     values = native.aligned(native.as_values(x))
     axis = native.channel_axis_of(values, channel_axis)
     channels = values.shape[axis]
@@ -173,28 +225,12 @@ def batch_norm(
     w = None if weights is None else native.as_weights(weights, values, axis)
     _check_enough_values(values, axis, w)
     y = native.output_like(values, out, _arrays(values, x, gamma, beta, weights))
-
-    mean, low, m2 = np.empty((3, channels))
-    count, dof = _core.forward(
-        native.for_core(values), native.for_core(y), axis, eps, mean, low, m2, g, b, weights=w
+    statistics = np.empty((1, _ROWS, channels))
+    _core.layer_forward(
+        native.for_core(values), native.for_core(y), axis, eps, statistics, 0, g, b, w
     )
-    batch = moments_without_copy(count, mean, m2, None if w is None else dof)
-    saved = Saved(
-        moments=batch,
-        x=values,
-        gamma=None if g is None else g.copy(),  # an optimizer may step in place before backward
-        gamma_dtype=None if gamma is None else np.asarray(gamma).dtype,
-        beta_dtype=None if beta is None else np.asarray(beta).dtype,
-        eps=eps,
-        channel_axis=axis,
-        weights=w,
-        mean=mean,
-        mean_low=low,
-        # Without values every gradient is zero, so any variance will do.
-        var=batch.var() if count > 0 else np.ones(channels),
-        training=True,
-    )
-    return y, saved
+    gamma, beta = (None if v is None else np.asarray(v) for v in (gamma, beta))
+    return y, Saved(values, statistics, gamma, beta, eps, axis, w, True)
 
 
 def batch_norm_backward(
@@ -246,7 +282,14 @@ def batch_norm_backward(
     """
     if not isinstance(saved, Saved):
         raise ArgumentError(f"saved must be what batch_norm returned, got {type(saved).__name__}.")
-    x = saved.x
+    x, statistics, axis, eps = saved.x, saved.statistics, saved.channel_axis, saved.eps
+    dtypes = saved.gamma_dtype, saved.beta_dtype
+    if saved.weights is None and out is None:
+        found: tuple[Array, Array | None, Array | None] | None = _core.quick_backward(
+            grad_y, x, statistics, axis, eps, saved.gamma, *dtypes, saved.training
+        )
+        if found is not None:
+            return found
     g = np.asarray(grad_y)
     if g.shape != x.shape:
         raise ShapeError(f"grad_y must have the shape of x, {x.shape}, got {g.shape}.")
@@ -256,29 +299,22 @@ def batch_norm_backward(
         g = g.astype(x.dtype)
     g = native.aligned(g)
     grad_x = native.output_like(x, out, _arrays(x, grad_y))
-    channels = x.shape[saved.channel_axis]
-    sum_grad, sum_grad_x_hat = np.empty((2, channels))
-    _core.backward_fused(
+    grads = np.empty((2, x.shape[axis]))
+    _core.layer_backward(
         native.for_core(g),
         native.for_core(x),
         native.for_core(grad_x),
-        saved.channel_axis,
-        float(saved.moments.count) if saved.training else 0.0,
-        saved.mean,
-        saved.mean_low,
-        saved.var,
-        saved.eps,
-        sum_grad,
-        sum_grad_x_hat,
-        saved.gamma,
-        None,
+        axis,
+        eps,
+        statistics,
+        saved.training,
+        gamma=native.per_channel(saved.gamma, x.shape[axis], "gamma", axis),
+        grad_gamma=grads[0],
+        grad_beta=grads[1],
         weights=saved.weights,
     )
-    return (
-        grad_x,
-        _as_parameter_gradient(sum_grad_x_hat, saved.gamma_dtype),
-        _as_parameter_gradient(sum_grad, saved.beta_dtype),
-    )
+    grad_gamma, grad_beta = map(_as_parameter_gradient, grads, dtypes)
+    return grad_x, grad_gamma, grad_beta
 
 
 def batch_norm_inference(
@@ -335,36 +371,21 @@ def batch_norm_inference(
     array([[-1.],
            [ 2.]])
     """
+    if out is None:
+        found: Array | None = _core.quick_inference(
+            x, mean, var, gamma, beta, eps, channel_axis, False
+        )
+        if found is not None:
+            return found
     values = native.aligned(native.as_values(x))
     axis = native.channel_axis_of(values, channel_axis)
-    apart = _arrays(values, x, mean, var, gamma, beta)
-    y, _ = inference(
-        values, axis, mean, var, gamma, beta, eps, out=out, named_axis=channel_axis, apart=apart
-    )
-    return y
-
-
-def inference(
-    x: Array,
-    axis: int,
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None,
-    beta: ArrayLike | None,
-    eps: float,
-    *,
-    out: Array | None = None,
-    named_axis: int = 1,
-    apart: tuple[Array, ...] = (),
-) -> tuple[Array, Saved]:
-    """Normalize by given statistics; return y and what the backward pass in evaluation needs."""
-    channels = x.shape[axis]
+    channels = values.shape[axis]
     if mean is None or var is None:
         raise ArgumentError("mean and var must be given, got None.")
-    m = native.per_channel(mean, channels, "mean", named_axis)
-    v = native.per_channel(var, channels, "var", named_axis)
-    g = native.per_channel(gamma, channels, "gamma", named_axis)
-    b = native.per_channel(beta, channels, "beta", named_axis)
+    m, v, g, b = (
+        native.per_channel(value, channels, name, channel_axis)
+        for name, value in (("mean", mean), ("var", var), ("gamma", gamma), ("beta", beta))
+    )
     assert m is not None
     assert v is not None
     eps = native.check_eps(eps)
@@ -375,27 +396,34 @@ def inference(
     if eps == 0 and not v.all():
         c = int(np.flatnonzero(v == 0)[0])
         raise ArgumentError(f"var + eps must be above zero, got 0 in channel {c}; pass eps > 0.")
-    y = native.output_like(x, out, apart)
-    low = np.zeros(channels)
-    _core.normalize(native.for_core(x), native.for_core(y), axis, m, low, v, eps, g, b)
-    saved = Saved(
-        moments=_NO_MOMENTS,
-        x=x,
-        gamma=None if g is None else g.copy(),  # an optimizer may step in place before backward
-        gamma_dtype=None if gamma is None else np.asarray(gamma).dtype,
-        beta_dtype=None if beta is None else np.asarray(beta).dtype,
-        eps=eps,
-        channel_axis=axis,
-        weights=None,
-        mean=m,
-        mean_low=low,
-        var=v,
-        training=False,
-    )
-    return y, saved
+    y = native.output_like(values, out, _arrays(values, x, mean, var, gamma, beta))
+    _core.normalize(native.for_core(values), native.for_core(y), axis, m, None, v, eps, g, b)
+    return y
 
 
-_NO_MOMENTS = Moments()  # evaluation measures nothing
+def inference(
+    x: Array,
+    mean: Float64,
+    var: Float64,
+    gamma: Array | None,
+    beta: Array | None,
+    eps: float,
+    channel_axis: int,
+) -> tuple[Array, Saved]:
+    """`batch_norm_inference`, and what the backward pass in evaluation needs."""
+    found = _core.quick_inference(x, mean, var, gamma, beta, eps, channel_axis, True)
+    if found is not None:
+        y, statistics, axis = found
+        return y, Saved(x, statistics, gamma, beta, eps, axis, None, False)
+    y = batch_norm_inference(x, mean, var, gamma, beta, eps=eps, channel_axis=channel_axis)
+    statistics = np.empty((1, _ROWS, len(mean)))
+    _core.given_statistics(np.ascontiguousarray(mean), np.ascontiguousarray(var), statistics)
+    values = native.aligned(native.as_values(x))
+    axis = native.channel_axis_of(values, channel_axis)
+    return y, Saved(values, statistics, gamma, beta, eps, axis, None, False)
+
+
+_ROWS = 5  # of a block of statistics
 
 
 def _arrays(*candidates: object) -> tuple[Array, ...]:

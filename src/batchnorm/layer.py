@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from . import _core, functional, native
 from .errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 from .functional import Saved
-from .moments import Moments, as_statistics
+from .moments import Moments
 from .native import Array
 
 __all__ = ["BatchNorm"]
@@ -148,7 +148,33 @@ class BatchNorm:
         ShapeError, DTypeError, ArgumentError
             As `batch_norm` and `batch_norm_inference`; the layer remains unchanged.
         """
-        values = native.aligned(native.as_values(x))
+        axis = self.channel_axis
+        if not (
+            type(x) is np.ndarray
+            and isinstance(axis, int)
+            and -x.ndim <= axis < x.ndim
+            and x.shape[axis] == self.num_features
+        ):
+            x = self._checked(x)
+        if self.training or self.running_mean is None or self.running_var is None:
+            y, saved = functional.batch_norm(
+                x, self.gamma, self.beta, eps=self.eps, channel_axis=axis, weights=weights
+            )
+            if self.training:
+                self._track(saved)
+        elif weights is not None:
+            raise ArgumentError(
+                "weights must be None in evaluation, which does not use the statistics of the "
+                "batch. Call train() first, or leave them out."
+            )
+        else:
+            mean, var = self.running_mean, self.running_var
+            y, saved = functional.inference(x, mean, var, self.gamma, self.beta, self.eps, axis)
+        self._saved = saved
+        return y
+
+    def _checked(self, x: ArrayLike) -> Array:
+        values = native.as_values(x)
         axis = native.channel_axis_of(values, self.channel_axis)
         if values.shape[axis] != self.num_features:
             raise ShapeError(
@@ -156,45 +182,20 @@ class BatchNorm:
                 f"{self.channel_axis}, got shape {values.shape}. Set channel_axis=-1 for "
                 "channels-last arrays."
             )
-        if self.training or self.running_mean is None or self.running_var is None:
-            y, saved = functional.batch_norm(
-                values, self.gamma, self.beta, eps=self.eps, channel_axis=axis, weights=weights
-            )
-            if self.training:
-                self._track(saved.moments, weights is not None)
-        elif weights is not None:
-            raise ArgumentError(
-                "weights must be None in evaluation, which does not use the statistics of the "
-                "batch. Call train() first, or leave them out."
-            )
-        else:
-            y, saved = functional.inference(
-                values,
-                axis,
-                self.running_mean,
-                self.running_var,
-                self.gamma,
-                self.beta,
-                self.eps,
-                named_axis=self.channel_axis,
-            )
-        self._saved = saved
-        return y
+        return values
 
-    def _track(self, batch: Moments, weighted: bool) -> None:
+    def _track(self, saved: Saved) -> None:
         if self.running_mean is None or self.running_var is None:
             return
-        # Copies: a backward pass in evaluation may still need the arrays as they are.
+        weighted, tracked = saved.weights is not None, self.num_batches_tracked + 1
+        momentum = 1 / tracked if self.momentum is None else self.momentum
+        # Copies: who asked for the arrays before may keep them.
         mean, var = self.running_mean.copy(), self.running_var.copy()
-        tracked = np.array(self.num_batches_tracked, np.int64)
-        address = tracked.__array_interface__["data"][0]
-        momentum = np.nan if self.momentum is None else self.momentum
-        bad = _core.update_running(
-            as_statistics(batch), mean, var, address, momentum, False, not weighted
-        )
+        bad = _core.update_running(saved.statistics, mean, var, 0, momentum, False, not weighted)
         if bad >= 0:
             self.nonfinite_batches += 1
             if self.nonfinite_batches == 1:
+                batch = saved.moments
                 warnings.warn(
                     f"the batch's statistics are not finite (channel {bad}: mean "
                     f"{batch.mean[bad]}, variance {batch.var()[bad]}); the running statistics "
@@ -205,7 +206,8 @@ class BatchNorm:
                 )
             return
         self.running_mean, self.running_var = mean, var
-        self.num_batches_tracked = int(tracked)
+        if not weighted or saved.statistics[0, 0].any():
+            self.num_batches_tracked = tracked
 
     def backward(self, grad_y: ArrayLike) -> Array:
         """Gradient with respect to the input of the last call; sets `grad_gamma`, `grad_beta`.

@@ -177,6 +177,10 @@ class Moments:
             )
         na, nb = self.count, other.count
         n = na + nb
+        if na.ndim == 0 == nb.ndim and self._dof is None and other._dof is None:
+            found = _core.quick_merge(na, self.mean, self.m2, nb, other.mean, other.m2)
+            if found is not None:
+                return moments_without_copy(n, *found)
         share = np.divide(nb, n, out=np.zeros_like(n), where=n > 0)
         with np.errstate(over="ignore"):
             delta = other.mean - self.mean

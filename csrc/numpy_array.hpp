@@ -1,0 +1,59 @@
+// NumPy arrays, read where they lie. The buffer protocol takes as long per array as a small kernel, so
+// this reads the fields of an array object itself, whose order is part of NumPy's binary interface
+// (PyArrayObject_fields). `use_numpy` compares what it reads of a probe with what Python sees.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include "kernels.hpp"
+
+namespace numpy {
+
+namespace nb = nanobind;
+
+struct ArrayObject {
+  PyObject head;
+  char* data;
+  int rank;
+  Py_ssize_t *shape, *strides;  // in bytes
+  PyObject *base, *dtype;
+  int flags;
+};
+constexpr int is_aligned = 0x100, is_writeable = 0x400;
+
+// What Python has registered; null until then. dtypes are in the order of bn::DType, with uint16 for the
+// bits of bfloat16.
+struct Registered {
+  PyTypeObject* type = nullptr;
+  PyObject* dtypes[4] = {};
+  PyObject *empty = nullptr, *empty_like = nullptr;
+};
+inline Registered registered;
+
+inline bool is_array(nb::handle object) {
+  return registered.type && Py_TYPE(object.ptr()) == registered.type;  // no subclass
+}
+
+// False if the core cannot read the array.
+inline bool read(nb::handle object, bool writable, bn::Array* a) {
+  const auto& o = *reinterpret_cast<const ArrayObject*>(object.ptr());
+  if (!(o.flags & is_aligned) || (writable && !(o.flags & is_writeable)) || o.rank < 1 ||
+      o.rank > bn::max_rank)
+    return false;
+  int code = 0;
+  while (code < 4 && registered.dtypes[code] != o.dtype) ++code;
+  if (code == 4) return false;
+  static char nowhere[64];  // an array without values may have no address; it is present all the same
+  a->dtype = bn::DType(code);
+  a->data = o.data ? o.data : nowhere;
+  a->rank = o.rank;
+  const bn::index size = bn::size_of(a->dtype);
+  for (int d = 0; d < o.rank; ++d) {
+    if (o.strides[d] % size) return false;
+    a->shape[d] = o.shape[d];
+    a->stride[d] = o.strides[d] / size;
+  }
+  return true;
+}
+
+}  // namespace numpy
