@@ -44,9 +44,34 @@ struct Exchange {  // DLPackExchangeAPI
 };
 
 struct {
-  PyTypeObject* type = nullptr;
+  PyTypeObject *type = nullptr, *parameter = nullptr;  // the second a subclass of the first
   const Exchange* exchange = nullptr;
+  PyObject *empty_like = nullptr, *of_any = nullptr;  // of contiguous tensors below `small`; of any
+  index small = 0;                                    // bytes
 } foreign;
+
+// False if the core cannot read the tensor. Raises what the framework raises.
+bool read_foreign(nb::handle object, Array* a) {
+  constexpr int cpu = 1, floating = 2, brain_floating = 4;
+  ForeignTensor t;
+  if (foreign.exchange->tensor_from_object(object.ptr(), &t)) throw nb::python_error();
+  const int bits = t.lanes == 1 ? t.type_bits : 0;
+  if (t.type_code == brain_floating && bits == 16)
+    a->dtype = DType::bf16;
+  else if (t.type_code == floating && (bits == 16 || bits == 32 || bits == 64))
+    a->dtype = bits == 16 ? DType::f16 : bits == 32 ? DType::f32 : DType::f64;
+  else
+    return false;
+  if (t.device_type != cpu || t.rank < 1 || t.rank > bn::max_rank) return false;
+  static char nowhere[64];  // a tensor without values may have no address; it is present all the same
+  a->data = t.data ? static_cast<char*>(t.data) + t.byte_offset : nowhere;
+  a->rank = t.rank;
+  for (int d = 0; d < t.rank; ++d) {
+    a->shape[d] = t.shape[d];
+    a->stride[d] = t.strides[d];
+  }
+  return true;
+}
 
 class View {
  public:
@@ -70,25 +95,8 @@ class View {
 
  private:
   void from_foreign(nb::handle object, const char* name) {
-    constexpr int cpu = 1, floating = 2, brain_floating = 4;
-    ForeignTensor t;
-    if (foreign.exchange->tensor_from_object(object.ptr(), &t)) throw nb::python_error();
-    if (t.device_type != cpu) throw nb::value_error((std::string(name) + ": not on the CPU").c_str());
-    const int bits = t.lanes == 1 ? t.type_bits : 0;
-    if (t.type_code == brain_floating && bits == 16)
-      array_.dtype = DType::bf16;
-    else if (t.type_code == floating && (bits == 16 || bits == 32 || bits == 64))
-      array_.dtype = bits == 16 ? DType::f16 : bits == 32 ? DType::f32 : DType::f64;
-    else
-      throw nb::value_error((std::string(name) + ": unsupported type").c_str());
-    array_.data = static_cast<char*>(t.data) + t.byte_offset;
-    set_rank(t.rank, name);
-    for (int d = 0; d < array_.rank; ++d) {
-      array_.shape[d] = t.shape[d];
-      array_.stride[d] = t.strides[d];
-    }
-    if (!t.data) array_.data = nullptr;
-    mark_empty();
+    if (!read_foreign(object, &array_))
+      throw nb::value_error((std::string(name) + ": not a tensor that the core reads").c_str());
   }
 
   void from_address(nb::tuple t, const char* name) {
@@ -264,15 +272,19 @@ void backward(Pass pass, nb::handle grad_y, nb::handle x, nb::handle grad_x, int
                        axis, count, st, af, e, s1.data(), s2.data());
 }
 
-void use_exchange(nb::handle type, nb::handle capsule) {
+void use_exchange(nb::handle type, nb::handle parameter, nb::handle capsule, nb::handle empty_like,
+                  nb::handle of_any, index small) {
   constexpr std::uint32_t known = 1;
   const auto* found =
       static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   if (!found) throw nb::python_error();
   while (found && found->major != known) found = found->older;
   if (!found || !PyType_Check(type.ptr())) throw nb::value_error("exchange: unknown version");
-  Py_INCREF(type.ptr());
-  foreign.type = reinterpret_cast<PyTypeObject*>(type.ptr());
+  foreign.type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
+  foreign.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+  foreign.empty_like = empty_like.inc_ref().ptr();
+  foreign.of_any = of_any.inc_ref().ptr();
+  foreign.small = small;
   foreign.exchange = found;
 }
 
@@ -303,13 +315,13 @@ void copy(nb::handle to, nb::handle from) {
 
 // ---- layers -------------------------------------------------------------------------------------
 
-// A per-channel vector of any type, or nothing.
+// A per-channel vector of any type, or nothing. Any number of channels will do if that is -1.
 class Parameter {
  public:
   Parameter(nb::handle object, index channels, const char* name, bool writable = false)
       : view_(object, writable, name) {
     const Array& a = view_.array();
-    if (a && (a.rank != 1 || a.shape[0] != channels))
+    if (a ? a.rank != 1 || (channels >= 0 && a.shape[0] != channels) : channels < 0)
       throw nb::value_error((std::string(name) + ": not one value per channel").c_str());
   }
   const Array& array() const { return view_.array(); }
@@ -397,18 +409,18 @@ void layer_backward(nb::handle grad_y, nb::handle x, nb::handle grad_x, int axis
 }
 
 index given_statistics(nb::handle mean, nb::handle var, nb::handle statistics) {
-  const View vm(mean, false, "mean");
-  const index c = channels_of(vm, 0);
-  const Parameter m(mean, c, "mean"), v(var, c, "var");
+  const Parameter m(mean, -1, "mean");
+  const index c = m.array().shape[0];
+  const Parameter v(var, c, "var");
   return bn::given_statistics(m.array(), v.array(), StatisticsBlock(statistics, c, true).data());
 }
 
 index update_running(nb::handle statistics, nb::handle mean, nb::handle var,
                      std::uintptr_t tracked, double momentum, bool even_if_not_finite,
                      bool count_empty) {
-  const View vm(mean, true, "mean");
-  const index c = channels_of(vm, 0);
-  const Parameter m(mean, c, "mean", true), v(var, c, "var", true);
+  const Parameter m(mean, -1, "mean", true);
+  const index c = m.array().shape[0];
+  const Parameter v(var, c, "var", true);
   return bn::update_running(StatisticsBlock(statistics, c, false).data(), m.array(), v.array(),
                             reinterpret_cast<std::int64_t*>(tracked), momentum,
                             even_if_not_finite, count_empty);
@@ -570,6 +582,101 @@ nb::object quick_backward(nb::handle grad_y, nb::handle x, nb::handle statistics
   return nb::make_tuple(grad_x, out[0], out[1]);
 }
 
+// ---- a framework's layer, likewise ---------------------------------------------------------------
+
+bool tensor(nb::handle object, Array* a) {
+  PyTypeObject* type = Py_TYPE(object.ptr());  // no subclass
+  return foreign.type && (type == foreign.type || type == foreign.parameter) &&
+         read_foreign(object, a);
+}
+
+// A tensor that is the negative of what its memory holds is a part of complex numbers, whose stride is
+// 2: such vectors, and those whose stride says nothing, are left to Python.
+bool tensor_vector(nb::handle object, index channels, Array* a) {
+  return object.is_none() || (tensor(object, a) && a->rank == 1 && a->shape[0] == channels &&
+                              channels > 1 && a->stride[0] == 1);
+}
+
+// The arguments of a layer that fit together, with more than one value per channel.
+struct LayerArrays {
+  Array x, mean, var, weight, bias;
+  index channels = 0;
+
+  bool read(nb::handle x_, nb::handle mean_, nb::handle var_, nb::handle weight_,
+            nb::handle bias_) {
+    if (!tensor(x_, &x) || x.rank < 2) return false;
+    channels = x.shape[1];
+    return values_of(x) != channels && mean_.is_none() == var_.is_none() &&
+           tensor_vector(mean_, channels, &mean) && tensor_vector(var_, channels, &var) &&
+           tensor_vector(weight_, channels, &weight) && tensor_vector(bias_, channels, &bias);
+  }
+};
+
+// A tensor like x for a result. `gradient`: in the format of gradients, which may differ.
+nb::object tensor_like(nb::handle x, const Array& a, bool gradient, Array* to) {
+  index expected = 1;
+  bool contiguous = true;
+  for (int d = a.rank - 1; d >= 0; expected *= a.shape[d], --d)
+    contiguous = contiguous && a.stride[d] == expected;
+  nb::object made = contiguous && expected * bn::size_of(a.dtype) < foreign.small
+                        ? nb::handle(foreign.empty_like)(x)
+                        : nb::handle(foreign.of_any)(x, gradient);
+  if (!tensor(made, to)) throw nb::value_error("empty_like: not a tensor like x");
+  return made;
+}
+
+// y, and the statistics by which it was normalized: those of x, or the given ones, which are checked
+// in any case.
+nb::object quick_tensor_forward(nb::handle x, nb::handle mean, nb::handle var, nb::handle weight,
+                                nb::handle bias, bool training, double eps, index group_size,
+                                int activation, double slope) {
+  LayerArrays a;
+  Array y, s;
+  if (!(eps > 0) || group_size || !a.read(x, mean, var, weight, bias) || (!training && !a.mean)) return nb::none();
+  nb::object statistics = empty(nb::make_tuple(1, int(bn::statistics_rows), a.channels), &s);
+  double* to = reinterpret_cast<double*>(s.data);
+  if (!training && bn::given_statistics(a.mean, a.var, to) >= 0) return nb::none();
+  nb::object result = tensor_like(x, a.x, false, &y);
+  const bn::Parameters parameters{a.weight, a.bias};
+  const bn::Epilogue epilogue{bn::Activation(activation), slope};
+  {
+    const ReleasedFrom released(values_of(a.x));
+    if (training)
+      bn::layer_forward(a.x, {}, {}, y, 1, eps, parameters, epilogue, {}, to);
+    else
+      bn::layer_normalize(a.x, {}, {}, y, 1, eps, parameters, epilogue, {}, to);
+  }
+  return nb::make_tuple(result, statistics);
+}
+
+// The gradients that are needed of x, weight and bias, None for the others and for one more argument.
+nb::object quick_tensor_backward(nb::handle grad_y, nb::handle x, nb::handle statistics,
+                                 nb::handle weight, nb::handle bias, bool measured, bool need_x,
+                                 bool need_weight, bool need_bias, double eps, index group_size,
+                                 int activation, double slope) {
+  Array ag, ax, as, aw, ab, to_x, to_weight, to_bias;
+  if (!tensor(x, &ax) || !tensor(grad_y, &ag) || ag.dtype != ax.dtype || ag.rank != ax.rank ||
+      !numpy::is_array(statistics) || !numpy::read(statistics, false, &as) || as.rank != 3 ||
+      as.shape[0] != 1 || group_size)
+    return nb::none();
+  for (int d = 0; d < ax.rank; ++d)
+    if (ag.shape[d] != ax.shape[d]) return nb::none();
+  const index channels = ax.shape[1];
+  if (!tensor_vector(weight, channels, &aw) || !tensor_vector(bias, channels, &ab))
+    return nb::none();
+  nb::object of_x = nb::none(), of_weight = nb::none(), of_bias = nb::none();
+  if (need_x) of_x = tensor_like(x, ax, true, &to_x);
+  if (need_weight && aw) of_weight = tensor_like(weight, aw, true, &to_weight);
+  if (need_bias && ab) of_bias = tensor_like(bias, ab, true, &to_bias);
+  {
+    const ReleasedFrom released(values_of(ax));
+    bn::layer_backward(ag, ax, {}, {}, to_x, {}, 1, eps, {aw, ab},
+                       {bn::Activation(activation), slope}, {},
+                       reinterpret_cast<const double*>(as.data), measured, to_weight, to_bias);
+  }
+  return nb::make_tuple(of_x, of_weight, of_bias, nb::none());
+}
+
 // Mean and m2 of two parts together, or None if these are not two pairs of float64 vectors of one length.
 nb::object quick_merge(double count_a, nb::handle mean_a, nb::handle m2_a, double count_b,
                        nb::handle mean_b, nb::handle m2_b) {
@@ -703,7 +810,14 @@ NB_MODULE(_core, m) {
   m.def("use_numpy", &use_numpy, "type"_a, "dtypes"_a, "empty"_a, "empty_like"_a, "probe"_a,
         "address"_a, "shape"_a, "strides"_a);
 
-  m.def("use_exchange", &use_exchange, "type"_a, "exchange"_a,
+  m.def("quick_tensor_forward", &quick_tensor_forward, "x"_a, "mean"_a.none(), "var"_a.none(),
+        "weight"_a.none(), "bias"_a.none(), "training"_a, "eps"_a,
+        "group_size"_a, "activation"_a, "slope"_a);
+  m.def("quick_tensor_backward", &quick_tensor_backward, "grad_y"_a, "x"_a, "statistics"_a,
+        "weight"_a.none(), "bias"_a.none(), "measured"_a, "need_x"_a, "need_weight"_a,
+        "need_bias"_a, "eps"_a, "group_size"_a, "activation"_a, "slope"_a);
+  m.def("use_exchange", &use_exchange, "type"_a, "parameter"_a, "exchange"_a, "empty_like"_a,
+        "of_any"_a, "small"_a,
         "Take tensors of this type as they are, by the type's __dlpack_c_exchange_api__.");
   m.def("take", &take, "bytes"_a, "like"_a,
         "Uninitialised memory for an output, as uint8, that lies in its page as `like` does: then "

@@ -160,7 +160,7 @@ static void each_of_columns(const Job& job, const Block& b, const Operand* a, in
       a->data + (b.outer_begin * a->outer + b.inner_begin * a->inner + b.channel_begin) * size,
       size);
   const index rows = (all - phase) / width;
-  if (rows < 2 || (phase == 0 && width == channels)) return rest(b);
+  if (rows < 32 || (phase == 0 && width == channels)) return rest(b);
   Storage storage;
   visit(Columns::cut(job, b, phase, width, rows, used, storage.values));
   auto leftover = [&](index from, index to) {

@@ -64,9 +64,12 @@ double rounded_to(double v, DType t) {
 }
 
 // Beyond this range float32 coefficients lose digits or overflow; the last step is float64 then.
-bool fits_float32(double v) {  // no branches: loops of it are vectorized
+// In loops over channels, conditions are added up in integers as wide as float64, without branches:
+// then they are vectorized.
+index fits_float32(double v) {
   const double a = std::fabs(v);
-  return (a == 0) | ((a > 1e-30) & (a < 1e30)) | !(a - a == 0);  // or not finite in either
+  return index(a == 0) | (index(a > 1e-30) & index(a < 1e30)) |
+         index(!(a - a == 0));  // or not finite in either
 }
 
 // Each thread has a stretch of neighbouring tasks: dealt out one by one, the cores would take turns on
@@ -251,13 +254,13 @@ class Call {
     normalizing(0, channels(), affine);
     auto finish = [&](index c0, index c1) {
       const double *first = first_, *second = second_, *inv_std = inv_std_, *center = shift_;
-      int finite = 1;
+      index finite = 1;
       for (index c = c0; c < c1; ++c)
-        finite &= (first[c] - first[c] == 0) & (second[c] - second[c] == 0);
+        finite &= index(first[c] - first[c] == 0) & index(second[c] - second[c] == 0);
       // Products of finite values may exceed float32, whose runs are summed; once more then.
       for (index c = c0; !finite && c < c1; ++c) {
         if (std::isfinite(first[c]) && std::isfinite(second[c])) continue;
-        wide_[std::size_t(c)] = 1;
+        mark_wide(c);
         sum_again(c, c + 1);
       }
       for (index c = c0; c < c1; ++c) {
@@ -270,17 +273,21 @@ class Call {
     auto coefficients = [&](index c0, index c1) {
       double *tilt = tilt_, *level = level_;
       const double* inv_std = inv_std_;
-      const bool fixed = count == 0;  // statistics that do not depend on x
-      int all_fit = 1;
-      for (index c = c0; c < c1; ++c) {
-        tilt[c] = fixed ? 0 : inv_std[c] * sum_grad_x_hat[c] / count;
-        all_fit &= fits_float32(tilt[c]);
+      if (count == 0) {  // statistics that do not depend on x
+        std::fill(tilt + c0, tilt + c1, 0.0);
+        std::fill(level + c0, level + c1, 0.0);
+      } else {
+        const double per = 1 / count;
+        index all_fit = 1;
+        for (index c = c0; c < c1; ++c) {
+          tilt[c] = inv_std[c] * sum_grad_x_hat[c] * per;
+          all_fit &= fits_float32(tilt[c]);
+        }
+        for (index c = c0; c < c1 && (any_wide_ || !all_fit); ++c)
+          if (wide_[std::size_t(c)] || !fits_float32(tilt[c])) normalizing_in_float64(c, affine);
+        for (index c = c0; c < c1; ++c)
+          level[c] = sum_grad[c] * per - rest_of_mean(c) * tilt[c];
       }
-      for (index c = c0; c < c1; ++c)
-        if (wide_[std::size_t(c)] || (!all_fit && !fits_float32(tilt[c])))
-          normalizing_in_float64(c, affine);
-      for (index c = c0; c < c1; ++c)
-        level[c] = fixed ? 0 : sum_grad[c] / count - rest_of_mean(c) * tilt[c];
     };
     run(reduce ? isa_.reduce_backward : nullptr, apply ? isa_.apply_backward : nullptr, nothing,
         finish, coefficients);
@@ -433,8 +440,8 @@ class Call {
     const double* center = shift_;
     const double* first = first_;
     const double* second = second_;
-    int lost = 0;
-    for (index c = c0; c < c1; ++c) {  // no branches: vectorized
+    index lost = 0;
+    for (index c = c0; c < c1; ++c) {
       const double step = first[c] / count;
       const double rounded = center[c] + step;
       const double low = (center[c] - rounded) + step;
@@ -442,7 +449,7 @@ class Call {
       mean[c] = rounded;
       mean_low[c] = low - low == 0 ? low : 0;  // not of an infinite mean
       m2[c] = rest;
-      lost |= std::fabs(second[c]) > 256 * std::fabs(rest) ? 1 : 0;
+      lost |= index(std::fabs(second[c]) > 256 * std::fabs(rest));
     }
     return lost == 0;
   }
@@ -451,16 +458,17 @@ class Call {
   // standard deviations off, and where squares leave its range, as those of a constant channel do.
   void widen_runs(index c0, index c1, double count) {
     const double *first = first_, *second = second_;
+    const double per = 1 / count, least = 1e-28 * count;
     auto coarse = [=](index c) {
-      const double rest = second[c] - first[c] * first[c] / count;
-      return int(!(second[c] < 8 * rest)) | int(!(second[c] > 1e-28 * count));
+      const double rest = second[c] - first[c] * first[c] * per;
+      return index(!(second[c] < 8 * rest)) | index(!(second[c] > least));
     };
-    int any = 0;
-    for (index c = c0; c < c1; ++c) any |= coarse(c);  // no branches: vectorized
+    index any = 0;
+    for (index c = c0; c < c1; ++c) any |= coarse(c);
     if (!any) return;
     for (index c = c0; c < c1;) {
       const index begin = c;
-      while (c < c1 && coarse(c)) wide_[std::size_t(c++)] = 1;
+      while (c < c1 && coarse(c)) mark_wide(c++);
       if (c > begin) sum_again(begin, c);
       if (c == begin) ++c;
     }
@@ -515,11 +523,10 @@ class Call {
       offset[c] = (affine.beta ? affine.beta[c] : 0) - rest_of_mean(c) * scale[c];
     if (!narrow) return;
     std::fill(wide_.begin() + c0, wide_.begin() + c1, char(0));
-    // Almost always all fit, which a loop without branches finds out several at a time.
-    int all_fit = 1;
+    index all_fit = 1;  // as almost always
     for (index c = c0; c < c1; ++c) {
       const double a = std::fabs(scale[c]), m = std::fabs(mean_[c]);
-      all_fit &= (m < 1e30) & (a < 1e30) & (a > 1e-30);
+      all_fit &= index(m < 1e30) & index(a < 1e30) & index(a > 1e-30);
     }
     if (all_fit) return;
     for (index c = c0; c < c1; ++c) {
@@ -531,15 +538,21 @@ class Call {
   }
 
   void normalizing_in_float64(index c, const Affine& affine) {
-    wide_[std::size_t(c)] = 1;
+    mark_wide(c);
     shift_[c] = mean_[c];
     offset_[c] = (affine.beta ? affine.beta[c] : 0) - rest_of_mean(c) * scale_[c];
+  }
+
+  void mark_wide(index c) {
+    wide_[std::size_t(c)] = 1;
+    any_wide_.store(true, std::memory_order_relaxed);  // never unset: another thread may have set it
   }
 
   // The channels of a block in stretches of one width. What one channel needs changes no other:
   // its values must not depend on its neighbours'.
   template <class Visit>
   void each_width(const Block& b, const Visit& visit) const {
+    if (!any_wide_.load(std::memory_order_relaxed)) return visit(job_, b);
     for (index c = b.channel_begin; c < b.channel_end;) {
       Block part = b;
       part.channel_begin = c;
@@ -580,6 +593,7 @@ class Call {
 
   const InstructionSet& isa_;
   std::vector<char> wide_;  // channels whose last step is float64 although x is narrower
+  std::atomic<bool> any_wide_{false};
   Layout layout_;
   Job job_;
   std::unique_ptr<Packed> packed_[operands];

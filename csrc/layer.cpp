@@ -204,12 +204,12 @@ void merge(Part a, Part b, index channels, double* mean, double* m2) {
     for (index c = 0; c < channels; ++c) m2[c] = a.m2[c] + b.m2[c];
     return;
   }
-  int finite = 1;
+  index finite = 1;
   for (index c = 0; c < channels; ++c) {  // no branches: vectorized
     const double delta = b.mean[c] - a.mean[c];
     mean[c] = a.mean[c] + delta * share;
     m2[c] = a.m2[c] + b.m2[c] + delta * delta * a.count * share;
-    finite &= delta - delta == 0;
+    finite &= index(delta - delta == 0);
   }
   for (index c = 0; !finite && c < channels; ++c)
     if (!std::isfinite(b.mean[c] - a.mean[c]))  // further apart than float64 reaches
@@ -227,11 +227,11 @@ index update_running(const double* statistics, const Array& mean, const Array& v
   // m2 and dof have the scale of the weights, which may be as small as float64 can represent.
   std::vector<double> unbiased(static_cast<std::size_t>(channels));
   const double mean_limit = limit_of(mean.dtype), var_limit = limit_of(var.dtype);
-  int finite = 1;
+  index finite = 1;
   for (index c = 0; c < channels; ++c) {  // no branches: vectorized
     const double v = m2s[c] / (dofs[c] > 0 ? dofs[c] : 1);
     unbiased[std::size_t(c)] = v;
-    finite &= (std::fabs(means[c]) < mean_limit) & (std::fabs(v) < var_limit);
+    finite &= index(std::fabs(means[c]) < mean_limit) & index(std::fabs(v) < var_limit);
   }
   index not_finite = -1;
   for (index c = channels; !finite && c-- > 0;)

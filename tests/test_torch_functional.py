@@ -1321,3 +1321,25 @@ def test_residual_before_a_negative_slope_has_its_gradient(randn):
         x, g, randn(3), randn(3), True, exact, residual=residual, activation="leaky_relu",
         negative_slope=-0.5,
     )  # fmt: skip
+
+
+# ---- what the short way must leave to the long one -----------------------------------------------
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_batch_norm_reads_the_negative_of_complex_parts(randn, which):
+    arguments = [randn(6, 3), randn(3), randn(3).square(), randn(3), randn(3)]
+    plain = batch_norm(*arguments)
+    negative = torch.imag(torch.complex(randn(*arguments[which].shape), -arguments[which]).conj())
+    assert negative.is_neg()
+    arguments[which] = negative
+    torch.testing.assert_close(batch_norm(*arguments), plain)
+
+
+def test_batch_norm_second_derivative_after_a_plain_call(randn):
+    x, weight = randn(5, 3).double().requires_grad_(), randn(3).double().requires_grad_()
+    y = batch_norm(x, None, None, weight, None, True)
+    assert y.grad_fn.name() == "PlainFunctionBackward"
+    assert torch.autograd.gradgradcheck(
+        lambda *t: batch_norm(t[0], None, None, t[1], None, True), (x, weight)
+    )

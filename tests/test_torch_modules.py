@@ -1141,4 +1141,4 @@ def test_forward_mode_of_another_thread_changes_no_bit(randn):
         thread.start()
         thread.join()
     assert torch.equal(found[0], layer(x))
-    assert type(found[0].grad_fn) is type(layer(x).grad_fn)
+    assert found[0].grad_fn.name() == "BatchNormFunctionBackward"  # no operations of torch's

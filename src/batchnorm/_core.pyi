@@ -152,7 +152,41 @@ def use_numpy(
     shape: list[int],
     strides: list[int],
 ) -> bool: ...
-def use_exchange(type: type, exchange: Any) -> None: ...
+def quick_tensor_forward(
+    x: Any,
+    mean: Any,
+    var: Any,
+    weight: Any,
+    bias: Any,
+    training: bool,
+    eps: float,
+    group_size: int,
+    activation: int,
+    slope: float,
+) -> Any: ...
+def quick_tensor_backward(
+    grad_y: Any,
+    x: Any,
+    statistics: Any,
+    weight: Any,
+    bias: Any,
+    measured: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    eps: float,
+    group_size: int,
+    activation: int,
+    slope: float,
+) -> Any: ...
+def use_exchange(
+    type: type,
+    parameter: type,
+    exchange: Any,
+    empty_like: Any,
+    of_any: Any,
+    small: int,
+) -> None: ...
 def take(bytes: int, like: _Array) -> Any: ...
 def release_blocks() -> None: ...
 def kept_bytes() -> int: ...

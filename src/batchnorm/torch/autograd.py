@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import native, operators, portable
-from .contract import IDENTITY, Config, Needs, check_mask, saved_y
+from .contract import IDENTITY, Config, Gradients, Needs, check_mask, saved_y
 from .internals import (
     below_autograd,
     has_dispatch_modes,
     is_batched,
     is_compiling,
     is_direct,
+    is_eager,
     is_transformed,
     is_vmapped_gradient,
     uncompiled,
@@ -98,23 +99,81 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:  # noqa: D102
-        call = ctx.call
-        if call.reduce is not None:
+        if ctx.call.reduce is not None:
             return _reduced_backward(ctx, grad_y)
-        x, weight, bias, y = saved = ctx.saved_tensors
-        backend, statistics, needs = call.backend, call.statistics, ctx.needs_input_grad
-        rest = (weight, bias, y, call.mask, call.config, call.measured)
-        direct = is_direct(grad_y, *saved)
-        again = torch.is_grad_enabled() or (not direct and is_transformed(grad_y, *saved))
-        if is_vmapped_gradient(grad_y) or (again and not is_compiling()):
-            found = portable.gradients(grad_y, x, call.tensor(), *rest, needs)
-            return (*found, None)
-        if backend is native and not direct:
-            backend, statistics = operators, call.tensor()
-        needs, passes = _without_copy(call, needs)
-        grad_y = grad_y if grad_y.dtype == x.dtype else grad_y.to(x.dtype)
-        a, b, c, d = backend.gradients(grad_y, x, statistics, *rest, needs)
-        return a, b, c, grad_y if passes else d, None
+        return (*_gradients(ctx.call, ctx.needs_input_grad, grad_y, *ctx.saved_tensors), None)
+
+
+def _gradients(
+    call: Call,
+    needs: Any,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+) -> Gradients:
+    backend, statistics = call.backend, call.statistics
+    rest = (weight, bias, y, call.mask, call.config, call.measured)
+    tensors = (grad_y, x, weight, bias, y)
+    direct = is_direct(*tensors)
+    again = torch.is_grad_enabled() or (not direct and is_transformed(*tensors))
+    if is_vmapped_gradient(grad_y) or (again and not is_compiling()):
+        return portable.gradients(grad_y, x, call.tensor(), *rest, needs)
+    if backend is native and not direct:
+        backend, statistics = operators, call.tensor()
+    needs, passes = _without_copy(call, needs)
+    grad_y = grad_y if grad_y.dtype == x.dtype else grad_y.to(x.dtype)
+    a, b, c, d = backend.gradients(grad_y, x, statistics, *rest, needs)
+    return a, b, c, grad_y if passes else d
+
+
+class PlainCall:
+    """The arguments of `native.plain` that it is not differentiated by, and its statistics."""
+
+    __slots__ = ("config", "measured", "running_mean", "running_var", "statistics")
+
+    def __init__(
+        self,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        measured: bool,
+        config: Config,
+    ) -> None:
+        self.statistics: Any = None
+        self.running_mean = running_mean
+        self.running_var = running_var
+        self.measured = measured
+        self.config = config
+
+
+class PlainFunction(torch.autograd.Function):
+    """`native.plain` as a function of x, weight and bias: what small layers spend their time on."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: PlainCall
+    ) -> Any:
+        y, call.statistics = native.plain(
+            x, call.running_mean, call.running_var, weight, bias, call.measured, call.config
+        )
+        ctx.save_for_backward(x, weight, bias)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> Any:  # noqa: D102
+        call, needs = ctx.call, ctx.needs_input_grad
+        x, weight, bias = ctx.saved_tensors
+        if not torch.is_grad_enabled() and is_eager(grad_y):
+            found = native.plain_gradients(
+                grad_y, x, weight, bias, call.statistics, call.measured, needs, call.config
+            )
+            if found is not None:
+                return found
+        general = Call(native, call.config, None, call.statistics, call.measured)
+        a, b, c, _ = _gradients(general, (*needs[:3], False), grad_y, x, weight, bias, None)
+        return a, b, c, None
 
 
 def _without_copy(call: Call, needs: Any) -> tuple[Needs, bool]:
@@ -151,6 +210,9 @@ def _reduced_backward(ctx: Any, grad_y: Tensor) -> Any:
 
 # Typed here, because torch's stubs do not type it; and looked up only once.
 apply: Callable[..., Tensor] = BatchNormFunction.apply
+
+#: `PlainFunction.apply` without its checks for transforms, which take a third of its time.
+apply_plain: Callable[..., Tensor] = super(torch.autograd.Function, PlainFunction).apply
 
 
 def is_differentiated(*tensors: Tensor | None) -> bool:

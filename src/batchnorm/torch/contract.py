@@ -76,6 +76,10 @@ class Config(NamedTuple):
     slope: float = 0.01
 
 
+#: Of layers without our options; `eps` has these values in most of them.
+PLAIN_CONFIGS = {eps: Config(eps) for eps in (1e-5, 1e-3)}
+
+
 def config_of(
     eps: float, group_size: int | None, activation: str | None, negative_slope: float
 ) -> Config:

@@ -17,9 +17,9 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..moments import Moments
 from . import autograd, native, operators, portable, running
-from .autograd import Call, is_differentiated
+from .autograd import Call, PlainCall, is_differentiated
 from .contract import IDENTITY, Config, config_of, joins, values_per_example
-from .internals import is_direct, is_exporting_to_onnx, is_tracing
+from .internals import is_direct, is_eager, is_exporting_to_onnx, is_tracing
 
 __all__ = ["batch_norm"]
 
@@ -148,12 +148,24 @@ def normalize(
     Returns y and the statistics of the batch (None in evaluation).
     """
     vectors = (running_mean, running_var, weight, bias)
-    if residual is None and mask is None and _is_simple(x, *vectors):
-        # This checks little and relies on the checks of the core and of torch, which come before
-        # any change. If they refuse, the general case below finds out why, or is able to do it.
+    if (
+        residual is None
+        and mask is None
+        and is_eager(x)
+        and (running_mean is None or not running_mean.requires_grad)
+        and (running_var is None or not running_var.requires_grad)
+    ):
+        # This checks little and relies on the core's checks, which come before any change. If they
+        # refuse, the general case below finds out why, or is able to do it.
         try:
-            return _normalize_simple(x, *vectors, training, config)
-        except (KeyError, RuntimeError, ValueError):
+            if is_differentiated(x, weight, bias):
+                plain = PlainCall(running_mean, running_var, training, config)
+                y = autograd.apply_plain(x, weight, bias, plain)
+                statistics = plain.statistics
+            else:
+                y, statistics = native.plain(x, *vectors, training, config)
+            return y, statistics if training else None
+        except native.NotPlainError:
             pass
     check(x, *vectors, training, config)
     weights = None if mask is None else as_weights(mask, x)
@@ -186,46 +198,6 @@ def normalize(
         y, statistics = backend.forward(x, *tensors, config)
         return y, statistics
     return backend.normalize(x, statistics, *tensors, config), None
-
-
-def _is_simple(x: Tensor, *vectors: Tensor | None) -> bool:
-    for t in vectors:
-        if t is not None and not (t.is_cpu and t.dim() == 1):
-            return False
-    return x.is_cpu and is_direct(x, *vectors)
-
-
-def _normalize_simple(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    config: Config,
-) -> tuple[Tensor, native.Statistics | None]:
-    if x.dim() < 2 or config.eps <= 0 or config.group_size == 1:
-        raise ValueError
-    channels = x.shape[1]
-    if x.numel() == channels:
-        raise ValueError
-    if running_mean is None or running_var is None:
-        if running_mean is not running_var or not training:
-            raise ValueError
-    elif not (_is_valid_buffer(running_mean, channels) and _is_valid_buffer(running_var, channels)):
-        raise ValueError
-    statistics = None
-    if not training:
-        assert running_mean is not None
-        assert running_var is not None
-        statistics = native.given(running_mean, running_var)
-    if is_differentiated(x, weight, bias):
-        call = Call(native, config, None, statistics, training)
-        y = autograd.apply(x, weight, bias, None, call)
-        return y, call.statistics if training else None
-    if statistics is None:
-        return native.forward(x, weight, bias, None, None, config)
-    return native.normalize(x, statistics, weight, bias, None, None, config), None
 
 
 def _is_valid_buffer(t: Tensor, channels: int) -> bool:

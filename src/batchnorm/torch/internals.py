@@ -42,6 +42,25 @@ def is_direct(*tensors: Tensor | None) -> bool:
     return forward_ad._current_level < 0 or not _have_tangents(*tensors)
 
 
+_dispatch_modes, _transforms = (
+    torch._C._len_torch_dispatch_stack,
+    (torch._C._are_functorch_transforms_active),
+)
+_tracing, _backward_pass = torch._C._get_tracing_state, torch._C._current_graph_task_id
+
+
+def is_eager(x: Tensor) -> bool:
+    """`is_direct(x)` in less time, but for its type, and never in forward mode."""
+    return not (
+        is_compiling()
+        or _dispatch_modes()
+        or _transforms()
+        or _tracing() is not None
+        or forward_ad._current_level >= 0
+        or x.is_neg()
+    )
+
+
 def is_transformed(*tensors: Tensor | None) -> bool:
     """Whether a transform of `torch.func`, or forward mode for one of these, is active."""
     if torch._C._are_functorch_transforms_active():
@@ -98,7 +117,11 @@ def uncompiled(function: F) -> F:
 
 def is_recomputing() -> bool:
     """Whether a backward pass is running. A forward inside it is a recomputation."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_compiling() and _backward_pass() != -1
+
+
+#: Tell autograd that these tensors have changed, as `torch.autograd.graph.increment_version`.
+increment_versions: Callable[[list[Tensor]], None] = torch._C._increment_version
 
 
 def below_autograd() -> Any:

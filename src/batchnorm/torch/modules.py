@@ -13,8 +13,8 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import ArgumentError
-from . import functional, portable
-from .contract import config_of, values_per_example
+from . import functional, native, portable, running
+from .contract import PLAIN_CONFIGS, Config, config_of, values_per_example
 from .internals import can_change_attributes, is_compiling, is_direct, is_recomputing
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -168,7 +168,10 @@ class Layer(nn.Module):
             batch = self.on_single == "raise" or not self._is_single(input, mask)
         if batch and not self.track_running_stats:  # as in torch: training does not use them
             mean = var = None
-        config = config_of(self.eps, self.group_size, self.activation, self.negative_slope)
+        if self.activation is None and self.group_size is None:
+            config = PLAIN_CONFIGS.get(self.eps) or Config(self.eps)
+        else:
+            config = config_of(self.eps, self.group_size, self.activation, self.negative_slope)
         if not input.is_cpu and residual is None and mask is None and self._is_torchs(input):
             functional.check(input, mean, var, weight, bias, batch, config)
             y: Tensor = _BatchNorm.forward(self, input)  # type: ignore[arg-type]
@@ -232,8 +235,23 @@ class Layer(nn.Module):
                 with torch.no_grad():
                     tracked.add_(1)  # as in torch
             return
+        if momentum is None and tracked is None:
+            momentum = 0.0  # as in torch
         nonfinite = self._nonfinite
-        # Statistics are an array only in direct calls, in which the counter may be changed.
+        # Statistics are an array only in direct calls, for which the core can read the buffers.
+        if (
+            type(statistics) is np.ndarray
+            and self._accumulated is None
+            and (tracked is None or type(tracked) is Tensor)
+        ):
+            propagate = self.on_nonfinite == "propagate"
+            bad = native.update_running(
+                mean, var, tracked, statistics, momentum, propagate, mask is None
+            )
+            if bad >= 0 and not propagate:
+                counter = self._counter(mean)
+                running.report(statistics, bad, self.on_nonfinite, counter, self._label())
+            return
         if nonfinite is None or nonfinite.is_meta or not isinstance(statistics, np.ndarray):
             nonfinite = self._counter(mean)
         # Not if functional_call has replaced the buffers: then these are updated.
@@ -241,8 +259,6 @@ class Layer(nn.Module):
             total = self._accumulated[0]
             functional.merge_into(total, statistics, nonfinite, self.on_nonfinite, self._label())
             return
-        if momentum is None and tracked is None:
-            momentum = 0.0  # as in torch
         functional.update_running(
             mean,
             var,

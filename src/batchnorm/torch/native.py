@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _core
 from ..errors import ArgumentError
 from ..moments import Moments, as_statistics
 from .contract import IDENTITY, ROWS, Config, Gradients, Needs, check_mask, groups_of
-from .internals import gradient_format_of, memory_format_of
+from .internals import gradient_format_of, increment_versions, memory_format_of
 
 Statistics = NDArray[np.float64]
 
@@ -38,6 +38,60 @@ def supports(*tensors: Tensor | None) -> bool:
         if t is not None and not (t.is_cpu and t.dtype in _TYPES and t.layout is torch.strided):
             return False
     return True
+
+
+class NotPlainError(ValueError):
+    """A call that `plain` does not do; the general way finds out why, or is able to."""
+
+
+def plain(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    config: Config,
+) -> tuple[Tensor, Statistics]:
+    """All of a call without residual, mask and groups: checked and normalized in one crossing.
+
+    Raises
+    ------
+    NotPlainError
+        These are not dense CPU tensors whose shapes fit, with more than one value per channel, or
+        a given variance is negative. Nothing has changed.
+    """
+    found: tuple[Tensor, Statistics] | None
+    try:
+        found = _core.quick_tensor_forward(
+            x, running_mean, running_var, weight, bias, training, *config
+        )
+    except (BufferError, RuntimeError, ValueError):  # tensors without memory
+        found = None
+    if found is None:
+        raise NotPlainError
+    return found
+
+
+def plain_gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Statistics,
+    measured: bool,
+    needs: tuple[bool, ...],
+    config: Config,
+) -> tuple[Tensor | None, ...] | None:
+    """Gradients of `plain`, and None for the Function's last argument; None if it is not plain."""
+    need_x, need_weight, need_bias, _ = needs
+    try:
+        found: tuple[Tensor | None, ...] | None = _core.quick_tensor_backward(
+            grad_y, x, statistics, weight, bias, measured, need_x, need_weight, need_bias, *config
+        )
+    except (BufferError, RuntimeError, ValueError):
+        return None
+    return found
 
 
 # ---- the contract -------------------------------------------------------------------------------
@@ -291,7 +345,6 @@ def update_running(
     int
         The first channel whose statistics are not finite in the type of the buffers, or -1.
     """
-    statistics = merge(statistics)
     counter = 0
     if tracked is not None:
         if tracked.dtype is torch.int64:
@@ -299,7 +352,7 @@ def update_running(
         elif momentum is None:
             momentum = 1.0 / (float(tracked) + 1.0)
     bad = _core.update_running(
-        statistics,
+        merge(statistics),
         _for_core(running_mean),
         _for_core(running_var),
         counter,
@@ -309,10 +362,12 @@ def update_running(
     )
     if bad >= 0 and not propagate:
         return bad
-    if tracked is not None and not counter and (count_empty or statistics[0, 0].any()):
+    if tracked is None:
+        increment_versions([running_mean, running_var])
+        return bad
+    if not counter and (count_empty or statistics[:, 0].any()):
         tracked.add_(1)
-    changed = [t for t in (running_mean, running_var, tracked) if t is not None]
-    torch.autograd.graph.increment_version(changed)
+    increment_versions([running_mean, running_var, tracked])
     return bad
 
 
@@ -368,7 +423,14 @@ def _choose_exchange() -> Callable[[Tensor], Any]:
     if exchange is None:
         return _as_address
     try:
-        _core.use_exchange(Tensor, exchange)
+        _core.use_exchange(
+            Tensor,
+            nn.Parameter,
+            exchange,
+            torch.empty_like,
+            lambda x, gradient: empty_like(x, gradient_format_of if gradient else memory_format_of),
+            _POOLED_BYTES,
+        )
     except ValueError:  # a version that the core does not know
         return _as_address
     return _as_itself

@@ -50,7 +50,7 @@ def update_native(
         running_mean, running_var, tracked, statistics, momentum, propagate, count_empty
     )
     if bad >= 0 and not propagate:
-        _report(native.merge(statistics), bad, on_nonfinite, nonfinite, name)
+        report(statistics, bad, on_nonfinite, nonfinite, name)
 
 
 def update_portable(
@@ -71,8 +71,7 @@ def update_portable(
         finite = portable.finite_channels(statistics, running_mean, running_var)
         if not bool(finite.all()):
             bad = int(torch.nonzero(~finite)[0])
-            merged = portable.merge(as_tensor(statistics)).cpu().numpy()
-            _report(merged, bad, on_nonfinite, None, name)
+            report(as_tensor(statistics).cpu().numpy(), bad, on_nonfinite, None, name)
     propagate = on_nonfinite != "skip"  # "raise" has raised by now
     buffers = (running_mean, running_var, tracked, nonfinite)
     portable.update_running(*buffers, statistics, momentum, propagate, count_empty)
@@ -98,14 +97,14 @@ def merge_into(
     batch = native.merge(statistics)
     bad = np.flatnonzero(~np.isfinite(batch[0]).all(0))
     if len(bad) and on_nonfinite != "propagate":
-        _report(batch, int(bad[0]), on_nonfinite, nonfinite, name)
+        report(batch, int(bad[0]), on_nonfinite, nonfinite, name)
         return
     with _merging, torch.no_grad():  # several threads may run forwards at the same time
         both = native.merge(np.concatenate([total.detach().cpu().numpy(), batch]))
         total.copy_(torch.from_numpy(both))
 
 
-def _report(
+def report(
     statistics: native.Statistics,
     channel: int,
     on_nonfinite: str,
@@ -113,7 +112,7 @@ def _report(
     name: str,
 ) -> None:
     """Raise an error; or count the batch, and warn the first time."""
-    count, mean, m2 = statistics[0, [COUNT, MEAN, M2], channel]
+    count, mean, m2 = native.merge(statistics)[0, [COUNT, MEAN, M2], channel]
     var = m2 / max(count, 1)
     finite = math.isfinite(mean) and math.isfinite(var)
     problem = "too large for the running statistics" if finite else "not finite"
