@@ -11,12 +11,11 @@ constexpr index short_row = 2 * F;  // values of one channel
 // The coefficients that a loop needs.
 struct Used {
   PerChannel list[5];
-  int n = 0;
+  index n;
   template <class K>
-  explicit Used(K k) {
+  explicit Used(K k) : n(K::kinds) {
     k.take([&](PerChannel which, int kind) {
       list[kind] = which;
-      n = kind + 1;
       return k.shift;
     });
   }

@@ -19,12 +19,10 @@ namespace bn {
 namespace {
 
 constexpr index rows_chunk = 16384;    // values of one channel in a chunk, channels apart
-constexpr index columns_chunk = 65536; // values of all channels in a chunk, channels side by side
+constexpr index columns_chunk = 32768; // values of all channels in a chunk, channels side by side
 constexpr index serial_below = 32768;  // values; waking a thread costs more than this many
 constexpr index exact_below = 8192;    // values; float32 runs save less than a microsecond then
 constexpr index line = 64;             // bytes in a cache line
-constexpr index block_bytes = 512 << 10; // what one thread reads twice in a fused pass,
-constexpr index largest_block = 4 << 20; // or as much, where a single channel has it
 constexpr index near_bytes = 1 << 20;    // what a core's own cache may hold of what a call reads
 
 index ceil_div(index a, index b) { return (a + b - 1) / b; }
@@ -374,6 +372,12 @@ class Call {
     });
   }
 
+  // What one thread reads twice in a fused pass: the second time from a cache, be it the shared one.
+  static index block_bytes() {
+    return std::min<index>(2 << 20, std::max<index>(512 << 10, last_level_cache() / 16));
+  }
+  static index largest_block() { return 2 * block_bytes(); }  // of a single channel
+
   index bytes_per_channel() const {
     return layout_.per_channel() * size_of(job_.dtype) * inputs_;
   }
@@ -382,7 +386,7 @@ class Call {
   // share the blocks.
   index fused_step() const {
     return std::min(ceil_div(channels(), 8),
-                    std::max<index>(1, block_bytes / bytes_per_channel()));
+                    std::max<index>(1, block_bytes() / bytes_per_channel()));
   }
   index two_pass_step() const {
     return layout_.rows ? std::max<index>(1, std::min<index>(channels(), rows_chunk /
@@ -393,7 +397,7 @@ class Call {
   // whose pieces fall on few cache sets where a row is a power of two long; two passes over whole
   // rows are faster, although the second reads again what the cache has lost.
   bool fusable(const Partition& p) const {
-    return layout_.rows && bytes_per_channel() * p.channel_step <= largest_block &&
+    return layout_.rows && bytes_per_channel() * p.channel_step <= largest_block() &&
            (p.channel_blocks >= 2 || values_ < serial_below);
   }
 

@@ -69,7 +69,9 @@ enum : int { has_shift = 1, has_scale = 2, has_offset = 4, has_tilt = 8, has_lev
 template <class P_, int N_, int Needs>
 struct Coefficients {
   using P = P_;
-  static constexpr int N = N_, most = 5;
+  static constexpr int N = N_;
+  static constexpr index kinds = (Needs & 1) + (Needs >> 1 & 1) + (Needs >> 2 & 1) +
+                                 (Needs >> 3 & 1) + (Needs >> 4 & 1);
   Vec<P, N> shift, scale, offset, tilt, level;
 
   template <class Get>
@@ -100,14 +102,13 @@ template <class K, int Group, index Most>
 struct CoefficientTable {
   using P = typename K::P;
   static constexpr int N = K::N;
-  alignas(64) P values[K::most * (Most + Group)];
-  index kinds = 0;
+  static constexpr index kinds = K::kinds;
+  alignas(64) P values[kinds * (Most + Group)];
 
   CoefficientTable(const Job& j, index c0, index channels) {
-    const double* from[K::most];
+    const double* from[kinds];
     K().take([&](PerChannel which, int kind) {
       from[kind] = j.*which + c0;
-      kinds = kind + 1;
       return Vec<P, N>{};
     });
     for (index k = 0; k < kinds; ++k)

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "half.hpp"
@@ -10,25 +12,35 @@
 namespace bn {
 namespace {
 
-double value(const Array& a, index c) {
-  const char* p = a.data + a.stride[0] * c * size_of(a.dtype);
+// visit(p, step) with the elements of a vector by their type. A step of 1 is passed as a constant:
+// such loops are vectorized.
+template <class Visit>
+void elements(const Array& a, Visit visit) {
+  auto as = [&](auto* p) {
+    if (a.stride[0] == 1)
+      visit(p, std::integral_constant<index, 1>{});
+    else
+      visit(p, a.stride[0]);
+  };
   switch (a.dtype) {
-    case DType::f32: return *reinterpret_cast<const float*>(p);
-    case DType::f64: return *reinterpret_cast<const double*>(p);
-    case DType::f16: return widen(*reinterpret_cast<const float16*>(p));
-    case DType::bf16: return widen(*reinterpret_cast<const bfloat16*>(p));
+    case DType::f32: return as(reinterpret_cast<float*>(a.data));
+    case DType::f64: return as(reinterpret_cast<double*>(a.data));
+    case DType::f16: return as(reinterpret_cast<float16*>(a.data));
+    case DType::bf16: return as(reinterpret_cast<bfloat16*>(a.data));
   }
-  return 0;
 }
 
-void set(const Array& a, index c, double v) {
-  char* p = a.data + a.stride[0] * c * size_of(a.dtype);
-  switch (a.dtype) {
-    case DType::f32: narrow(v, reinterpret_cast<float*>(p)); break;
-    case DType::f64: narrow(v, reinterpret_cast<double*>(p)); break;
-    case DType::f16: narrow(v, reinterpret_cast<float16*>(p)); break;
-    case DType::bf16: narrow(v, reinterpret_cast<bfloat16*>(p)); break;
-  }
+void read(const Array& a, double* to) {
+  elements(a, [&](auto* p, auto step) {
+    for (index c = 0; c < a.shape[0]; ++c) to[c] = widen(p[c * step]);
+  });
+}
+
+void write(const Array& a, const double* from) {
+  if (!a) return;
+  elements(a, [&](auto* p, auto step) {
+    for (index c = 0; c < a.shape[0]; ++c) narrow(from[c], &p[c * step]);
+  });
 }
 
 // A parameter as float64, which the kernels read.
@@ -40,15 +52,15 @@ class Wide {
       data_ = reinterpret_cast<const double*>(a.data);
       return;
     }
-    copy_.resize(std::size_t(a.shape[0]) + 1);  // not null for C = 0
-    for (index c = 0; c < a.shape[0]; ++c) copy_[std::size_t(c)] = value(a, c);
-    data_ = copy_.data();
+    copy_.reset(new double[std::size_t(a.shape[0]) + 1]);  // not null for C = 0
+    read(a, copy_.get());
+    data_ = copy_.get();
   }
   const double* data() const { return data_; }
 
  private:
   const double* data_ = nullptr;
-  std::vector<double> copy_;
+  std::unique_ptr<double[]> copy_;
 };
 
 Array examples(const Array& a, Groups g, index k) {
@@ -67,23 +79,13 @@ const double* row(const double* statistics, index channels, index group, int r) 
 }
 
 // Moves `a` towards new values, by their share `weight`, where there are degrees of freedom.
-template <class T>
-void blend_as(const Array& a, const double* values, const double* dofs, double weight) {
-  T* to = reinterpret_cast<T*>(a.data);
-  const index step = a.stride[0];
-  for (index c = 0; c < a.shape[0]; ++c) {
-    const double old = widen(to[c * step]), moved = old * (1 - weight) + weight * values[c];
-    narrow(dofs[c] > 0 ? moved : old, &to[c * step]);
-  }
-}
-
 void blend(const Array& a, const double* values, const double* dofs, double weight) {
-  switch (a.dtype) {
-    case DType::f32: return blend_as<float>(a, values, dofs, weight);
-    case DType::f64: return blend_as<double>(a, values, dofs, weight);
-    case DType::f16: return blend_as<float16>(a, values, dofs, weight);
-    case DType::bf16: return blend_as<bfloat16>(a, values, dofs, weight);
-  }
+  elements(a, [&](auto* p, auto step) {
+    for (index c = 0; c < a.shape[0]; ++c) {
+      const double old = widen(p[c * step]), moved = old * (1 - weight) + weight * values[c];
+      narrow(dofs[c] > 0 ? moved : old, &p[c * step]);
+    }
+  });
 }
 
 // Numbers of this magnitude and above round to infinity.
@@ -108,15 +110,15 @@ class OfGroup {
     const double count = channels ? row(s, channels, k, count_row)[0] : 1;  // of every channel
     if (count == 1) return;  // as that of given statistics
     const double* m2 = var_;
-    storage_.resize(std::size_t(channels));
+    storage_.reset(new double[std::size_t(channels)]);
     for (index c = 0; c < channels; ++c) storage_[std::size_t(c)] = count > 0 ? m2[c] / count : 1;
-    var_ = storage_.data();
+    var_ = storage_.get();
   }
   Statistics with(double eps) const { return {mean_, mean_low_, var_, eps}; }
 
  private:
   const double *mean_, *mean_low_, *var_;
-  std::vector<double> storage_;
+  std::unique_ptr<double[]> storage_;
 };
 
 }  // namespace
@@ -157,9 +159,10 @@ void layer_backward(const Array& grad_y, const Array& x, const Array& y,
   const index channels = x.shape[axis];
   const Wide gamma(p.gamma), beta(p.beta);
   const Affine affine{gamma.data(), beta.data()};
-  std::vector<double> sums(std::size_t(4 * channels) + 1);
-  double *sum_grad = sums.data(), *sum_grad_x_hat = sum_grad + channels;
+  const std::unique_ptr<double[]> sums(new double[std::size_t(4 * channels) + 1]);
+  double *sum_grad = sums.get(), *sum_grad_x_hat = sum_grad + channels;
   double *part = g.number == 1 ? sum_grad : sum_grad_x_hat + channels;
+  if (part != sum_grad) std::fill_n(sum_grad, 2 * channels, 0.0);
   for (index k = 0; k < g.number; ++k) {
     const OfGroup s(statistics, channels, k);
     const double count = measured && channels ? row(statistics, channels, k, count_row)[0] : 0;
@@ -175,25 +178,21 @@ void layer_backward(const Array& grad_y, const Array& x, const Array& y,
     if (part != sum_grad)
       for (index c = 0; c < 2 * channels; ++c) sum_grad[c] += part[c];
   }
-  for (index c = 0; c < channels; ++c) {
-    if (grad_gamma) set(grad_gamma, c, sum_grad_x_hat[c]);
-    if (grad_beta) set(grad_beta, c, sum_grad[c]);
-  }
+  write(grad_gamma, sum_grad_x_hat);
+  write(grad_beta, sum_grad);
 }
 
 index given_statistics(const Array& mean, const Array& var, double* statistics) {
   const index channels = mean.shape[0];
-  index negative = -1;
-  for (index c = 0; c < channels; ++c) {
-    const double v = value(var, c);
-    row(statistics, channels, 0, count_row)[c] = 1;
-    row(statistics, channels, 0, mean_row)[c] = value(mean, c);
-    row(statistics, channels, 0, mean_low_row)[c] = 0;
-    row(statistics, channels, 0, m2_row)[c] = v;
-    row(statistics, channels, 0, dof_row)[c] = 0;
-    if (v < 0 && negative < 0) negative = c;
-  }
-  return negative;
+  const auto part = [&](int r) { return row(statistics, channels, 0, r); };
+  std::fill_n(part(count_row), channels, 1.0);
+  read(mean, part(mean_row));
+  std::fill_n(part(mean_low_row), channels, 0.0);
+  read(var, part(m2_row));
+  std::fill_n(part(dof_row), channels, 0.0);
+  for (index c = 0; c < channels; ++c)
+    if (part(m2_row)[c] < 0) return c;
+  return -1;
 }
 
 void merge(Part a, Part b, index channels, double* mean, double* m2) {

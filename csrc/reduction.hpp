@@ -136,10 +136,10 @@ void reduce_rows(const Job& job, const Block& b, double* out1, double* out2) {
 }
 
 // `Tile` vectors of channels side by side from c on, over some rows (`Rows`, or `rows` where that is
-// zero), added to sum1 and sum2. `n` channels exist, if `Part`.
+// zero), added to sum1 and sum2, or written there if they begin. `n` channels exist, if `Part`.
 template <class R, class T, int Tile, int Rows, bool Part>
 BN_INLINE void reduce_tile(const Job& job, const OfColumns<typename R::Values>& table,
-                           Pointers<T> p, index rows, index ahead, index c, index n,
+                           Pointers<T> p, index rows, index ahead, index c, index n, bool begins,
                            typename R::S* sum1, typename R::S* sum2) {
   using S = typename R::S;
   using V = typename R::V;
@@ -150,8 +150,8 @@ BN_INLINE void reduce_tile(const Job& job, const OfColumns<typename R::Values>& 
   BN_UNROLL
   for (int t = 0; t < Tile; ++t) {
     table.get(c + t * N, r[t].k);
-    first[t] = load<S, N>(sum1 + t * N);
-    second[t] = load<S, N>(sum2 + t * N);
+    first[t] = begins ? V{} : load<S, N>(sum1 + t * N);
+    second[t] = begins ? V{} : load<S, N>(sum2 + t * N);
   }
   BN_UNROLL
   for (index i = 0; i < (Rows ? Rows : rows); ++i, p.next_row(job)) {
@@ -178,38 +178,43 @@ template <class R, class T>
 void reduce_columns(const Job& job, const Block& b, double* out1, double* out2) {
   using S = typename R::S;
   constexpr int N = R::N, tile = 4;
-  constexpr index few = 4;
   const OfColumns<typename R::Values> table(job, b.channel_begin,
                                                    b.channel_end - b.channel_begin);
   alignas(64) S sum1[held + N], sum2[held + N];
-  const index run = R::runs ? run_length : b.inner_end - b.inner_begin;
+  // Of the gradients' sums 1e-5 is promised, of statistics 1e-6.
+  const index run = !R::runs ? b.inner_end - b.inner_begin : R::reads_grad ? 2 * run_length : run_length;
   for (index c0 = b.channel_begin; c0 < b.channel_end; c0 += held) {
     const index width = smaller(held, b.channel_end - c0), at = c0 - b.channel_begin;
     const bool narrow = width <= tile * N;  // registers hold the sums of a run
-    // Rows that tiles pass over together: few, as hardware follows few streams; but where sums are
-    // float64, as many as the first-level cache holds.
-    const index together = narrow ? run : R::runs ? few : 16 + 8192 / width;
+    // Rows that tiles pass over together: few, as hardware follows few streams from afar; but where
+    // sums are float64, as many as the first-level cache holds.
+    const index together = narrow ? run : !R::runs ? 16 + 8192 / width : job.far ? 2 : 4;
     const index ahead = narrow ? 0 : R::runs ? rows_ahead(job, 16384) : job.far ? together : 0;
     for (index o = b.outer_begin; o < b.outer_end; ++o)
       for (index i0 = b.inner_begin; i0 < b.inner_end; i0 += run) {
         const index i1 = smaller(b.inner_end, i0 + run);
-        for (index c = 0; c < width + N; ++c) sum1[c] = sum2[c] = 0;
         for (index i = i0; i < i1; i += together) {
           const index rows = smaller(together, i1 - i);
           auto add = [&](auto tiled, auto fixed, auto part, index c, index n) {
             reduce_tile<R, T, decltype(tiled)::value, decltype(fixed)::value, decltype(part)::value>(
-                job, table, Pointers<T>(job, o, i, c0 + c), rows, ahead, at + c, n, sum1 + c,
-                sum2 + c);
+                job, table, Pointers<T>(job, o, i, c0 + c), rows, ahead, at + c, n, i == i0,
+                sum1 + c, sum2 + c);
           };
-          using Few = std::integral_constant<int, few>;
+          using Two = std::integral_constant<int, 2>;
+          using Four = std::integral_constant<int, 4>;
           using Any = std::integral_constant<int, 0>;
           using One = std::integral_constant<int, 1>;
           using Tile = std::integral_constant<int, tile>;
           index c = 0;
-          if (rows == few)
-            for (; c + tile * N <= width; c += tile * N) add(Tile{}, Few{}, std::false_type{}, c, N);
+          auto tiles = [&](auto fixed) {
+            for (; c + tile * N <= width; c += tile * N) add(Tile{}, fixed, std::false_type{}, c, N);
+          };
+          if (R::runs && rows == 4)
+            tiles(Four{});
+          else if (R::runs && rows == 2)
+            tiles(Two{});
           else
-            for (; c + tile * N <= width; c += tile * N) add(Tile{}, Any{}, std::false_type{}, c, N);
+            tiles(Any{});
           for (; c + N <= width; c += N) add(One{}, Any{}, std::false_type{}, c, N);
           if (c < width) add(One{}, Any{}, std::true_type{}, c, width - c);
         }
