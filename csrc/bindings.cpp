@@ -519,29 +519,20 @@ nb::object quick_inference(nb::handle x, nb::handle mean, nb::handle var, nb::ha
   if (!vector(mean, channels, false, &am) || !vector(var, channels, false, &av) ||
       !vector(gamma, channels, true, &ag) || !vector(beta, channels, true, &ab))
     return nb::none();
-  std::vector<double> local;
-  nb::object statistics;
-  double* s;
-  if (keep) {
-    statistics = empty(nb::make_tuple(1, int(bn::statistics_rows), channels), &as);
-    s = reinterpret_cast<double*>(as.data);
-  } else {
-    local.resize(std::size_t(bn::statistics_rows * channels));
-    s = local.data();
-  }
-  bn::given_statistics(am, av, s);
-  const double *means = s + bn::mean_row * channels, *vars = s + bn::m2_row * channels;
-  int good = 1;
-  for (index c = 0; c < channels; ++c)
-    good &= int(std::fabs(means[c]) <= DBL_MAX) & int(vars[c] >= 0) & int(vars[c] <= DBL_MAX) &
-            int(vars[c] + eps > 0);
-  if (!good) return nb::none();
+  if (bn::has_bad_statistics(am, av, eps)) return nb::none();
   nb::object y = like(x, &ay);
+  if (!keep) {
+    const ReleasedFrom released(values_of(ax));
+    bn::layer_inference(ax, ay, axis, eps, am, av, {ag, ab}, {});
+    return y;
+  }
+  nb::object statistics = empty(nb::make_tuple(1, int(bn::statistics_rows), channels), &as);
+  double* s = reinterpret_cast<double*>(as.data);
+  bn::given_statistics(am, av, s);
   {
     const ReleasedFrom released(values_of(ax));
     bn::layer_normalize(ax, {}, {}, ay, axis, eps, {ag, ab}, {}, {}, s);
   }
-  if (!keep) return y;
   return nb::make_tuple(y, statistics, axis);
 }
 
@@ -626,25 +617,31 @@ nb::object tensor_like(nb::handle x, const Array& a, bool gradient, Array* to) {
 }
 
 // y, and the statistics by which it was normalized: those of x, or the given ones, which are checked
-// in any case.
+// in any case. `keep`: the given ones are needed later; otherwise None is returned in their place.
 nb::object quick_tensor_forward(nb::handle x, nb::handle mean, nb::handle var, nb::handle weight,
-                                nb::handle bias, bool training, double eps, index group_size,
-                                int activation, double slope) {
+                                nb::handle bias, bool training, bool keep, double eps,
+                                index group_size, int activation, double slope) {
   LayerArrays a;
   Array y, s;
-  if (!(eps > 0) || group_size || !a.read(x, mean, var, weight, bias) || (!training && !a.mean)) return nb::none();
-  nb::object statistics = empty(nb::make_tuple(1, int(bn::statistics_rows), a.channels), &s);
-  double* to = reinterpret_cast<double*>(s.data);
-  if (!training && bn::given_statistics(a.mean, a.var, to) >= 0) return nb::none();
-  nb::object result = tensor_like(x, a.x, false, &y);
+  if (!(eps > 0) || group_size || !a.read(x, mean, var, weight, bias) ||
+      (!training && (!a.mean || bn::negative_variance(a.var) >= 0)))
+    return nb::none();
   const bn::Parameters parameters{a.weight, a.bias};
   const bn::Epilogue epilogue{bn::Activation(activation), slope};
-  {
+  nb::object result = tensor_like(x, a.x, false, &y), statistics = nb::none();
+  if (!training && !keep) {
     const ReleasedFrom released(values_of(a.x));
-    if (training)
+    bn::layer_inference(a.x, y, 1, eps, a.mean, a.var, parameters, epilogue);
+  } else {
+    statistics = empty(nb::make_tuple(1, int(bn::statistics_rows), a.channels), &s);
+    double* to = reinterpret_cast<double*>(s.data);
+    const ReleasedFrom released(values_of(a.x));
+    if (training) {
       bn::layer_forward(a.x, {}, {}, y, 1, eps, parameters, epilogue, {}, to);
-    else
+    } else {
+      bn::given_statistics(a.mean, a.var, to);
       bn::layer_normalize(a.x, {}, {}, y, 1, eps, parameters, epilogue, {}, to);
+    }
   }
   return nb::make_tuple(result, statistics);
 }
@@ -811,7 +808,7 @@ NB_MODULE(_core, m) {
         "address"_a, "shape"_a, "strides"_a);
 
   m.def("quick_tensor_forward", &quick_tensor_forward, "x"_a, "mean"_a.none(), "var"_a.none(),
-        "weight"_a.none(), "bias"_a.none(), "training"_a, "eps"_a,
+        "weight"_a.none(), "bias"_a.none(), "training"_a, "keep"_a, "eps"_a,
         "group_size"_a, "activation"_a, "slope"_a);
   m.def("quick_tensor_backward", &quick_tensor_backward, "grad_y"_a, "x"_a, "statistics"_a,
         "weight"_a.none(), "bias"_a.none(), "measured"_a, "need_x"_a, "need_weight"_a,

@@ -2,6 +2,7 @@
 // accuracy. The loops over elements are in bodies.hpp.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -32,9 +33,11 @@ struct Partition {
   index outer_step, inner_step, outer_chunks, inner_chunks, channel_step, channel_blocks;
 
   Partition(const Layout& l, index channel_step_) : channel_step(channel_step_) {
-    const index target = l.rows ? rows_chunk
-                                : std::min<index>(4096, std::max<index>(64, columns_chunk /
-                                                                                l.channels));
+    // Of columns, so few rows that small arrays have work for several threads, and so many that the
+    // partial sums of large ones remain few.
+    const index of_columns = std::max(columns_chunk / l.channels, l.inners / 128);
+    const index target =
+        l.rows ? rows_chunk : std::min<index>(4096, std::max<index>(16, of_columns));
     inner_step = l.inners > target ? target : l.inners;
     outer_step = inner_step < l.inners ? 1 : std::max<index>(1, target / l.inners);
     outer_chunks = ceil_div(l.outers, outer_step);
@@ -71,7 +74,8 @@ index fits_float32(double v) {
 }
 
 // Each thread has a stretch of neighbouring tasks: dealt out one by one, the cores would take turns on
-// neighbouring memory. A thread that is done early, another being held up, helps out. `backwards`:
+// neighbouring memory. A thread that is done early, another being held up, helps out; but the call ends
+// with the last thread, even if that one found nothing left to do. `backwards`:
 // from the end of each stretch, where an earlier pass over the same tasks ended and the cache still
 // holds what it read.
 template <class Body>
@@ -92,6 +96,7 @@ void parallel(index tasks, index values, bool backwards, const Body& body) {
     stretches[k].next.store(stretches[k].begin, std::memory_order_relaxed);
     stretches[k].end = tasks * (k + 1) / wanted;
   }
+  std::chrono::steady_clock::time_point done;
 #pragma omp parallel num_threads(wanted)
   {
     const int first = omp_get_thread_num();
@@ -101,9 +106,34 @@ void parallel(index tasks, index values, bool backwards, const Body& body) {
       while ((t = s.next.fetch_add(1, std::memory_order_relaxed)) < s.end)
         body(backwards ? s.begin + s.end - 1 - t : t);
     }
+    if (first == 0) done = std::chrono::steady_clock::now();
   }
+  waited_for_threads(std::chrono::steady_clock::now() - done);
 #endif
 }
+
+// Uninitialised numbers for the duration of a call. Many of them come from the pool of outputs: the
+// allocator would have the system map, and clear, as much memory anew for each call.
+class Scratch {
+ public:
+  explicit Scratch(index n) : pooled_(n * index(sizeof(double)) >= (64 << 10)) {
+    const std::size_t bytes = std::size_t(n) * sizeof(double);
+    data_ = static_cast<double*>(pooled_ ? take_block(bytes) : ::operator new(bytes));
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    if (pooled_)
+      give_block(data_);
+    else
+      ::operator delete(data_);
+  }
+  double* get() const { return data_; }
+
+ private:
+  bool pooled_;
+  double* data_;
+};
 
 // One call on its way through the kernels.
 class Call {
@@ -231,14 +261,22 @@ class Call {
     };
     auto coefficients = [&](index c0, index c1) {
       for (index c = c0; c < c1; ++c) inv_std_[c] = 1 / std::sqrt(m2[c] / count + eps);
-      normalizing(c0, c1, affine);
+      normalizing(c0, c1, from(c0, affine));
     };
     run(isa_.reduce_moments, apply ? isa_.apply_forward : nullptr, begin, finish, coefficients);
   }
 
-  void normalize(const Statistics& s, const Affine& affine) {
-    statistics(s);
-    auto coefficients = [&](index c0, index c1) { normalizing(c0, c1, affine); };
+  void normalize(double eps, const ValuesOf& values_of) {
+    auto coefficients = [&](index c0, index c1) {
+      Values v;
+      double inv_std[Values::most];
+      for (index b0 = c0; b0 < c1; b0 += Values::most) {
+        const index n = std::min(Values::most, c1 - b0);
+        values_of(b0, n, v);
+        for (index i = 0; i < n; ++i) inv_std[i] = 1 / std::sqrt(v.var[i] + eps);
+        normalizing(b0, b0 + n, {v.mean, v.mean_low, inv_std, v.gamma, v.beta});
+      }
+    };
     run(nullptr, isa_.apply_forward, nothing, nothing, coefficients);
   }
 
@@ -249,7 +287,7 @@ class Call {
     job_.batch_statistics = count > 0;
     // The sign of z decides what an activation lets through, so z must be what the forward pass
     // computed: the same coefficients, at the same width.
-    normalizing(0, channels(), affine);
+    normalizing(0, channels(), from(0, affine));
     auto finish = [&](index c0, index c1) {
       const double *first = first_, *second = second_, *inv_std = inv_std_, *center = shift_;
       index finite = 1;
@@ -282,7 +320,8 @@ class Call {
           all_fit &= fits_float32(tilt[c]);
         }
         for (index c = c0; c < c1 && (any_wide_ || !all_fit); ++c)
-          if (wide_[std::size_t(c)] || !fits_float32(tilt[c])) normalizing_in_float64(c, affine);
+          if (wide_[std::size_t(c)] || !fits_float32(tilt[c]))
+            normalizing_in_float64(c, 0, from(c, affine));
         for (index c = c0; c < c1; ++c)
           level[c] = sum_grad[c] * per - rest_of_mean(c) * tilt[c];
       }
@@ -319,7 +358,7 @@ class Call {
       });
       const index c = channels();
       // Each task writes its part of it; zeros first would be one more pass.
-      const std::unique_ptr<double[]> partial(new double[std::size_t(p.chunks() * c * 2)]);
+      const Scratch partial(p.chunks() * c * 2);
       const index tasks = p.chunks() * p.channel_blocks;
       parallel(tasks, values_, false, [&](index t) {
         const index chunk = t / p.channel_blocks;
@@ -332,8 +371,8 @@ class Call {
         for (index at = b.channel_begin; at < b.channel_end; ++at) first_[at] = second_[at] = 0;
         for (index chunk = 0; chunk < p.chunks(); ++chunk)
           for (index at = b.channel_begin; at < b.channel_end; ++at) {
-            first_[at] += partial[std::size_t(chunk * 2 * c + at)];
-            second_[at] += partial[std::size_t(chunk * 2 * c + c + at)];
+            first_[at] += partial.get()[chunk * 2 * c + at];
+            second_[at] += partial.get()[chunk * 2 * c + c + at];
           }
         finish(b.channel_begin, b.channel_end);
       });
@@ -350,7 +389,7 @@ class Call {
   void run_fused(const Partition& p, Reduce reduce, Apply apply, const Begin& begin,
                  const Finish& finish, const CoefficientsOf& coefficients) {
     const index step = p.channel_step;
-    const std::unique_ptr<double[]> partial(new double[std::size_t(p.channel_blocks * step * 2)]);
+    const Scratch partial(p.channel_blocks * step * 2);
     parallel(p.channel_blocks, values_, false, [&](index k) {
       const Block whole = p.block(layout_, 0, k);
       const index c0 = whole.channel_begin, c1 = whole.channel_end;
@@ -513,38 +552,51 @@ class Call {
   // What is left of the mean once shift_ has its leading digits.
   double rest_of_mean(index c) const { return (mean_[c] - shift_[c]) + mean_low(c); }
 
+  // Values of the channels from some c0 on, of which mean_low, gamma and beta may be null.
+  struct Normalizing {
+    const double *mean, *mean_low, *inv_std, *gamma, *beta;
+    double low(index i) const { return mean_low ? mean_low[i] : 0; }
+    double shift_of_z(index i) const { return beta ? beta[i] : 0; }
+  };
+  Normalizing from(index c0, const Affine& a) const {
+    return {mean_ + c0, mean_low_ ? mean_low_ + c0 : nullptr, inv_std_ + c0,
+            a.gamma ? a.gamma + c0 : nullptr, a.beta ? a.beta + c0 : nullptr};
+  }
+
   // z = (x - shift) * scale + offset, with a shift that float32 holds exactly where the last step
-  // runs in it.
-  void normalizing(index c0, index c1, const Affine& affine) {
+  // runs in it; what is left of the mean is in the offset.
+  void normalizing(index c0, index c1, const Normalizing& of) {
     const bool narrow = job_.dtype != DType::f64 && !job_.weights.data;
-    double *shift = shift_, *scale = scale_, *offset = offset_;
-    for (index c = c0; c < c1; ++c) shift[c] = narrow ? double(float(mean_[c])) : mean_[c];
-    if (affine.gamma)
-      for (index c = c0; c < c1; ++c) scale[c] = affine.gamma[c] * inv_std_[c];
+    double *shift = shift_ + c0, *scale = scale_ + c0, *offset = offset_ + c0;
+    const index n = c1 - c0;
+    for (index i = 0; i < n; ++i) shift[i] = narrow ? double(float(of.mean[i])) : of.mean[i];
+    if (of.gamma)
+      for (index i = 0; i < n; ++i) scale[i] = of.gamma[i] * of.inv_std[i];
     else
-      for (index c = c0; c < c1; ++c) scale[c] = inv_std_[c];
-    for (index c = c0; c < c1; ++c)
-      offset[c] = (affine.beta ? affine.beta[c] : 0) - rest_of_mean(c) * scale[c];
+      for (index i = 0; i < n; ++i) scale[i] = of.inv_std[i];
+    for (index i = 0; i < n; ++i)
+      offset[i] = of.shift_of_z(i) - ((of.mean[i] - shift[i]) + of.low(i)) * scale[i];
     if (!narrow) return;
     std::fill(wide_.begin() + c0, wide_.begin() + c1, char(0));
     index all_fit = 1;  // as almost always
-    for (index c = c0; c < c1; ++c) {
-      const double a = std::fabs(scale[c]), m = std::fabs(mean_[c]);
+    for (index i = 0; i < n; ++i) {
+      const double a = std::fabs(scale[i]), m = std::fabs(of.mean[i]);
       all_fit &= index(m < 1e30) & index(a < 1e30) & index(a > 1e-30);
     }
     if (all_fit) return;
-    for (index c = c0; c < c1; ++c) {
+    for (index i = 0; i < n; ++i) {
       // What is not finite is so at either width.
-      const bool fits = (!(std::fabs(mean_[c]) >= 1e30) | std::isinf(mean_[c])) &
-                        fits_float32(scale[c]);
-      if (!fits) normalizing_in_float64(c, affine);
+      const bool fits = (!(std::fabs(of.mean[i]) >= 1e30) | std::isinf(of.mean[i])) &
+                        fits_float32(scale[i]);
+      if (!fits) normalizing_in_float64(c0, i, of);
     }
   }
 
-  void normalizing_in_float64(index c, const Affine& affine) {
+  void normalizing_in_float64(index c0, index i, const Normalizing& of) {
+    const index c = c0 + i;
     mark_wide(c);
-    shift_[c] = mean_[c];
-    offset_[c] = (affine.beta ? affine.beta[c] : 0) - rest_of_mean(c) * scale_[c];
+    shift_[c] = of.mean[i];
+    offset_[c] = of.shift_of_z(i) - of.low(i) * scale_[c];
   }
 
   void mark_wide(index c) {
@@ -642,11 +694,28 @@ Count forward(const Array& x, const Array& residual, const Array& weights, const
 }
 
 void normalize(const Array& x, const Array& residual, const Array& weights, const Array& y,
-               int axis, const Statistics& s, const Affine& affine, const Epilogue& epilogue) {
+               int axis, double eps, const ValuesOf& values_of, const Epilogue& epilogue) {
   if (empty(x)) return;
   Call call(x, none, residual, weights, y, none, axis, epilogue);
-  call.normalize(s, affine);
+  call.normalize(eps, values_of);
   call.write_back();
+}
+
+void normalize(const Array& x, const Array& residual, const Array& weights, const Array& y,
+               int axis, const Statistics& s, const Affine& affine, const Epilogue& epilogue) {
+  normalize(x, residual, weights, y, axis, s.eps, [&](index c, index n, Values& v) {
+    const auto fill = [=](double* to, const double* from, double otherwise) {
+      if (from)
+        std::copy_n(from + c, n, to);
+      else
+        std::fill_n(to, n, otherwise);
+    };
+    fill(v.mean, s.mean, 0);
+    fill(v.mean_low, s.mean_low, 0);
+    fill(v.var, s.var, 1);
+    fill(v.gamma, affine.gamma, 1);
+    fill(v.beta, affine.beta, 0);
+  }, epilogue);
 }
 
 void backward_sums(const Array& grad_y, const Array& x, const Array& y,

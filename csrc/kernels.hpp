@@ -23,6 +23,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -76,6 +77,14 @@ struct Statistics {
   double eps = 0;
 };
 
+// Of some channels that follow one another.
+struct Values {
+  static constexpr index most = 256;
+  double mean[most], mean_low[most], var[most], gamma[most], beta[most];
+};
+// Writes those of n channels from c on.
+using ValuesOf = std::function<void(index c, index n, Values&)>;
+
 // How many values a channel has: `count` is their number, or the sum of their weights; `dof`, the
 // degrees of freedom of their variance, is count - 1, or with weights Σw - Σw²/Σw. Then m2 / dof is
 // the mean of (x_i - x_j)²/2 over pairs of values, each pair weighted by w_i w_j: it does not depend
@@ -92,6 +101,9 @@ Count moments(const Array& x, const Array& weights, int channel_axis, double* me
 
 void normalize(const Array& x, const Array& residual, const Array& weights, const Array& y,
                int channel_axis, const Statistics&, const Affine&, const Epilogue&);
+// The same with values that are asked for in pieces: a layer's are converted while they are at hand.
+void normalize(const Array& x, const Array& residual, const Array& weights, const Array& y,
+               int channel_axis, double eps, const ValuesOf&, const Epilogue&);
 
 Count forward(const Array& x, const Array& residual, const Array& weights, const Array& y,
                int channel_axis, double eps, const Affine&, const Epilogue&, double* mean,

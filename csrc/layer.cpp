@@ -2,6 +2,7 @@
 #include "layer.hpp"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <memory>
 #include <type_traits>
@@ -30,11 +31,13 @@ void elements(const Array& a, Visit visit) {
   }
 }
 
-void read(const Array& a, double* to) {
+void read(const Array& a, index first, index n, double* to) {
   elements(a, [&](auto* p, auto step) {
-    for (index c = 0; c < a.shape[0]; ++c) to[c] = widen(p[c * step]);
+    for (index c = 0; c < n; ++c) to[c] = widen(p[(first + c) * step]);
   });
 }
+
+void read(const Array& a, double* to) { read(a, 0, a.shape[0], to); }
 
 void write(const Array& a, const double* from) {
   if (!a) return;
@@ -151,6 +154,48 @@ void layer_normalize(const Array& x, const Array& residual, const Array& weights
   }
 }
 
+void layer_inference(const Array& x, const Array& y, int axis, double eps, const Array& mean,
+                     const Array& var, const Parameters& p, const Epilogue& epilogue) {
+  normalize(x, {}, {}, y, axis, eps, [&](index c, index n, Values& v) {
+    read(mean, c, n, v.mean);
+    std::fill_n(v.mean_low, n, 0.0);
+    read(var, c, n, v.var);
+    if (p.gamma)
+      read(p.gamma, c, n, v.gamma);
+    else
+      std::fill_n(v.gamma, n, 1.0);
+    if (p.beta)
+      read(p.beta, c, n, v.beta);
+    else
+      std::fill_n(v.beta, n, 0.0);
+  }, epilogue);
+}
+
+bool has_bad_statistics(const Array& mean, const Array& var, double eps) {
+  index good = 1;
+  elements(mean, [&](auto* p, auto step) {
+    for (index c = 0; c < mean.shape[0]; ++c) good &= index(std::fabs(widen(p[c * step])) <= DBL_MAX);
+  });
+  elements(var, [&](auto* p, auto step) {
+    for (index c = 0; c < var.shape[0]; ++c) {
+      const double v = widen(p[c * step]);
+      good &= index(v >= 0) & index(v <= DBL_MAX) & index(v + eps > 0);
+    }
+  });
+  return !good;
+}
+
+index negative_variance(const Array& var) {
+  index negative = -1;
+  elements(var, [&](auto* p, auto step) {
+    index any = 0;
+    for (index c = 0; c < var.shape[0]; ++c) any |= index(widen(p[c * step]) < 0);
+    for (index c = var.shape[0]; any && c-- > 0;)
+      if (widen(p[c * step]) < 0) negative = c;
+  });
+  return negative;
+}
+
 void layer_backward(const Array& grad_y, const Array& x, const Array& y,
                     const Array& weights, const Array& grad_x, const Array& grad_residual,
                     int axis, double eps, const Parameters& p, const Epilogue& epilogue, Groups g,
@@ -190,9 +235,7 @@ index given_statistics(const Array& mean, const Array& var, double* statistics) 
   std::fill_n(part(mean_low_row), channels, 0.0);
   read(var, part(m2_row));
   std::fill_n(part(dof_row), channels, 0.0);
-  for (index c = 0; c < channels; ++c)
-    if (part(m2_row)[c] < 0) return c;
-  return -1;
+  return negative_variance(var);
 }
 
 void merge(Part a, Part b, index channels, double* mean, double* m2) {

@@ -28,6 +28,10 @@ void layer_normalize(const Array& x, const Array& residual, const Array& weights
                      int channel_axis, double eps, const Parameters&, const Epilogue&, Groups,
                      const double* statistics);
 
+// `layer_normalize` by a given mean and variance, (C,) of any type, without keeping statistics.
+void layer_inference(const Array& x, const Array& y, int channel_axis, double eps,
+                     const Array& mean, const Array& var, const Parameters&, const Epilogue&);
+
 // `measured`: the statistics are those of x, so its gradient includes them. grad_x and grad_residual
 // may be absent; grad_gamma and grad_beta are (C,) of any type, or absent.
 void layer_backward(const Array& grad_y, const Array& x, const Array& y,
@@ -35,6 +39,10 @@ void layer_backward(const Array& grad_y, const Array& x, const Array& y,
                     int channel_axis, double eps, const Parameters&, const Epilogue&, Groups,
                     const double* statistics, bool measured, const Array& grad_gamma,
                     const Array& grad_beta);
+
+// Whether a variance is negative, NaN or infinite, or var + eps zero, or a mean NaN or infinite.
+bool has_bad_statistics(const Array& mean, const Array& var, double eps);
+index negative_variance(const Array& var);  // the first channel that has one, or -1
 
 // Statistics that do not depend on x. Returns the first channel with a negative variance, or -1.
 index given_statistics(const Array& mean, const Array& var, double* statistics);

@@ -85,6 +85,7 @@ void use_instruction_set(const std::string& name) {
 namespace {
 
 std::atomic<bool> forked{false};
+std::atomic<std::chrono::steady_clock::rep> alone_until{0};
 
 std::mutex& pool_mutex() {
   static std::mutex m;
@@ -112,16 +113,23 @@ bool has_openmp() {
 #endif
 }
 
-int usable_threads() {
+int threads() {
 #ifdef _OPENMP
-  if (forked || omp_in_parallel()) return 1;
-  return omp_get_max_threads();
-#else
-  return 1;
+  if (!forked && !omp_in_parallel()) return omp_get_max_threads();
 #endif
+  return 1;
 }
 
-int threads() { return usable_threads(); }
+int usable_threads() {
+  const auto until = alone_until.load(std::memory_order_relaxed);
+  if (until && std::chrono::steady_clock::now().time_since_epoch().count() < until) return 1;
+  return threads();
+}
+
+void waited_for_threads(std::chrono::steady_clock::duration wait) {
+  if (wait < std::chrono::milliseconds(2)) return;  // longer than any task
+  alone_until = (std::chrono::steady_clock::now() + 30 * wait).time_since_epoch().count();
+}
 
 // ---- cache --------------------------------------------------------------------------------------
 

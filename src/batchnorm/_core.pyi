@@ -159,6 +159,7 @@ def quick_tensor_forward(
     weight: Any,
     bias: Any,
     training: bool,
+    keep: bool,
     eps: float,
     group_size: int,
     activation: int,

@@ -155,7 +155,7 @@ class PlainFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: PlainCall
     ) -> Any:
         y, call.statistics = native.plain(
-            x, call.running_mean, call.running_var, weight, bias, call.measured, call.config
+            x, call.running_mean, call.running_var, weight, bias, call.measured, True, call.config
         )
         ctx.save_for_backward(x, weight, bias)
         ctx.call = call

@@ -163,7 +163,7 @@ def normalize(
                 y = autograd.apply_plain(x, weight, bias, plain)
                 statistics = plain.statistics
             else:
-                y, statistics = native.plain(x, *vectors, training, config)
+                y, statistics = native.plain(x, *vectors, training, False, config)
             return y, statistics if training else None
         except native.NotPlainError:
             pass

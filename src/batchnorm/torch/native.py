@@ -29,7 +29,7 @@ FormatOf = Callable[[Tensor], torch.memory_format]
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 # Above this many bytes outputs come from the core's pool, whose pages are already mapped.
-_POOLED_BYTES = 1 << 18
+_POOLED_BYTES = 1 << 22
 
 
 def supports(*tensors: Tensor | None) -> bool:
@@ -51,9 +51,12 @@ def plain(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
+    keep: bool,
     config: Config,
-) -> tuple[Tensor, Statistics]:
+) -> tuple[Tensor, Statistics | None]:
     """All of a call without residual, mask and groups: checked and normalized in one crossing.
+
+    Without `keep`, given statistics are not returned.
 
     Raises
     ------
@@ -61,10 +64,10 @@ def plain(
         These are not dense CPU tensors whose shapes fit, with more than one value per channel, or
         a given variance is negative. Nothing has changed.
     """
-    found: tuple[Tensor, Statistics] | None
+    found: tuple[Tensor, Statistics | None] | None
     try:
         found = _core.quick_tensor_forward(
-            x, running_mean, running_var, weight, bias, training, *config
+            x, running_mean, running_var, weight, bias, training, keep, *config
         )
     except (BufferError, RuntimeError, ValueError):  # tensors without memory
         found = None
