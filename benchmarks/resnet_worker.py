@@ -63,7 +63,7 @@ class Case:
 def make_model(provider: str, *, channels_last: bool, seed: int) -> Any:
     """ResNet-18 as the provider has it, in training mode, with weights that depend on the seed."""
     import torch
-    from resnet18 import ResNet18
+    from networks import ResNet18
 
     torch.manual_seed(seed)
     model = ResNet18()

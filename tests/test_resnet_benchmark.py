@@ -16,9 +16,9 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.fixture
-def resnet18(monkeypatch: pytest.MonkeyPatch) -> Any:
+def networks(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("resnet18")
+    return importlib.import_module("networks")
 
 
 @pytest.fixture
@@ -48,13 +48,13 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 # --- the network ----------------------------------------------------------------------------------
 
 
-def test_network_has_as_many_parameters_as_torchvisions(resnet18: Any) -> None:
+def test_network_has_as_many_parameters_as_torchvisions(networks: Any) -> None:
     # https://pytorch.org/vision/stable/models/generated/torchvision.models.resnet18.html
-    assert sum(p.numel() for p in resnet18.ResNet18().parameters()) == 11_689_512
+    assert sum(p.numel() for p in networks.ResNet18().parameters()) == 11_689_512
 
 
-def test_network_names_its_parts_as_torchvisions(resnet18: Any) -> None:
-    names = list(resnet18.ResNet18().state_dict())
+def test_network_names_its_parts_as_torchvisions(networks: Any) -> None:
+    names = list(networks.ResNet18().state_dict())
     # 20 convolutions, 20 batch norms of 5 tensors each, and the linear layer's two.
     assert len(names) == 20 + 20 * 5 + 2
     assert {
@@ -69,9 +69,9 @@ def test_network_names_its_parts_as_torchvisions(resnet18: Any) -> None:
     assert "layer1.0.downsample.0.weight" not in names
 
 
-def test_network_gives_a_score_for_every_class(resnet18: Any) -> None:
+def test_network_gives_a_score_for_every_class(networks: Any) -> None:
     with torch.no_grad():
-        assert resnet18.ResNet18()(torch.zeros(2, 3, 40, 33)).shape == (2, 1000)
+        assert networks.ResNet18()(torch.zeros(2, 3, 40, 33)).shape == (2, 1000)
 
 
 # --- what is measured -----------------------------------------------------------------------------
