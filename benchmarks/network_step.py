@@ -93,12 +93,14 @@ PASSES = (TRAINING, INFERENCE)
 FORMATS = ("contiguous", "channels_last")
 DTYPES = ("float32", "bfloat16")
 
-#: Instruction set to the environment that keeps batchnorm, PyTorch and oneDNN to it.
+#: Instruction set to the environment that keeps batchnorm, PyTorch and oneDNN to it. torch.compile
+#: would take what it has compiled for another one from its cache, and crash at times.
 ISA = {
     "avx2": {
         "BATCHNORM_ISA": "avx2",
         "ATEN_CPU_CAPABILITY": "avx2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
     }
 }
 
