@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.bench.environment import describe, disturbance, noting_others, resolve_threads
-from batchnorm.bench.report import WIDE, cells, make_table
+from batchnorm.bench.report import cells, make_table
 from batchnorm.bench.rows import prepare_directory, write
 from batchnorm.bench.worker import WorkerError
 from batchnorm.errors import ArgumentError, BatchNormError
@@ -73,8 +73,8 @@ def show(rows: Sequence[Any], columns: Mapping[str, str], *, title: str | None =
         table.add_row(*cells(row, columns.values()))
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        # A file or a pipe has no width, for which rich assumes 80.
-        console.width = max(console.width, WIDE)
+        # A file or a pipe has no width, for which rich assumes 80. No table is as wide as this.
+        console.width = 200
     console.print(table)
 
 

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any
 
 import command
-from resnet18 import ResNet18
+from networks import ResNet18
 
 from batchnorm.bench.rows import TimedRow, timed
 from batchnorm.bench.timing import interleave, sample

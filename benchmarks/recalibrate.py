@@ -92,7 +92,7 @@ class Way:
 
     def __init__(self, way: str) -> None:
         import torch
-        from resnet18 import ResNet18
+        from networks import ResNet18
 
         torch.set_num_threads(1)
         torch.manual_seed(0)

@@ -126,47 +126,74 @@ def speed() -> str:
     )
 
 
-def resnet_step() -> str:
-    """Training steps of a ResNet-18: `benchmarks/resnet_step.py`."""
-    rows, about = read("resnet_step"), read_about("resnet_step")
-    providers = list(dict.fromkeys(row.provider for row in rows))
+def network_step() -> str:
+    """Whole networks: `benchmarks/network_step.py`, and with ``--isa avx2`` where it was run."""
+    about, rows = read_about("network_step"), read("network_step")
+    if (RESULTS / "network_step_avx2.csv").exists():
+        rows += read("network_step_avx2")
+    rows = [row for row in rows if row.dtype == "float32"]
+    found: dict[tuple[str, str, str], dict[Any, list[float]]] = {}
+    for row in rows:
+        if row.provider != "torch eager" and row.ratio > 0:
+            group = found.setdefault((getattr(row, "pass"), row.provider, row.network), {})
+            group.setdefault((row.isa, row.threads), []).append(1 / row.ratio)
+    settings = list(dict.fromkeys((row.isa, row.threads) for row in rows))
+    mean = statistics.geometric_mean
 
-    def cell(row: Any) -> str:
-        text = f"{1 / row.ratio:.2f}" if row.status == "ok" else row.status
-        if row.provider == "torch eager":
-            text = f"{row.p50_ms / 1e3:.2f} s"
-        return f"{text}, {row.peak_bytes / 1e6:.0f} MB"
+    def cell(speedups: list[float] | None) -> str:
+        return f"{mean(speedups):.2f} ({min(speedups):.2f})" if speedups else "–"
 
+    lines = []
+    for pass_, provider in dict.fromkeys(key[:2] for key in found):
+        groups = {key[2]: group for key, group in found.items() if key[:2] == (pass_, provider)}
+        for name, group in groups.items():
+            lines.append([pass_, provider, name, *(cell(group.get(one)) for one in settings)])
+        means = [
+            [mean(group[one]) for group in groups.values() if one in group] for one in settings
+        ]
+        lines.append([pass_, provider, "all", *(f"{mean(m):.2f}" if m else "–" for m in means)])
     return markdown(
-        "Training steps of a ResNet-18 at 224×224. First column: seconds, others: times as fast as "
-        f"it, median of {about['rounds']} interleaved rounds; and peak memory. {about['cpu']}, "
-        f"{about['threads']} threads, PyTorch {about['versions']['torch']}.",
-        ["", *providers],
+        "Times as fast as PyTorch eager, geometric mean over batch sizes and memory formats, in "
+        "parentheses the worst of them; float32, images of 224×224. Median of "
+        f"{about['rounds']} interleaved rounds. {about['cpu']}, PyTorch "
+        f"{about['versions']['torch']}.",
         [
-            [f"{dtype}, batch {batch}, {form}", *(cell(found[name]) for name in providers)]
-            for (dtype, batch, form), found in by(rows, "dtype", "batch", "format").items()
+            *("", "provider", "network"),
+            *(f"{isa}, {threads} thread{'s' * (threads != 1)}" for isa, threads in settings),
         ],
+        lines,
+        words=3,
     )
 
 
-def resnet_profile() -> str:
-    """Where a step's time goes: `benchmarks/resnet_step.py --profile`."""
-    norms = ("batch norm forward", "batch norm backward", "relu", "add")
-    cases = by(read("resnet_profile"), "batch", "format", "provider", of="group")
+def network_profile() -> str:
+    """Where the time goes: `benchmarks/network_step.py --profile`."""
+    norms = ("batch norm forward", "batch norm backward", "relu", "add", "cat")
+    products = ("convolution forward", "convolution backward", "linear")
+    cases = by(read("network_profile"), "network", "pass", "format", "provider", of="group")
     lines = []
-    for (batch, form, provider), groups in cases.items():
-        step = groups.pop("step")
+    for (network, pass_, form, provider), groups in cases.items():
+        run = groups.pop("run")
         if not groups:  # torch.compile
             continue
-        ms = {group: row.ms for group, row in groups.items()}
-        convolutions = sum(value for group, value in ms.items() if group.startswith("convolution"))
-        normalization = sum(ms[group] for group in norms)
-        rest = sum(ms.values()) - convolutions - normalization
-        numbers = (convolutions, normalization, rest, step.ms, step.page_faults)
-        lines.append([f"batch {batch}, {form}", provider, *(f"{n:.0f}" for n in numbers)])
-    head = "|provider|convolutions|batch norm, ReLU, additions|the rest|by the clock|page faults"
+        sums = [sum(groups[g].ms for g in some if g in groups) for some in (products, norms)]
+        rest = sum(row.ms for row in groups.values()) - sum(sums)
+        numbers = (*sums, rest, run.ms)
+        lines.append(
+            [
+                f"{network}, {pass_}, {form}",
+                provider,
+                *(f"{n:.3g}" if n < 1000 else f"{n:.0f}" for n in numbers),
+                f"{run.page_faults:.0f}",
+            ]
+        )
+    head = (
+        "|provider|convolutions, linear|batch norm, ReLU, additions, cat|the rest|by the clock"
+        "|page faults"
+    )
     return markdown(
-        "Milliseconds of a step under torch.profiler, and by the clock without it.",
+        "Milliseconds of a training step or an inference under torch.profiler, and by the clock "
+        "without it.",
         head.split("|"),
         lines,
         words=2,
@@ -307,8 +334,8 @@ def gpu_step() -> str:
 #: Name of a table to the page that holds it and what makes it.
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "speed": ("README.md", speed),
-    "resnet_step": ("docs/torch.md", resnet_step),
-    "resnet_profile": ("docs/torch.md", resnet_profile),
+    "network_step": ("docs/torch.md", network_step),
+    "network_profile": ("docs/torch.md", network_profile),
     "small_calls": ("docs/torch.md", small_calls),
     "gpu_step": ("docs/torch.md", gpu_step),
     "sync_step": ("docs/howto/distributed.md", sync_step),

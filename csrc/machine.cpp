@@ -185,7 +185,7 @@ Pool& pool() {
 // glibc returns freed memory to the system above a threshold, which is twice the largest block freed
 // so far, of up to 32 MiB. Free such a block now, as a program with large arrays does sooner or later.
 // Otherwise gradients that the optimizer drops in every step would come back as fresh pages, which
-// the system has to clear; benchmarks/resnet_step.py --profile counts these page faults. No page of
+// the system has to clear; benchmarks/network_step.py --profile counts these page faults. No page of
 // the block is touched. Thresholds set by hand remain, and other allocators are not affected.
 void settle_allocator() {
 #ifdef __GLIBC__

@@ -105,10 +105,10 @@ def as_csv(rows: Sequence[Any]) -> bytes:
         return "" if math.isnan(value) else f"{value:.6g}"
 
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, asdict(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: cell(value) for name, value in asdict(row).items()})
+    writer = csv.writer(stream, lineterminator="\n")
+    # The column `pass` is the field `pass_`, as Python reserves the word.
+    writer.writerow(name.removesuffix("_") for name in asdict(rows[0]))
+    writer.writerows(map(cell, asdict(row).values()) for row in rows)
     return stream.getvalue().encode()
 
 

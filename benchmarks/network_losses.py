@@ -1,4 +1,4 @@
-"""The losses of training a ResNet-18 by `convert`, and by PyTorch with other rounding."""
+"""The losses of training a network by `convert`, and by PyTorch with other rounding."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from resnet_worker import CONVERTED, EAGER, Case, make_data, make_model, make_step
-
-#: So small that a loss is still far from zero after 50 steps: what is left of one that is close to
-#: zero is mostly rounding.
-LEARNING_RATE = 1e-4
+from network_worker import (
+    CONVERTED,
+    EAGER,
+    LEARNING_RATE,
+    Case,
+    make_data,
+    make_model,
+    make_step,
+)
 
 BATCHES = 4
 REVERSED, CHANNELS_LAST = "torch eager, batch reversed", "torch eager, channels_last"
@@ -21,12 +25,13 @@ ALLOWANCE = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class LossRow:
-    """One run beside PyTorch eager's; a line of ``resnet_losses.csv``."""
+    """One run beside PyTorch eager's; a line of ``network_losses.csv``."""
 
     run: str
     seed: int
+    network: str
     batch: int
-    image: int
+    image: int | None
     steps: int
     learning_rate: float = LEARNING_RATE
     first_loss: float
@@ -35,10 +40,15 @@ class LossRow:
     verdict: str = ""
 
 
-def relative_difference(values: Sequence[float], expected: Sequence[float]) -> float:
-    """Largest of ``|a - b| / |b|``; NaN if anything is."""
-    a, b = np.asarray(values), np.asarray(expected)
-    return float(np.max(np.abs(a - b) / np.abs(b)))
+def relative_difference(
+    values: Sequence[float], expected: Sequence[float], *, floor: float = 0.0
+) -> float:
+    """Largest of ``|a - b| / |b|``; NaN if anything is.
+
+    With a `floor`, a ``|b|`` below this share of the largest counts as that much.
+    """
+    a, b = np.asarray(values), np.abs(expected)
+    return float(np.max(np.abs(a - expected) / np.maximum(b, floor * b.max())))
 
 
 def loss_curve(
@@ -49,11 +59,10 @@ def loss_curve(
     With `reverse` the examples of each batch come in the opposite order, which changes nothing but
     the order of summation.
     """
-    model = make_model(provider, channels_last=case.channels_last, seed=seed)
-    step = make_step(model, bfloat16=case.bfloat16, learning_rate=LEARNING_RATE)
+    step = make_step(make_model(provider, case, seed=seed), case)
     data = make_data(case, seed=seed, batches=BATCHES)
     if reverse:
-        data = [(images.flip(0), labels.flip(0)) for images, labels in data]
+        data = [(inputs.flip(0), targets.flip(0)) for inputs, targets in data]
     return [float(step(*data[k % BATCHES])) for k in range(steps)]
 
 
@@ -61,7 +70,7 @@ def compare_losses(
     case: Case, steps: int, seeds: Sequence[int], started: Callable[[str], None]
 ) -> list[LossRow]:
     """Loss curves of every seed beside PyTorch eager's, with a verdict on `convert`'s."""
-    last = replace(case, channels_last=True)
+    last = replace(case, format="channels_last")
     runs = {
         EAGER: (EAGER, case, False),
         REVERSED: (EAGER, case, True),
@@ -79,6 +88,7 @@ def compare_losses(
             row = LossRow(
                 run=name,
                 seed=seed,
+                network=case.network,
                 batch=case.batch,
                 image=case.image,
                 steps=steps,
