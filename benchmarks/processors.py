@@ -102,7 +102,8 @@ def make_parser() -> argparse.ArgumentParser:
     # The baseline is that of machines which hardly exist.
     isas = tuple(name for name in known if name != "baseline") or tuple(known)
     add("--isas", type=command.among(known), default=isas, metavar="A,B", help=", ".join(known))
-    add("--threads", type=numbers, default=(1, 2), metavar="A,B", help="1,2 if left out")
+    counts = "1,2 if left out"
+    add("--threads", dest="counts", type=numbers, default=(1, 2), metavar="A,B", help=counts)
     add("--ops", type=command.among(OPS), default=OPS, metavar="A,B", help=", ".join(OPS))
     add("--shapes", type=shapes_of, default=SMALL + SHAPES, metavar="A,B", help="such as 32x64")
     return parser
@@ -111,7 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
 def measure_all(options: argparse.Namespace, files: command.Files) -> list[str]:
     plan = Plan(shapes=options.shapes, ops=options.ops, min_rounds=options.rounds, budget_s=0.3)
     cases = make_cases(plan.shapes, plan.ops)
-    threads = [count for count in options.threads if count <= usable_cpus()]
+    threads = [count for count in options.counts if count <= usable_cpus()]
     before, rows, notes = _core.instruction_set(), list[Row](), list[str]()
     try:
         with steps(len(cases) * len(threads) * len(options.isas)) as started:

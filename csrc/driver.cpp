@@ -33,11 +33,11 @@ struct Partition {
   index outer_step, inner_step, outer_chunks, inner_chunks, channel_step, channel_blocks;
 
   Partition(const Layout& l, index channel_step_) : channel_step(channel_step_) {
-    // Of columns, so few rows that small arrays have work for several threads, and so many that the
-    // partial sums of large ones remain few.
-    const index of_columns = std::max(columns_chunk / l.channels, l.inners / 128);
-    const index target =
-        l.rows ? rows_chunk : std::min<index>(4096, std::max<index>(16, of_columns));
+    // Of columns, so few rows that small arrays have work for several threads, and so many that partial
+    // sums, which threads have to fetch from one another, remain few.
+    const index least = std::max<index>(16, std::min<index>(64, ceil_div(l.inners, 2)));
+    const index of_columns = std::max({least, columns_chunk / l.channels, l.inners / 128});
+    const index target = l.rows ? rows_chunk : std::min<index>(4096, of_columns);
     inner_step = l.inners > target ? target : l.inners;
     outer_step = inner_step < l.inners ? 1 : std::max<index>(1, target / l.inners);
     outer_chunks = ceil_div(l.outers, outer_step);
