@@ -23,6 +23,7 @@ constexpr index rows_chunk = 16384;    // values of one channel in a chunk, chan
 constexpr index columns_chunk = 32768; // values of all channels in a chunk, channels side by side
 constexpr index serial_below = 32768;  // values; waking a thread costs more than this many
 constexpr index exact_below = 8192;    // values; float32 runs save less than a microsecond then
+constexpr index few_values = 256;      // of a channel; rounding errors of fewer do not average out
 constexpr index line = 64;             // bytes in a cache line
 constexpr index near_bytes = 1 << 20;    // what a core's own cache may hold of what a call reads
 
@@ -246,7 +247,8 @@ class Call {
       return;
     }
     auto begin = [&](index c0, index c1) { choose_centers(c0, c1); };
-    job_.runs = apply && job_.dtype != DType::f64 && !job_.weights.data && values_ >= exact_below;
+    job_.runs = apply && job_.dtype != DType::f64 && !job_.weights.data && values_ >= exact_below &&
+                layout_.per_channel() >= few_values;
     auto finish = [&](index c0, index c1) {
       if (job_.runs) widen_runs(c0, c1, count);
       if (moments_of_channels(c0, c1, count, mean, mean_low, m2)) return;
@@ -577,7 +579,7 @@ class Call {
     for (index i = 0; i < n; ++i)
       offset[i] = of.shift_of_z(i) - ((of.mean[i] - shift[i]) + of.low(i)) * scale[i];
     if (!narrow) return;
-    std::fill(wide_.begin() + c0, wide_.begin() + c1, char(0));
+    for (index i = 0; i < n; ++i) wide_[std::size_t(c0 + i)] = 0;
     index all_fit = 1;  // as almost always
     for (index i = 0; i < n; ++i) {
       const double a = std::fabs(scale[i]), m = std::fabs(of.mean[i]);
