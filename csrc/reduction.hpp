@@ -11,7 +11,7 @@ struct Reduction {
   static constexpr int N = runs ? F : D;
   static constexpr bool reads_grad = Mode != forward;
   static constexpr bool may_weigh = E == general;
-  static constexpr bool needs_z = reads_grad && E != plain;
+  static constexpr bool needs_z = reads_grad && E != plain, plain_sums = E == plain;
   using S = P;
   using V = Vec<S, N>;
   using Values = Coefficients<S, N, has_shift | (needs_z ? has_scale | has_offset : 0)>;
@@ -153,7 +153,6 @@ BN_INLINE void reduce_tile(const Job& job, const OfColumns<typename R::Values>& 
     first[t] = begins ? V{} : load<S, N>(sum1 + t * N);
     second[t] = begins ? V{} : load<S, N>(sum2 + t * N);
   }
-  BN_UNROLL
   for (index i = 0; i < (Rows ? Rows : rows); ++i, p.next_row(job)) {
     if (ahead) {
       prefetch<Tile * N * index(sizeof(T))>(p.x + ahead * job.x.inner);
@@ -209,12 +208,16 @@ void reduce_columns(const Job& job, const Block& b, double* out1, double* out2) 
           auto tiles = [&](auto fixed) {
             for (; c + tile * N <= width; c += tile * N) add(Tile{}, fixed, std::false_type{}, c, N);
           };
-          if (R::runs && rows == 4)
-            tiles(Four{});
-          else if (R::runs && rows == 2)
-            tiles(Two{});
-          else
+          if constexpr (R::runs && R::plain_sums) {  // the others have more to do for each row
+            if (rows == 4)
+              tiles(Four{});
+            else if (rows == 2)
+              tiles(Two{});
+            else
+              tiles(Any{});
+          } else {
             tiles(Any{});
+          }
           for (; c + N <= width; c += N) add(One{}, Any{}, std::false_type{}, c, N);
           if (c < width) add(One{}, Any{}, std::true_type{}, c, width - c);
         }

@@ -151,6 +151,7 @@ def normalize(
     if (
         residual is None
         and mask is None
+        and x.is_cpu
         and is_eager(x)
         and (running_mean is None or not running_mean.requires_grad)
         and (running_var is None or not running_var.requires_grad)
