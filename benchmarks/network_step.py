@@ -105,8 +105,9 @@ ISA = {
 }
 
 #: What a provider may be off by, relative to PyTorch eager, before it is not worth timing: losses
-#: of the warm-up, gradient norms, and outputs. It is to catch mistakes, not rounding.
-TOLERANCE = {"float32": (1e-3, 1e-2, 1e-3), "bfloat16": (2e-2, 0.5, 0.1)}
+#: of the warm-up, gradient norms, and outputs. It is to catch mistakes, not rounding: in a
+#: MobileNetV2, channels-last, gradient norms of both are 0.8 % off those in float64.
+TOLERANCE = {"float32": (1e-3, 3e-2, 1e-3), "bfloat16": (2e-2, 0.5, 0.1)}
 
 #: A linear layer's bias ahead of a batch norm has a gradient of zero, of which rounding is left. A
 #: gradient norm below this share of the largest is compared as if it were as large.
