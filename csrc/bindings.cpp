@@ -47,6 +47,7 @@ struct {
   PyTypeObject *type = nullptr, *parameter = nullptr;  // the second a subclass of the first
   const Exchange* exchange = nullptr;
   PyObject *empty_like = nullptr, *of_any = nullptr;  // of contiguous tensors below `small`; of any
+  PyObject* is_neg = nullptr;
   index small = 0;                                    // bytes
 } foreign;
 
@@ -273,7 +274,7 @@ void backward(Pass pass, nb::handle grad_y, nb::handle x, nb::handle grad_x, int
 }
 
 void use_exchange(nb::handle type, nb::handle parameter, nb::handle capsule, nb::handle empty_like,
-                  nb::handle of_any, index small) {
+                  nb::handle of_any, nb::handle is_neg, index small) {
   constexpr std::uint32_t known = 1;
   const auto* found =
       static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
@@ -284,6 +285,7 @@ void use_exchange(nb::handle type, nb::handle parameter, nb::handle capsule, nb:
   foreign.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   foreign.empty_like = empty_like.inc_ref().ptr();
   foreign.of_any = of_any.inc_ref().ptr();
+  foreign.is_neg = is_neg.inc_ref().ptr();
   foreign.small = small;
   foreign.exchange = found;
 }
@@ -463,7 +465,10 @@ bool values_and_axis(nb::handle x, nb::handle channel_axis, Array* a, int* axis)
       !PyLong_CheckExact(channel_axis.ptr()))
     return false;
   const long given = PyLong_AsLong(channel_axis.ptr());
-  if (given == -1 && PyErr_Occurred()) PyErr_Clear();
+  if (given == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
   if (given < -a->rank || given >= a->rank) return false;
   *axis = int(given < 0 ? given + a->rank : given);
   return values_of(*a) > 0;
@@ -536,6 +541,13 @@ nb::object quick_inference(nb::handle x, nb::handle mean, nb::handle var, nb::ha
   return nb::make_tuple(y, statistics, axis);
 }
 
+// Whether an array is the statistics of one group.
+bool one_group(const Array& a, index channels) {
+  return a.rank == 3 && a.dtype == DType::f64 && a.shape[0] == 1 &&
+         a.shape[1] == bn::statistics_rows && a.shape[2] == channels &&
+         a.stride[1] == channels && (channels < 2 || a.stride[2] == 1);
+}
+
 // The gradients of x, gamma and beta; the last two in the types of gamma and beta, or None.
 nb::object quick_backward(nb::handle grad_y, nb::handle x, nb::handle statistics, int axis,
                           double eps, nb::handle gamma, nb::handle gamma_dtype,
@@ -544,7 +556,7 @@ nb::object quick_backward(nb::handle grad_y, nb::handle x, nb::handle statistics
   if (!numpy::is_array(x) || !numpy::is_array(grad_y) || !numpy::is_array(statistics) ||
       !numpy::read(x, false, &ax) || !numpy::read(grad_y, false, &ag) ||
       !numpy::read(statistics, false, &as) || ag.dtype != ax.dtype || ag.rank != ax.rank ||
-      ax.dtype == DType::bf16)
+      ax.dtype == DType::bf16 || axis < 0 || axis >= ax.rank || !one_group(as, ax.shape[axis]))
     return nb::none();
   for (int d = 0; d < ax.rank; ++d)
     if (ag.shape[d] != ax.shape[d]) return nb::none();
@@ -581,11 +593,12 @@ bool tensor(nb::handle object, Array* a) {
          read_foreign(object, a);
 }
 
-// A tensor that is the negative of what its memory holds is a part of complex numbers, whose stride is
-// 2: such vectors, and those whose stride says nothing, are left to Python.
+// A vector of one value per channel, or nothing. Of x Python asks itself whether it is the negative of
+// what its memory holds, as parts of complex tensors may be.
 bool tensor_vector(nb::handle object, index channels, Array* a) {
-  return object.is_none() || (tensor(object, a) && a->rank == 1 && a->shape[0] == channels &&
-                              channels > 1 && a->stride[0] == 1);
+  return object.is_none() ||
+         (tensor(object, a) && a->rank == 1 && a->shape[0] == channels &&
+          nb::handle(foreign.is_neg)(object).ptr() == Py_False);
 }
 
 // The arguments of a layer that fit together, with more than one value per channel.
@@ -653,8 +666,8 @@ nb::object quick_tensor_backward(nb::handle grad_y, nb::handle x, nb::handle sta
                                  int activation, double slope) {
   Array ag, ax, as, aw, ab, to_x, to_weight, to_bias;
   if (!tensor(x, &ax) || !tensor(grad_y, &ag) || ag.dtype != ax.dtype || ag.rank != ax.rank ||
-      !numpy::is_array(statistics) || !numpy::read(statistics, false, &as) || as.rank != 3 ||
-      as.shape[0] != 1 || group_size)
+      !numpy::is_array(statistics) || !numpy::read(statistics, false, &as) || ax.rank < 2 ||
+      !one_group(as, ax.shape[1]) || group_size)
     return nb::none();
   for (int d = 0; d < ax.rank; ++d)
     if (ag.shape[d] != ax.shape[d]) return nb::none();
@@ -814,7 +827,7 @@ NB_MODULE(_core, m) {
         "weight"_a.none(), "bias"_a.none(), "measured"_a, "need_x"_a, "need_weight"_a,
         "need_bias"_a, "eps"_a, "group_size"_a, "activation"_a, "slope"_a);
   m.def("use_exchange", &use_exchange, "type"_a, "parameter"_a, "exchange"_a, "empty_like"_a,
-        "of_any"_a, "small"_a,
+        "of_any"_a, "is_neg"_a, "small"_a,
         "Take tensors of this type as they are, by the type's __dlpack_c_exchange_api__.");
   m.def("take", &take, "bytes"_a, "like"_a,
         "Uninitialised memory for an output, as uint8, that lies in its page as `like` does: then "

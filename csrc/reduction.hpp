@@ -70,8 +70,9 @@ void reduce_rows(const Job& job, const Block& b, double* out1, double* out2) {
   const index length = b.inner_end - b.inner_begin;
   const index whole = length / N * N, rest = length - whole;
   const index iterations = (length + 2 * N - 1) / (2 * N);
-  const index run = R::runs ? run_length * 2 * N : length;
-  const index rows_in_run = iterations < run_length ? run_length / iterations : 1;
+  const index at_most = R::reads_grad ? run_length : run_length / 2;
+  const index run = R::runs ? at_most * 2 * N : length;
+  const index rows_in_run = iterations < at_most ? at_most / iterations : 1;
   for (index c0 = b.channel_begin; c0 < b.channel_end; c0 += together) {
     const index c1 = c0 + together < b.channel_end ? c0 + together : b.channel_end;
     Sums sums[together] = {};
@@ -119,10 +120,10 @@ void reduce_rows(const Job& job, const Block& b, double* out1, double* out2) {
           add(length - N, std::integral_constant<int, R::last_of_row>{}, rest, s.first[1], s.second[1]);
         else if (rest)
           add(0, std::integral_constant<int, R::first_of_row>{}, rest, s.first[1], s.second[1]);
-        if (R::runs && iterations >= run_length) flush(c - c0, s);
+        if (R::runs && iterations >= at_most) flush(c - c0, s);
         sums[c - c0] = s;
       }
-      if (R::runs && iterations < run_length && ++rows == rows_in_run) {
+      if (R::runs && iterations < at_most && ++rows == rows_in_run) {
         for (index c = c0; c < c1; ++c) flush(c - c0, sums[c - c0]);
         rows = 0;
       }
@@ -180,8 +181,9 @@ void reduce_columns(const Job& job, const Block& b, double* out1, double* out2) 
   const OfColumns<typename R::Values> table(job, b.channel_begin,
                                                    b.channel_end - b.channel_begin);
   alignas(64) S sum1[held + N], sum2[held + N];
-  // Of the gradients' sums 1e-5 is promised, of statistics 1e-6.
-  const index run = !R::runs ? b.inner_end - b.inner_begin : R::reads_grad ? 2 * run_length : run_length;
+  // Of the gradients' sums 1e-5 is promised, of statistics 1e-6, whatever the values: where all of a
+  // run round the same way, each doubling of its length costs a digit.
+  const index run = !R::runs ? b.inner_end - b.inner_begin : R::reads_grad ? 2 * run_length : run_length / 2;
   for (index c0 = b.channel_begin; c0 < b.channel_end; c0 += held) {
     const index width = smaller(held, b.channel_end - c0), at = c0 - b.channel_begin;
     const bool narrow = width <= tile * N;  // registers hold the sums of a run

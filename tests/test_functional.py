@@ -783,3 +783,17 @@ def test_functions_take_uint16_for_integers_not_for_bits_of_bfloat16():
     assert y.dtype == np.float64
     assert saved.moments.mean == 3
     assert batchnorm.batch_norm_inference(x, [3.0], [1.0], eps=0.0).tolist() == [[-2], [-1], [3]]
+
+
+def test_batch_norm_backward_refuses_an_x_whose_shape_was_changed(rng):
+    x = rng.normal(size=(100, 1))
+    _, saved = batchnorm.batch_norm(x)
+    x.shape = (1, 100)
+    with pytest.raises(ValueError, match="statistics"):
+        batchnorm.batch_norm_backward(np.ones((1, 100)), saved)
+
+
+@pytest.mark.parametrize("axis", [2**64, -(2**64), 10**30])
+def test_batch_norm_refuses_an_axis_beyond_all_axes(axis):
+    with pytest.raises(ShapeError, match="channel_axis"):
+        batchnorm.batch_norm(np.ones((5, 4)), channel_axis=axis)

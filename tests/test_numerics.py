@@ -562,3 +562,14 @@ def test_step_measures_each_channel_as_if_alone(instruction_set, rng, channel_ax
     np.testing.assert_allclose(
         saved.moments.var()[measured], var[measured].astype(float), rtol=STEP
     )
+
+
+@wide_longdouble
+@both_axes
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.85, 0.95])
+def test_step_keeps_its_bounds_with_two_values(instruction_set, rng, share, channel_axis):
+    # All additions of a run round the same way.
+    low, high = np.float32(0), rng.uniform(0, 1, 64).astype(np.float32)
+    x = np.where(rng.random((4096, 64)) < share, high, low)[:, :, None]
+    x[[0, 2048, -1]] = low  # what the center of rows is taken from
+    _assert_step(*_step(x, channel_axis))

@@ -1343,3 +1343,15 @@ def test_batch_norm_second_derivative_after_a_plain_call(randn):
     assert torch.autograd.gradgradcheck(
         lambda *t: batch_norm(t[0], None, None, t[1], None, True), (x, weight)
     )
+
+
+def test_batch_norm_reads_the_negative_of_a_vector_without_gaps(randn):
+    x, weight = randn(6, 3), randn(3)
+    y = batch_norm(x, None, None, torch._neg_view(weight), training=True)
+    torch.testing.assert_close(y, batch_norm(x, None, None, -weight, training=True))
+
+
+@pytest.mark.parametrize("eps", [None, "a"])
+def test_batch_norm_says_what_is_wrong_with_eps(randn, eps):
+    with pytest.raises(TypeError, match="not supported between"):
+        batch_norm(randn(6, 3), None, None, training=True, eps=eps)

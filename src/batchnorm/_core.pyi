@@ -186,6 +186,7 @@ def use_exchange(
     exchange: Any,
     empty_like: Any,
     of_any: Any,
+    is_neg: Any,
     small: int,
 ) -> None: ...
 def take(bytes: int, like: _Array) -> Any: ...

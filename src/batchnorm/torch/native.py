@@ -69,7 +69,7 @@ def plain(
         found = _core.quick_tensor_forward(
             x, running_mean, running_var, weight, bias, training, keep, *config
         )
-    except (BufferError, RuntimeError, ValueError):  # tensors without memory
+    except (BufferError, RuntimeError, TypeError, ValueError):  # no memory, eps no number
         found = None
     if found is None:
         raise NotPlainError
@@ -432,6 +432,7 @@ def _choose_exchange() -> Callable[[Tensor], Any]:
             exchange,
             torch.empty_like,
             lambda x, gradient: empty_like(x, gradient_format_of if gradient else memory_format_of),
+            Tensor.is_neg,
             _POOLED_BYTES,
         )
     except ValueError:  # a version that the core does not know
