@@ -1,8 +1,8 @@
 // The only file that knows Python: converts, forwards, computes nothing.
 //
 // An array argument is a NumPy array (bfloat16 travels as its uint16 bits) or another object with the
-// buffer protocol, a framework's own tensor where the framework has DLPack's C exchange, or a tuple (address,
-// dtype code, shape, strides in elements): one build serves every version of every framework.
+// buffer protocol, a framework's own tensor where the framework has DLPack's C exchange, or a tuple
+// (address, dtype code, shape, strides in elements): one build serves every version of every framework.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>

@@ -1,9 +1,10 @@
 // The contract of the native core: four kernels and two fused entry points.
 //
 // An array is seen as (outer, channels, inner): every axis that is not the channel axis is either
-// `outer` or `inner`, whichever way memory orders them (layout.hpp). All arithmetic that decides
-// accuracy (sums, means, variances, coefficients) is float64; only the last step, which turns an
-// element of x into an element of y, runs in float32 where the array's type is float32 or narrower.
+// `outer` or `inner`, whichever way memory orders them (layout.hpp). Means, variances and
+// coefficients are float64. Where the array's type is float32 or narrower, the last step, which turns an
+// element of x into an element of y, runs in float32, and so do short runs of the sums of the fused
+// entry points and of the backward pass; the sums of `moments` are float64 throughout.
 //
 //   moments        x                             -> count, dof; mean (as high + low part), m2 per channel
 //   normalize      x, mean, var, gamma, beta     -> y      (+ residual, + activation)

@@ -1,7 +1,7 @@
 // A reduction makes two float64 sums per channel, over rows or over columns. Included by bodies.hpp
 // only, inside the namespace of an instruction set; nothing here may have external linkage.
 
-// Sums are float64, or float32 over runs of this many vectors, of which only the sums go to float64:
+// Sums are float64, or float32 over runs of about this many vectors, of which only the sums go to float64:
 // half the instructions, and digits enough for a training step (docs/numerics.md).
 constexpr index run_length = 16;
 
@@ -182,8 +182,10 @@ void reduce_columns(const Job& job, const Block& b, double* out1, double* out2) 
                                                    b.channel_end - b.channel_begin);
   alignas(64) S sum1[held + N], sum2[held + N];
   // Of the gradients' sums 1e-5 is promised, of statistics 1e-6, whatever the values: where all of a
-  // run round the same way, each doubling of its length costs a digit.
-  const index run = !R::runs ? b.inner_end - b.inner_begin : R::reads_grad ? 2 * run_length : run_length / 2;
+  // run round the same way, each doubling of its length doubles the error.
+  const index run = !R::runs         ? b.inner_end - b.inner_begin
+                    : R::reads_grad ? 2 * run_length
+                                    : run_length / 2;
   for (index c0 = b.channel_begin; c0 < b.channel_end; c0 += held) {
     const index width = smaller(held, b.channel_end - c0), at = c0 - b.channel_begin;
     const bool narrow = width <= tile * N;  // registers hold the sums of a run

@@ -362,19 +362,6 @@ BN_INLINE double sum_lanes(Vec<double, D> v) {
   return lane[0];
 }
 
-// p[i] += v[i] for the first n <= N lanes.
-template <int N, bool Part, class V>
-BN_INLINE void add_to(double* p, V v, index n) {
-  if constexpr (Part) {
-    for (index i = 0; i < n; ++i) p[i] += double(v[i]);
-  } else if constexpr (std::is_same<V, Vec<double, D>>::value) {
-    store<D>(p, load<double, D>(p) + v);
-  } else {
-    for (int k = 0; k < N / D; ++k)
-      store<D>(p + k * D, load<double, D>(p + k * D) + widen_lanes<N>(v, k));
-  }
-}
-
 // Write N lanes past the cache; `p` is aligned to a line, or to a vector within one.
 template <int N, class T, class V>
 BN_INLINE void store_past_cache(T* p, V v) {
