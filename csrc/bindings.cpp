@@ -410,6 +410,21 @@ void layer_backward(nb::handle grad_y, nb::handle x, nb::handle grad_x, int axis
                      gb.array());
 }
 
+// Counts are one, or one per channel.
+void merge(nb::handle count_a, nb::handle mean_a, nb::handle m2_a, nb::handle count_b,
+           nb::handle mean_b, nb::handle m2_b, nb::handle mean, nb::handle m2) {
+  const Parameter first(mean, -1, "mean", true);
+  const index c = first.array().shape[0];
+  const auto step = [c](const Parameter& v) { return v.array().shape[0] == c && c != 1 ? 1 : 0; };
+  const Parameter any_a(count_a, -1, "count_a"), any_b(count_b, -1, "count_b");
+  const index of_a = step(any_a), of_b = step(any_b);
+  const Channels ca(count_a, of_a ? c : 1, "count_a"), ma(mean_a, c, "mean_a"), sa(m2_a, c, "m2_a"),
+      cb(count_b, of_b ? c : 1, "count_b"), mb(mean_b, c, "mean_b"), sb(m2_b, c, "m2_b"),
+      out_mean(mean, c, "mean", true), out_m2(m2, c, "m2", true);
+  bn::merge({ca.data(), ma.data(), sa.data(), of_a}, {cb.data(), mb.data(), sb.data(), of_b}, c,
+            out_mean.data(), out_m2.data());
+}
+
 index given_statistics(nb::handle mean, nb::handle var, nb::handle statistics) {
   const Parameter m(mean, -1, "mean");
   const index c = m.array().shape[0];
@@ -687,28 +702,6 @@ nb::object quick_tensor_backward(nb::handle grad_y, nb::handle x, nb::handle sta
   return nb::make_tuple(of_x, of_weight, of_bias, nb::none());
 }
 
-// Mean and m2 of two parts together, or None if these are not two pairs of float64 vectors of one length.
-nb::object quick_merge(double count_a, nb::handle mean_a, nb::handle m2_a, double count_b,
-                       nb::handle mean_b, nb::handle m2_b) {
-  Array given[4];
-  const nb::handle objects[4] = {mean_a, m2_a, mean_b, m2_b};
-  for (int k = 0; k < 4; ++k) {
-    Array& a = given[k];
-    if (!numpy::is_array(objects[k]) || !numpy::read(objects[k], false, &a) || a.rank != 1 ||
-        a.dtype != DType::f64 || a.shape[0] != given[0].shape[0] ||
-        (a.shape[0] > 1 && a.stride[0] != 1))
-      return nb::none();
-  }
-  const index channels = given[0].shape[0];
-  const auto values = [&](int k) { return reinterpret_cast<const double*>(given[k].data); };
-  Array mean, m2;
-  nb::object of_mean = empty(nb::make_tuple(channels), &mean),
-             of_m2 = empty(nb::make_tuple(channels), &m2);
-  bn::merge({count_a, values(0), values(1)}, {count_b, values(2), values(3)}, channels,
-            reinterpret_cast<double*>(mean.data), reinterpret_cast<double*>(m2.data));
-  return nb::make_tuple(of_mean, of_m2);
-}
-
 // Whether NumPy's arrays can be read where they lie. `probe` has this shape and these strides.
 bool use_numpy(nb::handle type, nb::handle dtypes, nb::handle empty, nb::handle empty_like,
                nb::handle probe, std::uintptr_t address, std::vector<index> shape,
@@ -801,6 +794,8 @@ NB_MODULE(_core, m) {
         "beta"_a = nb::none(), "grad_gamma"_a = nb::none(), "grad_beta"_a = nb::none(),
         "weights"_a = nb::none(), "y"_a = nb::none(), "grad_residual"_a = nb::none(),
         "activation"_a = 0, "slope"_a = 0.01);
+  m.def("merge", &merge, "count_a"_a, "mean_a"_a, "m2_a"_a, "count_b"_a, "mean_b"_a, "m2_b"_a,
+        "mean"_a, "m2"_a);
   m.def("given_statistics", &given_statistics, "mean"_a, "var"_a, "statistics"_a,
         "The first channel of negative variance, or -1.");
   m.def("update_running", &update_running, "statistics"_a, "mean"_a, "var"_a, "tracked"_a,
@@ -815,8 +810,6 @@ NB_MODULE(_core, m) {
         "gamma"_a.none(), "beta"_a.none(), "eps"_a.none(), "channel_axis"_a.none(), "keep"_a);
   m.def("quick_backward", &quick_backward, "grad_y"_a.none(), "x"_a, "statistics"_a, "axis"_a,
         "eps"_a, "gamma"_a.none(), "gamma_dtype"_a.none(), "beta_dtype"_a.none(), "measured"_a);
-  m.def("quick_merge", &quick_merge, "count_a"_a, "mean_a"_a, "m2_a"_a, "count_b"_a, "mean_b"_a,
-        "m2_b"_a, "(mean, m2) of two parts together, or None where Python has to look.");
   m.def("use_numpy", &use_numpy, "type"_a, "dtypes"_a, "empty"_a, "empty_like"_a, "probe"_a,
         "address"_a, "shape"_a, "strides"_a);
 

@@ -238,24 +238,19 @@ index given_statistics(const Array& mean, const Array& var, double* statistics) 
   return negative_variance(var);
 }
 
-void merge(Part a, Part b, index channels, double* mean, double* m2) {
-  const double n = a.count + b.count, share = n > 0 ? b.count / n : 0;
-  // The mean of an empty part may be anything.
-  if (a.count == 0 || b.count == 0) {
-    std::copy_n(b.count == 0 ? a.mean : b.mean, channels, mean);
-    for (index c = 0; c < channels; ++c) m2[c] = a.m2[c] + b.m2[c];
-    return;
-  }
-  index finite = 1;
-  for (index c = 0; c < channels; ++c) {  // no branches: vectorized
+void merge(const Part& a, const Part& b, index channels, double* mean, double* m2) {
+  const auto merge_one = [&](index c, double na, double nb) {
+    const double n = na + nb, share = n > 0 ? nb / n : 0;
     const double delta = b.mean[c] - a.mean[c];
-    mean[c] = a.mean[c] + delta * share;
-    m2[c] = a.m2[c] + b.m2[c] + delta * delta * a.count * share;
-    finite &= index(delta - delta == 0);
-  }
-  for (index c = 0; !finite && c < channels; ++c)
-    if (!std::isfinite(b.mean[c] - a.mean[c]))  // further apart than float64 reaches
+    // The mean of an empty part may be anything.
+    const bool both = (na != 0) & (nb != 0);
+    const double moved = a.mean[c] + delta * share;
+    mean[c] = both ? moved : nb == 0 ? a.mean[c] : b.mean[c];
+    m2[c] = a.m2[c] + b.m2[c] + (both ? delta * delta * na * share : 0.0);
+    if (both && !(delta - delta == 0))  // further apart than float64 reaches
       mean[c] = (1 - share) * a.mean[c] + share * b.mean[c];
+  };
+  for (index c = 0; c < channels; ++c) merge_one(c, a.count[c * a.step], b.count[c * b.step]);
 }
 
 index update_running(const double* statistics, const Array& mean, const Array& var,

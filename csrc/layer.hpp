@@ -47,12 +47,13 @@ index negative_variance(const Array& var);  // the first channel that has one, o
 // Statistics that do not depend on x. Returns the first channel with a negative variance, or -1.
 index given_statistics(const Array& mean, const Array& var, double* statistics);
 
-// Moments of two parts together (Chan, Golub & LeVeque 1979).
+// Mean and m2 of two parts together (Chan, Golub & LeVeque 1979). `step` is 0 where a part has one count
+// for all channels, and 1 where it has one for each.
 struct Part {
-  double count;
-  const double *mean, *m2;
+  const double *count, *mean, *m2;
+  index step;
 };
-void merge(Part a, Part b, index channels, double* mean, double* m2);
+void merge(const Part& a, const Part& b, index channels, double* mean, double* m2);
 
 // Update the running averages with a batch, whose `statistics` are one group. `momentum` is the
 // weight of the batch, NaN for 1 / (number of batches so far). The variance is m2 / dof. If a mean or

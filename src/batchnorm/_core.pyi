@@ -112,6 +112,16 @@ def layer_backward(
     activation: int = ...,
     slope: float = ...,
 ) -> None: ...
+def merge(
+    count_a: _Array,
+    mean_a: _Array,
+    m2_a: _Array,
+    count_b: _Array,
+    mean_b: _Array,
+    m2_b: _Array,
+    mean: _Array,
+    m2: _Array,
+) -> None: ...
 def given_statistics(mean: _Array, var: _Array, statistics: _Array) -> int: ...
 def update_running(
     statistics: _Array,
@@ -139,9 +149,6 @@ def quick_backward(
     beta_dtype: Any,
     measured: bool,
 ) -> tuple[Any, Any, Any] | None: ...
-def quick_merge(
-    count_a: Any, mean_a: Any, m2_a: Any, count_b: Any, mean_b: Any, m2_b: Any
-) -> tuple[Any, Any] | None: ...
 def use_numpy(
     type: type,
     dtypes: tuple[Any, ...],

@@ -177,28 +177,25 @@ class Moments:
             )
         na, nb = self.count, other.count
         n = na + nb
-        if na.ndim == 0 == nb.ndim and self._dof is None and other._dof is None:
-            found = _core.quick_merge(na, self.mean, self.m2, nb, other.mean, other.m2)
-            if found is not None:
-                return moments_without_copy(n, *found)
-        share = np.divide(nb, n, out=np.zeros_like(n), where=n > 0)
-        with np.errstate(over="ignore"):
-            delta = other.mean - self.mean
-            step = self.mean + delta * share
-            if not np.isfinite(delta).all():  # further apart than float64 reaches
-                apart = (1 - share) * self.mean + share * other.mean
-                step = np.where(np.isfinite(delta), step, apart)
-            # If one part is empty, take the mean of the other to the last bit, and avoid 0 · inf.
-            mean = np.where(nb == 0, self.mean, np.where(na == 0, other.mean, step))
-            between = np.where((na == 0) | (nb == 0), 0.0, delta) * delta * na * share
-            m2 = self.m2 + other.m2 + np.where((na == 0) | (nb == 0), 0.0, between)
-        if self._dof is None and other._dof is None:
-            return Moments(n, mean, m2)
-        # Pairs of a value in one part and a value in the other. Without weights, the sum is n - 1.
-        across = np.divide(
-            nb * (na - self.dof) + na * (nb - other.dof), n, out=np.zeros_like(n), where=n > 0
+        mean, m2 = np.empty((2, self.mean.size))
+        _core.merge(
+            _as_vector(na),
+            _as_vector(self.mean),
+            _as_vector(self.m2),
+            _as_vector(nb),
+            _as_vector(other.mean),
+            _as_vector(other.m2),
+            mean,
+            m2,
         )
-        return Moments(n, mean, m2, self.dof + other.dof + across)
+        if self.mean.ndim == 0:
+            mean, m2 = mean.reshape(()), m2.reshape(())
+        if self._dof is None and other._dof is None:
+            return moments_without_copy(n, mean, m2)
+        # Pairs of a value in one part and a value in the other. Without weights, the sum is n - 1.
+        pairs = nb * (na - self.dof) + na * (nb - other.dof)
+        across = np.divide(pairs, n, out=np.zeros_like(n), where=n > 0)
+        return moments_without_copy(n, mean, m2, self.dof + other.dof + across)
 
     def var(self, ddof: float = 0) -> Float64:
         """Variance, m2 / (count − ddof): (C,); NaN where that is not positive.
@@ -292,8 +289,16 @@ def _of_chunk(chunk: Any, axis: int) -> NDArray[Any]:
     return part
 
 
+def _as_vector(v: Float64) -> Float64:
+    """One axis for the core, and a copy of what a message has left unaligned."""
+    flags = v.flags
+    if v.ndim and flags.aligned and flags.c_contiguous:
+        return v
+    return np.array(v, np.float64, ndmin=1)
+
+
 def moments_without_copy(
-    count: float | Float64, mean: Float64, m2: Float64, dof: float | None = None
+    count: float | Float64, mean: Float64, m2: Float64, dof: float | Float64 | None = None
 ) -> Moments:
     """Moments from new arrays that the core has written, without copying or checking them."""
     moments = object.__new__(Moments)
