@@ -225,7 +225,7 @@ def batch_norm(
     w = None if weights is None else native.as_weights(weights, values, axis)
     _check_enough_values(values, axis, w)
     y = native.output_like(values, out, _arrays(values, x, gamma, beta, weights))
-    statistics = np.empty((1, _ROWS, channels))
+    statistics = np.empty((1, native.ROWS, channels))
     _core.layer_forward(
         native.for_core(values), native.for_core(y), axis, eps, statistics, 0, g, b, w
     )
@@ -416,14 +416,11 @@ def inference(
         y, statistics, axis = found
         return y, Saved(x, statistics, gamma, beta, eps, axis, None, False)
     y = batch_norm_inference(x, mean, var, gamma, beta, eps=eps, channel_axis=channel_axis)
-    statistics = np.empty((1, _ROWS, len(mean)))
+    statistics = np.empty((1, native.ROWS, len(mean)))
     _core.given_statistics(np.ascontiguousarray(mean), np.ascontiguousarray(var), statistics)
     values = native.aligned(native.as_values(x))
     axis = native.channel_axis_of(values, channel_axis)
     return y, Saved(values, statistics, gamma, beta, eps, axis, None, False)
-
-
-_ROWS = 5  # of a block of statistics
 
 
 def _arrays(*candidates: object) -> tuple[Array, ...]:

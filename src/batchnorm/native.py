@@ -18,6 +18,8 @@ from .errors import ArgumentError, DTypeError, ShapeError
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 
+ROWS = 5  # of statistics: count, mean, low part of the mean, m2, dof
+
 _SUPPORTED = "float16, bfloat16, float32 or float64"
 
 # Arrays with fewer bytes get memory from NumPy's own allocator, which is usually mapped already.

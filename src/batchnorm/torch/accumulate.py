@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
-from .contract import ROWS
+from ..native import ROWS
 from .freeze import layers_of
 from .modules import Layer
 from .undo import undone_on_error

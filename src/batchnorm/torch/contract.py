@@ -31,9 +31,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import ArgumentError, BatchNormError, ShapeError
+from ..native import ROWS
 
-COUNT, MEAN, LOW, M2, DOF = range(5)
-ROWS = 5
+COUNT, MEAN, LOW, M2, DOF = range(ROWS)
 
 IDENTITY, RELU, LEAKY_RELU, RELU6, HARDSWISH, SILU = range(6)
 

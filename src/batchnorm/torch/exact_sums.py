@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..native import ROWS
 from .processes import Processes
 
 #: Values that are converted to integers at a time, so that intermediate results fit the cache.
@@ -45,7 +46,7 @@ class Examples(NamedTuple):
         """Measure the examples of x, (N, C, *S); `measure` returns the statistics of one."""
         if x.dim() == 2:
             return cls(x, None, weights, weights)
-        found = x.new_zeros((len(x), 5, x.shape[1]), dtype=torch.float64)
+        found = x.new_zeros((len(x), ROWS, x.shape[1]), dtype=torch.float64)
         for n, statistics in enumerate(found):
             w = None if weights is None else weights[n : n + 1]
             statistics.copy_(measure(x[n : n + 1], w)[0])

@@ -42,10 +42,8 @@ def is_direct(*tensors: Tensor | None) -> bool:
     return forward_ad._current_level < 0 or not _have_tangents(*tensors)
 
 
-_dispatch_modes, _transforms = (
-    torch._C._len_torch_dispatch_stack,
-    (torch._C._are_functorch_transforms_active),
-)
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
 _tracing, _backward_pass = torch._C._get_tracing_state, torch._C._current_graph_task_id
 
 

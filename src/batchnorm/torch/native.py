@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .. import _core
 from ..errors import ArgumentError
 from ..moments import Moments, as_statistics
-from .contract import IDENTITY, ROWS, Config, Gradients, Needs, check_mask, groups_of
+from ..native import ROWS
+from .contract import IDENTITY, Config, Gradients, Needs, check_mask, groups_of
 from .internals import gradient_format_of, increment_versions, memory_format_of
 
 Statistics = NDArray[np.float64]

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..native import ROWS
 from . import native, running
-from .contract import ROWS, Config, Gradients, Needs, groups_of
+from .contract import Config, Gradients, Needs, groups_of
 from .internals import gradient_format_of, memory_format_of, uncompiled
 
 _operators: Any = torch.ops.batchnorm

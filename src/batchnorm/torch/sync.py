@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import ShapeError
+from ..native import ROWS
 from . import autograd, functional, native, portable, running
 from .autograd import Call
-from .contract import IDENTITY, ROWS, Config, check_mask, joins
+from .contract import IDENTITY, Config, check_mask, joins
 from .exact_sums import Examples, statistics_of
 from .internals import is_compiling, is_direct, is_transformed, uncompiled
 from .modules import Layer
