@@ -1,4 +1,4 @@
-// The only file that knows Python: converts, forwards, computes nothing.
+// The core as a Python module: converts, forwards, computes nothing.
 //
 // An array argument is a NumPy array (bfloat16 travels as its uint16 bits) or another object with the
 // buffer protocol, a framework's own tensor where the framework has DLPack's C exchange, or a tuple
@@ -8,14 +8,12 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <cfloat>
-#include <cmath>
-#include <optional>
-
+#include "foreign_tensor.hpp"
 #include "kernels.hpp"
 #include "layer.hpp"
 #include "machine.hpp"
 #include "numpy_array.hpp"
+#include "quick.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -26,59 +24,11 @@ using bn::Array;
 using bn::DType;
 using bn::index;
 
-// DLPack's C exchange (dlpack.h, version 1): as much of it as is used here.
-struct ForeignTensor {  // DLTensor
-  void* data;
-  std::int32_t device_type, device_id, rank;
-  std::uint8_t type_code, type_bits;
-  std::uint16_t lanes;
-  std::int64_t *shape, *strides;
-  std::uint64_t byte_offset;
-};
-
-struct Exchange {  // DLPackExchangeAPI
-  std::uint32_t major, minor;
-  Exchange* older;
-  void *allocate, *from_object, *to_object;
-  int (*tensor_from_object)(void* object, ForeignTensor* out);
-};
-
-struct {
-  PyTypeObject *type = nullptr, *parameter = nullptr;  // the second a subclass of the first
-  const Exchange* exchange = nullptr;
-  PyObject *empty_like = nullptr, *of_any = nullptr;  // of contiguous tensors below `small`; of any
-  PyObject* is_neg = nullptr;
-  index small = 0;                                    // bytes
-} foreign;
-
-// False if the core cannot read the tensor. Raises what the framework raises.
-bool read_foreign(nb::handle object, Array* a) {
-  constexpr int cpu = 1, floating = 2, brain_floating = 4;
-  ForeignTensor t;
-  if (foreign.exchange->tensor_from_object(object.ptr(), &t)) throw nb::python_error();
-  const int bits = t.lanes == 1 ? t.type_bits : 0;
-  if (t.type_code == brain_floating && bits == 16)
-    a->dtype = DType::bf16;
-  else if (t.type_code == floating && (bits == 16 || bits == 32 || bits == 64))
-    a->dtype = bits == 16 ? DType::f16 : bits == 32 ? DType::f32 : DType::f64;
-  else
-    return false;
-  if (t.device_type != cpu || t.rank < 1 || t.rank > bn::max_rank) return false;
-  static char nowhere[64];  // a tensor without values may have no address; it is present all the same
-  a->data = t.data ? static_cast<char*>(t.data) + t.byte_offset : nowhere;
-  a->rank = t.rank;
-  for (int d = 0; d < t.rank; ++d) {
-    a->shape[d] = t.shape[d];
-    a->stride[d] = t.strides[d];
-  }
-  return true;
-}
-
 class View {
  public:
   View(nb::handle object, bool writable, const char* name) {
     if (object.is_none()) return;
-    if (foreign.type && PyObject_TypeCheck(object.ptr(), foreign.type))
+    if (foreign::is_tensor(object))
       from_foreign(object, name);
     else if (numpy::is_array(object) && numpy::read(object, writable, &array_))
       ;
@@ -96,7 +46,7 @@ class View {
 
  private:
   void from_foreign(nb::handle object, const char* name) {
-    if (!read_foreign(object, &array_))
+    if (!foreign::read(object, &array_))
       throw nb::value_error((std::string(name) + ": not a tensor that the core reads").c_str());
   }
 
@@ -273,23 +223,6 @@ void backward(Pass pass, nb::handle grad_y, nb::handle x, nb::handle grad_x, int
                        axis, count, st, af, e, s1.data(), s2.data());
 }
 
-void use_exchange(nb::handle type, nb::handle parameter, nb::handle capsule, nb::handle empty_like,
-                  nb::handle of_any, nb::handle is_neg, index small) {
-  constexpr std::uint32_t known = 1;
-  const auto* found =
-      static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (!found) throw nb::python_error();
-  while (found && found->major != known) found = found->older;
-  if (!found || !PyType_Check(type.ptr())) throw nb::value_error("exchange: unknown version");
-  foreign.type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
-  foreign.parameter = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
-  foreign.empty_like = empty_like.inc_ref().ptr();
-  foreign.of_any = of_any.inc_ref().ptr();
-  foreign.is_neg = is_neg.inc_ref().ptr();
-  foreign.small = small;
-  foreign.exchange = found;
-}
-
 nb::object take(std::size_t bytes, nb::handle like) {
   constexpr std::size_t page = 4096;
   const View x(like, false, "like");
@@ -443,283 +376,6 @@ index update_running(nb::handle statistics, nb::handle mean, nb::handle var,
                             even_if_not_finite, count_empty);
 }
 
-// ---- NumPy's face in one crossing ---------------------------------------------------------------
-
-// Each of these does all of a call on ordinary arguments: NumPy arrays of a supported type, numbers
-// that need no conversion, nothing to refuse. Otherwise it returns None before anything has changed,
-// and Python finds out whether the call is another kind of right, or wrong and how.
-
-constexpr index releases_from = 1 << 14;  // values; letting other threads run costs more than fewer
-
-class ReleasedFrom {
- public:
-  explicit ReleasedFrom(index values) {
-    if (values >= releases_from) released_.emplace();
-  }
-
- private:
-  std::optional<nb::gil_scoped_release> released_;
-};
-
-index values_of(const Array& a) {
-  index n = 1;
-  for (int d = 0; d < a.rank; ++d) n *= a.shape[d];
-  return n;
-}
-
-bool number(nb::handle object, double* value) {
-  if (!PyFloat_CheckExact(object.ptr())) return false;
-  *value = PyFloat_AsDouble(object.ptr());
-  return *value >= 0 && *value <= DBL_MAX;
-}
-
-// An array with a channel axis, counted from the front, and with values.
-bool values_and_axis(nb::handle x, nb::handle channel_axis, Array* a, int* axis) {
-  if (!numpy::is_array(x) || !numpy::read(x, false, a) || a->rank < 2 ||
-      a->dtype == DType::bf16 ||  // integers, here
-      !PyLong_CheckExact(channel_axis.ptr()))
-    return false;
-  const long given = PyLong_AsLong(channel_axis.ptr());
-  if (given == -1 && PyErr_Occurred()) {
-    PyErr_Clear();
-    return false;
-  }
-  if (given < -a->rank || given >= a->rank) return false;
-  *axis = int(given < 0 ? given + a->rank : given);
-  return values_of(*a) > 0;
-}
-
-// One value per channel, or nothing where that is allowed.
-bool vector(nb::handle object, index channels, bool optional, Array* a) {
-  if (object.is_none()) return optional;
-  return numpy::is_array(object) && numpy::read(object, false, a) && a->rank == 1 &&
-         a->shape[0] == channels && a->dtype != DType::bf16;
-}
-
-nb::object like(nb::handle x, Array* a) {
-  nb::object y = nb::handle(numpy::registered.empty_like)(x);
-  if (!numpy::read(y, true, a)) throw nb::value_error("empty_like: not an array like x");
-  return y;
-}
-
-nb::object empty(nb::handle shape, Array* a) {
-  nb::object y = nb::handle(numpy::registered.empty)(shape);
-  if (!numpy::read(y, true, a)) throw nb::value_error("empty: not an array");
-  return y;
-}
-
-nb::object quick_forward(nb::handle x, nb::handle gamma, nb::handle beta, nb::handle eps_,
-                         nb::handle channel_axis) {
-  Array ax, ay, as, ag, ab;
-  int axis;
-  double eps;
-  if (!values_and_axis(x, channel_axis, &ax, &axis) || !number(eps_, &eps)) return nb::none();
-  const index channels = ax.shape[axis], values = values_of(ax);
-  if (values == channels || !vector(gamma, channels, true, &ag) ||
-      !vector(beta, channels, true, &ab))
-    return nb::none();
-  nb::object y = like(x, &ay);
-  nb::object statistics = empty(nb::make_tuple(1, int(bn::statistics_rows), channels), &as);
-  {
-    const ReleasedFrom released(values);
-    bn::layer_forward(ax, {}, {}, ay, axis, eps, {ag, ab}, {}, {},
-                      reinterpret_cast<double*>(as.data));
-  }
-  return nb::make_tuple(y, statistics, axis);
-}
-
-// `keep`: return the statistics and the axis, too.
-nb::object quick_inference(nb::handle x, nb::handle mean, nb::handle var, nb::handle gamma,
-                           nb::handle beta, nb::handle eps_, nb::handle channel_axis, bool keep) {
-  Array ax, ay, as, am, av, ag, ab;
-  int axis;
-  double eps;
-  if (!values_and_axis(x, channel_axis, &ax, &axis) || !number(eps_, &eps)) return nb::none();
-  const index channels = ax.shape[axis];
-  if (!vector(mean, channels, false, &am) || !vector(var, channels, false, &av) ||
-      !vector(gamma, channels, true, &ag) || !vector(beta, channels, true, &ab))
-    return nb::none();
-  if (bn::has_bad_statistics(am, av, eps)) return nb::none();
-  nb::object y = like(x, &ay);
-  if (!keep) {
-    const ReleasedFrom released(values_of(ax));
-    bn::layer_inference(ax, ay, axis, eps, am, av, {ag, ab}, {});
-    return y;
-  }
-  nb::object statistics = empty(nb::make_tuple(1, int(bn::statistics_rows), channels), &as);
-  double* s = reinterpret_cast<double*>(as.data);
-  bn::given_statistics(am, av, s);
-  {
-    const ReleasedFrom released(values_of(ax));
-    bn::layer_normalize(ax, {}, {}, ay, axis, eps, {ag, ab}, {}, {}, s);
-  }
-  return nb::make_tuple(y, statistics, axis);
-}
-
-// Whether an array is the statistics of one group.
-bool one_group(const Array& a, index channels) {
-  return a.rank == 3 && a.dtype == DType::f64 && a.shape[0] == 1 &&
-         a.shape[1] == bn::statistics_rows && a.shape[2] == channels &&
-         a.stride[1] == channels && (channels < 2 || a.stride[2] == 1);
-}
-
-// The gradients of x, gamma and beta; the last two in the types of gamma and beta, or None.
-nb::object quick_backward(nb::handle grad_y, nb::handle x, nb::handle statistics, int axis,
-                          double eps, nb::handle gamma, nb::handle gamma_dtype,
-                          nb::handle beta_dtype, bool measured) {
-  Array ag, ax, as, ao, aw, aw_out, ab_out;
-  if (!numpy::is_array(x) || !numpy::is_array(grad_y) || !numpy::is_array(statistics) ||
-      !numpy::read(x, false, &ax) || !numpy::read(grad_y, false, &ag) ||
-      !numpy::read(statistics, false, &as) || ag.dtype != ax.dtype || ag.rank != ax.rank ||
-      ax.dtype == DType::bf16 || axis < 0 || axis >= ax.rank || !one_group(as, ax.shape[axis]))
-    return nb::none();
-  for (int d = 0; d < ax.rank; ++d)
-    if (ag.shape[d] != ax.shape[d]) return nb::none();
-  const index channels = ax.shape[axis];
-  if (!vector(gamma, channels, true, &aw)) return nb::none();
-  nb::object out[2];
-  Array* of_out[2] = {&aw_out, &ab_out};
-  const nb::handle dtypes[2] = {gamma_dtype, beta_dtype};
-  for (int k = 0; k < 2; ++k) {
-    if (dtypes[k].is_none()) {
-      out[k] = nb::none();
-      continue;
-    }
-    int code = 0;
-    while (code < 3 && numpy::registered.dtypes[code] != dtypes[k].ptr()) ++code;
-    if (code == 3) return nb::none();
-    out[k] = nb::handle(numpy::registered.empty)(channels, dtypes[k]);
-    if (!numpy::read(out[k], true, of_out[k])) return nb::none();
-  }
-  nb::object grad_x = like(x, &ao);
-  {
-    const ReleasedFrom released(values_of(ax));
-    bn::layer_backward(ag, ax, {}, {}, ao, {}, axis, eps, {aw, {}}, {}, {},
-                       reinterpret_cast<const double*>(as.data), measured, aw_out, ab_out);
-  }
-  return nb::make_tuple(grad_x, out[0], out[1]);
-}
-
-// ---- a framework's layer, likewise ---------------------------------------------------------------
-
-bool tensor(nb::handle object, Array* a) {
-  PyTypeObject* type = Py_TYPE(object.ptr());  // no subclass
-  return foreign.type && (type == foreign.type || type == foreign.parameter) &&
-         read_foreign(object, a);
-}
-
-// A vector of one value per channel, or nothing. Of x Python asks itself whether it is the negative of
-// what its memory holds, as parts of complex tensors may be.
-bool tensor_vector(nb::handle object, index channels, Array* a) {
-  return object.is_none() ||
-         (tensor(object, a) && a->rank == 1 && a->shape[0] == channels &&
-          nb::handle(foreign.is_neg)(object).ptr() == Py_False);
-}
-
-// The arguments of a layer that fit together, with more than one value per channel.
-struct LayerArrays {
-  Array x, mean, var, weight, bias;
-  index channels = 0;
-
-  bool read(nb::handle x_, nb::handle mean_, nb::handle var_, nb::handle weight_,
-            nb::handle bias_) {
-    if (!tensor(x_, &x) || x.rank < 2) return false;
-    channels = x.shape[1];
-    return values_of(x) != channels && mean_.is_none() == var_.is_none() &&
-           tensor_vector(mean_, channels, &mean) && tensor_vector(var_, channels, &var) &&
-           tensor_vector(weight_, channels, &weight) && tensor_vector(bias_, channels, &bias);
-  }
-};
-
-// A tensor like x for a result. `gradient`: in the format of gradients, which may differ.
-nb::object tensor_like(nb::handle x, const Array& a, bool gradient, Array* to) {
-  index expected = 1;
-  bool contiguous = true;
-  for (int d = a.rank - 1; d >= 0; expected *= a.shape[d], --d)
-    contiguous = contiguous && a.stride[d] == expected;
-  nb::object made = contiguous && expected * bn::size_of(a.dtype) < foreign.small
-                        ? nb::handle(foreign.empty_like)(x)
-                        : nb::handle(foreign.of_any)(x, gradient);
-  if (!tensor(made, to)) throw nb::value_error("empty_like: not a tensor like x");
-  return made;
-}
-
-// y, and the statistics by which it was normalized: those of x, or the given ones, which are checked
-// in any case. `keep`: the given ones are needed later; otherwise None is returned in their place.
-nb::object quick_tensor_forward(nb::handle x, nb::handle mean, nb::handle var, nb::handle weight,
-                                nb::handle bias, bool training, bool keep, double eps,
-                                index group_size, int activation, double slope) {
-  LayerArrays a;
-  Array y, s;
-  if (!(eps > 0) || group_size || !a.read(x, mean, var, weight, bias) ||
-      (!training && (!a.mean || bn::negative_variance(a.var) >= 0)))
-    return nb::none();
-  const bn::Parameters parameters{a.weight, a.bias};
-  const bn::Epilogue epilogue{bn::Activation(activation), slope};
-  nb::object result = tensor_like(x, a.x, false, &y), statistics = nb::none();
-  if (!training && !keep) {
-    const ReleasedFrom released(values_of(a.x));
-    bn::layer_inference(a.x, y, 1, eps, a.mean, a.var, parameters, epilogue);
-  } else {
-    statistics = empty(nb::make_tuple(1, int(bn::statistics_rows), a.channels), &s);
-    double* to = reinterpret_cast<double*>(s.data);
-    const ReleasedFrom released(values_of(a.x));
-    if (training) {
-      bn::layer_forward(a.x, {}, {}, y, 1, eps, parameters, epilogue, {}, to);
-    } else {
-      bn::given_statistics(a.mean, a.var, to);
-      bn::layer_normalize(a.x, {}, {}, y, 1, eps, parameters, epilogue, {}, to);
-    }
-  }
-  return nb::make_tuple(result, statistics);
-}
-
-// The gradients that are needed of x, weight and bias, None for the others and for one more argument.
-nb::object quick_tensor_backward(nb::handle grad_y, nb::handle x, nb::handle statistics,
-                                 nb::handle weight, nb::handle bias, bool measured, bool need_x,
-                                 bool need_weight, bool need_bias, double eps, index group_size,
-                                 int activation, double slope) {
-  Array ag, ax, as, aw, ab, to_x, to_weight, to_bias;
-  if (!tensor(x, &ax) || !tensor(grad_y, &ag) || ag.dtype != ax.dtype || ag.rank != ax.rank ||
-      !numpy::is_array(statistics) || !numpy::read(statistics, false, &as) || ax.rank < 2 ||
-      !one_group(as, ax.shape[1]) || group_size)
-    return nb::none();
-  for (int d = 0; d < ax.rank; ++d)
-    if (ag.shape[d] != ax.shape[d]) return nb::none();
-  const index channels = ax.shape[1];
-  if (!tensor_vector(weight, channels, &aw) || !tensor_vector(bias, channels, &ab))
-    return nb::none();
-  nb::object of_x = nb::none(), of_weight = nb::none(), of_bias = nb::none();
-  if (need_x) of_x = tensor_like(x, ax, true, &to_x);
-  if (need_weight && aw) of_weight = tensor_like(weight, aw, true, &to_weight);
-  if (need_bias && ab) of_bias = tensor_like(bias, ab, true, &to_bias);
-  {
-    const ReleasedFrom released(values_of(ax));
-    bn::layer_backward(ag, ax, {}, {}, to_x, {}, 1, eps, {aw, ab},
-                       {bn::Activation(activation), slope}, {},
-                       reinterpret_cast<const double*>(as.data), measured, to_weight, to_bias);
-  }
-  return nb::make_tuple(of_x, of_weight, of_bias, nb::none());
-}
-
-// Whether NumPy's arrays can be read where they lie. `probe` has this shape and these strides.
-bool use_numpy(nb::handle type, nb::handle dtypes, nb::handle empty, nb::handle empty_like,
-               nb::handle probe, std::uintptr_t address, std::vector<index> shape,
-               std::vector<index> strides) {
-  numpy::registered.type = reinterpret_cast<PyTypeObject*>(type.ptr());
-  for (int k = 0; k < 4; ++k) numpy::registered.dtypes[k] = dtypes[k].inc_ref().ptr();
-  numpy::registered.empty = empty.inc_ref().ptr();
-  numpy::registered.empty_like = empty_like.inc_ref().ptr();
-  type.inc_ref();
-  Array a;
-  bool right = numpy::is_array(probe) && numpy::read(probe, true, &a) &&
-               a.data == reinterpret_cast<char*>(address) && a.rank == int(shape.size());
-  for (int d = 0; right && d < a.rank; ++d)
-    right = a.shape[d] == shape[std::size_t(d)] && a.stride[d] == strides[std::size_t(d)];
-  if (!right) numpy::registered.type = nullptr;
-  return right;
-}
-
 }  // namespace
 
 NB_MODULE(_core, m) {
@@ -802,24 +458,10 @@ NB_MODULE(_core, m) {
         "momentum"_a, "even_if_not_finite"_a, "count_empty"_a,
         "The first channel that is not finite, or -1. `tracked`: address of an int64, or 0.");
 
-  // Whatever a caller may have passed comes here, None included.
-  m.def("quick_forward", &quick_forward, "x"_a.none(), "gamma"_a.none(), "beta"_a.none(),
-        "eps"_a.none(), "channel_axis"_a.none(),
-        "(y, statistics, axis), or None where Python has to look.");
-  m.def("quick_inference", &quick_inference, "x"_a.none(), "mean"_a.none(), "var"_a.none(),
-        "gamma"_a.none(), "beta"_a.none(), "eps"_a.none(), "channel_axis"_a.none(), "keep"_a);
-  m.def("quick_backward", &quick_backward, "grad_y"_a.none(), "x"_a, "statistics"_a, "axis"_a,
-        "eps"_a, "gamma"_a.none(), "gamma_dtype"_a.none(), "beta_dtype"_a.none(), "measured"_a);
-  m.def("use_numpy", &use_numpy, "type"_a, "dtypes"_a, "empty"_a, "empty_like"_a, "probe"_a,
+  define_quick(m);
+  m.def("use_numpy", &numpy::use, "type"_a, "dtypes"_a, "empty"_a, "empty_like"_a, "probe"_a,
         "address"_a, "shape"_a, "strides"_a);
-
-  m.def("quick_tensor_forward", &quick_tensor_forward, "x"_a, "mean"_a.none(), "var"_a.none(),
-        "weight"_a.none(), "bias"_a.none(), "training"_a, "keep"_a, "eps"_a,
-        "group_size"_a, "activation"_a, "slope"_a);
-  m.def("quick_tensor_backward", &quick_tensor_backward, "grad_y"_a, "x"_a, "statistics"_a,
-        "weight"_a.none(), "bias"_a.none(), "measured"_a, "need_x"_a, "need_weight"_a,
-        "need_bias"_a, "eps"_a, "group_size"_a, "activation"_a, "slope"_a);
-  m.def("use_exchange", &use_exchange, "type"_a, "parameter"_a, "exchange"_a, "empty_like"_a,
+  m.def("use_exchange", &foreign::use, "type"_a, "parameter"_a, "exchange"_a, "empty_like"_a,
         "of_any"_a, "is_neg"_a, "small"_a,
         "Take tensors of this type as they are, by the type's __dlpack_c_exchange_api__.");
   m.def("take", &take, "bytes"_a, "like"_a,

@@ -1,9 +1,12 @@
 // NumPy arrays, read where they lie. The buffer protocol takes as long per array as a small kernel, so
 // this reads the fields of an array object itself, whose order is part of NumPy's binary interface
-// (PyArrayObject_fields). `use_numpy` compares what it reads of a probe with what Python sees.
+// (PyArrayObject_fields). `use` compares what it reads of a probe with what Python sees.
 #pragma once
 
 #include <nanobind/nanobind.h>
+
+#include <cstdint>
+#include <vector>
 
 #include "kernels.hpp"
 
@@ -54,6 +57,24 @@ inline bool read(nb::handle object, bool writable, bn::Array* a) {
     a->stride[d] = o.strides[d] / size;
   }
   return true;
+}
+
+// Whether NumPy's arrays can be read where they lie. `probe` has this shape and these strides.
+inline bool use(nb::handle type, nb::handle dtypes, nb::handle empty, nb::handle empty_like,
+                nb::handle probe, std::uintptr_t address, std::vector<bn::index> shape,
+                std::vector<bn::index> strides) {
+  registered.type = reinterpret_cast<PyTypeObject*>(type.ptr());
+  for (int k = 0; k < 4; ++k) registered.dtypes[k] = dtypes[k].inc_ref().ptr();
+  registered.empty = empty.inc_ref().ptr();
+  registered.empty_like = empty_like.inc_ref().ptr();
+  type.inc_ref();
+  bn::Array a;
+  bool right = is_array(probe) && read(probe, true, &a) &&
+               a.data == reinterpret_cast<char*>(address) && a.rank == int(shape.size());
+  for (int d = 0; right && d < a.rank; ++d)
+    right = a.shape[d] == shape[std::size_t(d)] && a.stride[d] == strides[std::size_t(d)];
+  if (!right) registered.type = nullptr;
+  return right;
 }
 
 }  // namespace numpy
