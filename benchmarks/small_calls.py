@@ -9,7 +9,8 @@ batchnorm is installed in.
 
 What is measured, in float32 on one thread: the layers ``BatchNorm1d`` of torch and of
 batchnorm.torch (forward in training; forward and backward; evaluation, while gradients are recorded
-and under no_grad), and the NumPy functions ``batch_norm``, ``batch_norm_backward`` and
+and under no_grad), a layer of an autograd Function that computes nothing, which no layer written in
+Python can be faster than, and the NumPy functions ``batch_norm``, ``batch_norm_backward`` and
 ``batch_norm_inference``, beside torch's functions without autograd. Every answer is compared with
 torch's before it is timed.
 
@@ -25,6 +26,7 @@ import argparse
 import contextlib
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +35,7 @@ from pathlib import Path
 
 import command
 import small_calls_worker
-from small_calls_worker import OPS, OURS, TORCH
+from small_calls_worker import FLOOR, OPS, OURS, TORCH
 
 import batchnorm
 from batchnorm.bench.rows import TimedRow, timed
@@ -75,14 +77,14 @@ def start(root: Path) -> Worker:
 def measure(options: argparse.Namespace, files: command.Files) -> list[str]:
     roots = {OURS: Path(batchnorm.__file__).resolve().parent.parent}
     # Provider to the copy that it is measured in, and its name there.
-    providers = {TORCH: (OURS, TORCH), OURS: (OURS, OURS)}
+    providers = {name: (OURS, name) for name in (TORCH, OURS, FLOOR)}
     if options.before is not None:
         roots[BEFORE] = root_of(options.before)
         providers = {BEFORE: (BEFORE, OURS), OURS: (OURS, OURS)}
     baseline = next(iter(providers))
     cases = list(product(OPS, SHAPES))
     samples: dict[tuple[str, tuple[int, int]], dict[str, list[Sample]]] = {
-        case: {name: [] for name in providers} for case in cases
+        case: defaultdict(list) for case in cases
     }
     with steps(options.processes * len(cases)) as started:
         for number in range(options.processes):
@@ -107,7 +109,7 @@ def measure(options: argparse.Namespace, files: command.Files) -> list[str]:
             samples[op, shape][baseline],
         )
         for op, shape in cases
-        for name in providers
+        for name in samples[op, shape]
     ]
     stem = "small_calls" if options.before is None else "small_calls_before"
     files[f"{stem}.csv"] = rows
@@ -145,7 +147,11 @@ def measure_case(
         calls = max(1, math.ceil(options.block / seconds[copy][provider]))
         return Sample(*workers[copy].ask("block", provider=provider, calls=calls))
 
-    takes = {name: partial(take, *where) for name, where in providers.items()}
+    takes = {
+        name: partial(take, copy, provider)
+        for name, (copy, provider) in providers.items()
+        if provider in seconds[copy]
+    }
     return interleave(takes, min_rounds=options.rounds, seed=seed)
 
 

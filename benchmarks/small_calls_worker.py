@@ -18,6 +18,8 @@ import batchnorm
 import batchnorm.torch
 
 TORCH, OURS = "torch", "batchnorm"
+#: A layer of an autograd Function that computes nothing: what PyTorch itself asks of such a layer.
+FLOOR = "empty Function"
 LAYER_OPS = ("forward", "forward and backward", "evaluation", "evaluation, no_grad")
 ARRAY_OPS = ("batch_norm", "batch_norm_backward", "batch_norm_inference")
 OPS = LAYER_OPS + ARRAY_OPS
@@ -71,6 +73,28 @@ class Calls:
         return elapsed * 1e-9 / calls, float("nan")
 
 
+class EmptyFunction(torch.autograd.Function):
+    """Takes, saves and makes the tensors that a batch norm does, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any, bias: Any) -> Any:
+        ctx.save_for_backward(x, weight, bias)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Any) -> Any:
+        return tuple(map(torch.empty_like, ctx.saved_tensors))
+
+
+class EmptyLayer(torch.nn.BatchNorm1d):
+    """`EmptyFunction` as a layer; without gradients, an empty result alone."""
+
+    def forward(self, x: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return torch.empty_like(x)
+        return EmptyFunction.apply(x, self.weight, self.bias)
+
+
 def arrays_of(result: Any) -> list[Any]:
     """The arrays of a result, without what is saved for the backward pass."""
     values = result if isinstance(result, (tuple, list)) else [result]
@@ -82,7 +106,11 @@ def layer_calls(op: str, x: Any, grad_y: Any, *parameters: Any) -> dict[str, Run
     """The layers `BatchNorm1d` of both; all arrays of a hidden layer need gradients."""
     runs: dict[str, Run] = {}
     grad = torch.from_numpy(grad_y)
-    for name, kind in ((TORCH, torch.nn.BatchNorm1d), (OURS, batchnorm.torch.BatchNorm1d)):
+    for name, kind in (
+        (TORCH, torch.nn.BatchNorm1d),
+        (OURS, batchnorm.torch.BatchNorm1d),
+        (FLOOR, EmptyLayer),
+    ):
         layer = kind(x.shape[1], eps=EPS)
         state = map(torch.from_numpy, parameters)
         layer.load_state_dict(
