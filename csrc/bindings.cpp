@@ -4,7 +4,6 @@
 // buffer protocol, a framework's own tensor where the framework has DLPack's C exchange, or a tuple
 // (address, dtype code, shape, strides in elements): one build serves every version of every framework.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -221,16 +220,6 @@ void backward(Pass pass, nb::handle grad_y, nb::handle x, nb::handle grad_x, int
   else
     bn::backward_fused(vg.array(), vx.array(), vy.array(), vw.array(), vo.array(), vgr.array(),
                        axis, count, st, af, e, s1.data(), s2.data());
-}
-
-nb::object take(std::size_t bytes, nb::handle like) {
-  constexpr std::size_t page = 4096;
-  const View x(like, false, "like");
-  const std::size_t offset = reinterpret_cast<std::uintptr_t>(x.array().data) % page;
-  void* block = bn::take_block(bytes + page);
-  nb::capsule owner(block, [](void* p) noexcept { bn::give_block(p); });
-  return nb::cast(nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>(
-      static_cast<char*>(block) + offset, {bytes}, owner));
 }
 
 void copy(nb::handle to, nb::handle from) {
@@ -464,12 +453,9 @@ NB_MODULE(_core, m) {
   m.def("use_exchange", &foreign::use, "type"_a, "parameter"_a, "exchange"_a, "empty_like"_a,
         "of_any"_a, "is_neg"_a, "small"_a,
         "Take tensors of this type as they are, by the type's __dlpack_c_exchange_api__.");
-  m.def("take", &take, "bytes"_a, "like"_a,
-        "Uninitialised memory for an output, as uint8, that lies in its page as `like` does: then "
-        "vectors of both begin where cache lines do, and no load seems to wait for a store.");
-  m.def("release_blocks", &bn::release_blocks);
-  m.def("kept_bytes", &bn::kept_bytes);
-  m.def("keep_at_most", &bn::keep_at_most, "bytes"_a);
+  m.def("prepare_output", [](std::uintptr_t address, std::size_t bytes) {
+    bn::prepare_output(reinterpret_cast<void*>(address), bytes);
+  }, "address"_a, "bytes"_a);
   m.def("copy", &copy, "to"_a, "from_"_a, "A parallel memcpy of C-contiguous arrays.");
 
   m.def("instruction_sets", &bn::instruction_sets);

@@ -113,29 +113,6 @@ void parallel(index tasks, index values, bool backwards, const Body& body) {
 #endif
 }
 
-// Uninitialised numbers for the duration of a call. Many of them come from the pool of outputs: the
-// allocator would have the system map, and clear, as much memory anew for each call.
-class Scratch {
- public:
-  explicit Scratch(index n) : pooled_(n * index(sizeof(double)) >= (64 << 10)) {
-    const std::size_t bytes = std::size_t(n) * sizeof(double);
-    data_ = static_cast<double*>(pooled_ ? take_block(bytes) : ::operator new(bytes));
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() {
-    if (pooled_)
-      give_block(data_);
-    else
-      ::operator delete(data_);
-  }
-  double* get() const { return data_; }
-
- private:
-  bool pooled_;
-  double* data_;
-};
-
 // One call on its way through the kernels.
 class Call {
  public:
@@ -360,7 +337,7 @@ class Call {
       });
       const index c = channels();
       // Each task writes its part of it; zeros first would be one more pass.
-      const Scratch partial(p.chunks() * c * 2);
+      const std::unique_ptr<double[]> partial(new double[std::size_t(p.chunks() * c * 2)]);
       const index tasks = p.chunks() * p.channel_blocks;
       parallel(tasks, values_, false, [&](index t) {
         const index chunk = t / p.channel_blocks;
@@ -391,7 +368,7 @@ class Call {
   void run_fused(const Partition& p, Reduce reduce, Apply apply, const Begin& begin,
                  const Finish& finish, const CoefficientsOf& coefficients) {
     const index step = p.channel_step;
-    const Scratch partial(p.channel_blocks * step * 2);
+    const std::unique_ptr<double[]> partial(new double[std::size_t(p.channel_blocks * step * 2)]);
     parallel(p.channel_blocks, values_, false, [&](index k) {
       const Block whole = p.block(layout_, 0, k);
       const index c0 = whole.channel_begin, c1 = whole.channel_end;

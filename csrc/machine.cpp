@@ -1,13 +1,11 @@
 #include "machine.hpp"
 
 #include <atomic>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <map>
-#include <mutex>
-#include <new>
+#include <cstring>
 #include <string>
-#include <unordered_map>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -15,6 +13,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #include <sys/mman.h>
+#endif
+#ifdef __GLIBC__
+#include <malloc.h>
 #endif
 
 namespace bn {
@@ -87,20 +88,8 @@ namespace {
 std::atomic<bool> forked{false};
 std::atomic<std::chrono::steady_clock::rep> alone_until{0};
 
-std::mutex& pool_mutex() {
-  static std::mutex m;
-  return m;
-}
-
 #if defined(__unix__) || defined(__APPLE__)
-// Hold the pool's lock while forking, so that no other thread does in the child; and remember there
-// that the child has no OpenMP threads.
-const int registered = pthread_atfork([] { pool_mutex().lock(); },
-                                      [] { pool_mutex().unlock(); },
-                                      [] {
-                                        pool_mutex().unlock();
-                                        forked = true;
-                                      });
+const int registered = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
 }  // namespace
@@ -167,109 +156,36 @@ index last_level_cache() {
 
 namespace {
 
-constexpr std::size_t huge_page = std::size_t(2) << 20;
-
-struct Pool {
-  std::multimap<std::size_t, void*> kept;  // by size
-  std::unordered_map<void*, std::size_t> lent;
-  std::size_t bytes = 0;
-  std::size_t limit = std::size_t(256) << 20;
-};
-
-Pool& pool() {
-  // Never destroyed: arrays may outlive the interpreter's last module.
-  static Pool* p = new Pool;
-  return *p;
-}
-
-// glibc returns freed memory to the system above a threshold, which is twice the largest block freed
-// so far, of up to 32 MiB. Free such a block now, as a program with large arrays does sooner or later.
-// Otherwise gradients that the optimizer drops in every step would come back as fresh pages, which
-// the system has to clear; benchmarks/network_step.py --profile counts these page faults. No page of
-// the block is touched. Thresholds set by hand remain, and other allocators are not affected.
-void settle_allocator() {
+// glibc returns freed memory to the system early, and the outputs of a network, or the gradients that
+// an optimizer drops in every step, come back as pages that the system has to clear. Which blocks it
+// keeps depends on what a program happens to have freed. Choose the highest threshold that it would
+// choose by itself, and let 256 MiB stay; but leave alone what somebody has set.
+void keep_freed_memory() {
 #ifdef __GLIBC__
-  void* volatile block = std::malloc((std::size_t(32) << 20) - (std::size_t(64) << 10));
-  std::free(block);
+  const char* tunables = std::getenv("GLIBC_TUNABLES");
+  if (std::getenv("MALLOC_MMAP_THRESHOLD_") || std::getenv("MALLOC_TRIM_THRESHOLD_") ||
+      (tunables && std::strstr(tunables, "glibc.malloc.")))
+    return;
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, 256 << 20);
 #endif
-}
-
-void* fresh(std::size_t bytes) {
-  static const bool settled = (settle_allocator(), true);
-  (void)settled;
-  const std::align_val_t alignment{bytes >= huge_page ? huge_page : 64};
-  void* p = ::operator new(bytes, alignment);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes >= huge_page) madvise(p, bytes, MADV_HUGEPAGE);  // may fail without harm
-#endif
-  return p;
-}
-
-void discard(void* p, std::size_t bytes) {
-  ::operator delete(p, std::align_val_t{bytes >= huge_page ? huge_page : 64});
-}
-
-void trim(Pool& p, std::size_t limit) {  // largest first: few blocks, many bytes
-  while (p.bytes > limit) {
-    auto last = std::prev(p.kept.end());
-    p.bytes -= last->first;
-    discard(last->second, last->first);
-    p.kept.erase(last);
-  }
 }
 
 }  // namespace
 
-void* take_block(std::size_t bytes) {
-  const std::size_t unit = bytes >= huge_page ? huge_page : 4096;
-  const std::size_t size = (bytes + unit - 1) / unit * unit;
-  std::lock_guard<std::mutex> lock(pool_mutex());
-  Pool& p = pool();
-  void* block;
-  std::size_t actual = size;
-  // A block up to an eighth larger will do.
-  auto found = p.kept.lower_bound(size);
-  if (found != p.kept.end() && found->first <= size + size / 8) {
-    actual = found->first;
-    block = found->second;
-    p.bytes -= actual;
-    p.kept.erase(found);
-  } else {
-    block = fresh(size);
-  }
-  p.lent.emplace(block, actual);
-  return block;
-}
-
-void give_block(void* block) {
-  std::lock_guard<std::mutex> lock(pool_mutex());
-  Pool& p = pool();
-  const auto entry = p.lent.find(block);
-  const std::size_t size = entry->second;
-  p.lent.erase(entry);
-  if (size > p.limit) {
-    discard(block, size);
-    return;
-  }
-  p.kept.emplace(size, block);
-  p.bytes += size;
-  trim(p, p.limit);
-}
-
-void release_blocks() {
-  std::lock_guard<std::mutex> lock(pool_mutex());
-  trim(pool(), 0);
-}
-
-std::size_t kept_bytes() {
-  std::lock_guard<std::mutex> lock(pool_mutex());
-  return pool().bytes;
-}
-
-void keep_at_most(std::size_t bytes) {
-  std::lock_guard<std::mutex> lock(pool_mutex());
-  pool().limit = bytes;
-  trim(pool(), bytes);
+void prepare_output(void* p, std::size_t bytes) {
+  static const bool once = (keep_freed_memory(), true);
+  (void)once;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t huge_page = std::uintptr_t(2) << 20;
+  const auto at = reinterpret_cast<std::uintptr_t>(p);
+  const std::uintptr_t begin = (at + huge_page - 1) / huge_page * huge_page;
+  const std::uintptr_t end = (at + bytes) / huge_page * huge_page;
+  if (begin < end)  // may fail without harm
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)p, (void)bytes;
+#endif
 }
 
 }  // namespace bn

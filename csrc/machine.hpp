@@ -15,12 +15,8 @@ void waited_for_threads(std::chrono::steady_clock::duration);
 index last_level_cache();  // bytes
 void assume_last_level_cache(index bytes);  // for tests; negative: what the machine has
 
-// Memory for outputs. Blocks that come back are kept (up to a limit) and handed out again, because
-// the first touch of fresh pages costs several times what the kernels do to them.
-void* take_block(std::size_t bytes);
-void give_block(void* block);
-void release_blocks();           // free what is kept
-std::size_t kept_bytes();
-void keep_at_most(std::size_t bytes);
+// Of a large new output, whose first touch costs several times what the kernels do to it: have its
+// pages be huge, where the system has such, and from the first such call on have freed memory kept.
+void prepare_output(void* p, std::size_t bytes);
 
 }  // namespace bn

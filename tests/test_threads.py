@@ -174,78 +174,7 @@ def test_show_config_names_version_and_machine():
     assert config["last_level_cache"] > 0
 
 
-# ---- the pool of output memory ------------------------------------------------------------------
-
-LARGE = (64, 16, 40, 40)  # 6.5 MB of float32
-
-
-@pytest.fixture
-def empty_pool():
-    _core.release_blocks()
-    yield
-    _core.release_blocks()
-
-
-def test_pool_gives_the_memory_of_a_dropped_output_to_the_next(empty_pool, rng):
-    x = rng.normal(size=LARGE).astype(np.float32)
-    y = batchnorm.normalize(x)
-    address = y.ctypes.data
-    del y
-    assert _core.kept_bytes() >= x.nbytes
-    assert batchnorm.normalize(x).ctypes.data == address
-
-
-def test_pool_never_lends_the_memory_of_a_live_output(empty_pool, rng):
-    x = rng.normal(size=LARGE).astype(np.float32)
-    outputs = [batchnorm.normalize(x) for _ in range(4)]
-    expected = outputs[0].copy()
-    for i, a in enumerate(outputs):
-        np.testing.assert_array_equal(a, expected)
-        assert not any(np.may_share_memory(a, b) for b in outputs[i + 1 :])
-
-
-def test_pool_keeps_memory_while_a_view_of_it_lives(empty_pool, rng):
-    x = rng.normal(size=LARGE).astype(np.float32)
-    view = batchnorm.normalize(x)[3:5, 2]
-    kept = view.copy()
-    for _ in range(3):
-        batchnorm.normalize(-x)
-    np.testing.assert_array_equal(view, kept)
-
-
-def test_pool_is_empty_after_release_blocks(empty_pool, rng):
-    batchnorm.normalize(rng.normal(size=LARGE))
-    assert _core.kept_bytes() > 0
-    _core.release_blocks()
-    assert _core.kept_bytes() == 0
-
-
-def test_pool_leaves_live_outputs_alone_when_released(empty_pool, rng):
-    x = rng.normal(size=LARGE).astype(np.float32)
-    y = batchnorm.normalize(x)
-    expected = y.copy()
-    _core.release_blocks()
-    np.testing.assert_array_equal(y, expected)
-
-
-def test_pool_keeps_no_more_than_it_is_told(empty_pool, rng):
-    _core.keep_at_most(1 << 20)
-    try:
-        batchnorm.normalize(rng.normal(size=LARGE))
-        assert _core.kept_bytes() <= 1 << 20
-    finally:
-        _core.keep_at_most(256 << 20)
-
-
-def test_pool_does_not_lend_a_block_that_is_much_too_large(empty_pool, rng):
-    large = batchnorm.normalize(rng.normal(size=LARGE).astype(np.float32))
-    address = large.ctypes.data
-    del large
-    small = batchnorm.normalize(rng.normal(size=(64, 16, 20, 20)).astype(np.float32))
-    assert small.ctypes.data != address
-
-
-def test_pool_serves_threads_at_once(empty_pool, rng):
+def test_threads_may_call_at_once(rng):
     x = rng.normal(size=(16, 16, 40, 40)).astype(np.float32)
     expected = batchnorm.normalize(x)
     wrong = []

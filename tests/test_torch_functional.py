@@ -4,6 +4,7 @@ import copy
 import io
 import math
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 
@@ -509,6 +510,32 @@ def test_batch_norm_y_is_dense_when_input_is_not(randn, layout):
     y = batch_norm(x, None, None, training=True)
     assert y.untyped_storage().nbytes() == y.numel() * 4
     assert y.stride() == torch.empty_like(x).stride()
+
+
+@formats
+def test_batch_norm_large_y_can_be_resized_in_place(memory_format):
+    x = torch.zeros(8, 64, 64, 64).contiguous(memory_format=memory_format)
+    y = batch_norm(x, None, None, training=True)
+    y.resize_(16, 64, 64, 64)
+    assert y.untyped_storage().nbytes() == 2 * x.nbytes
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="no huge pages"
+)
+def test_batch_norm_largest_outputs_are_in_huge_pages():
+    x = torch.zeros(9, 64, 128, 128)  # more than any allocator keeps
+    y = batch_norm(x, None, None, training=True)
+    middle = y.data_ptr() + y.nbytes // 2
+    found = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if " " in line and "-" in (head := line.split(maxsplit=1)[0]):
+            begin, end = (int(number, 16) for number in head.split("-"))
+            found = begin <= middle < end
+        elif found and line.startswith("VmFlags:"):
+            assert "hg" in line.split()
+            return
+    pytest.fail("the output is in no mapping")
 
 
 # ---- running statistics -------------------------------------------------------------------------

@@ -22,9 +22,6 @@ ROWS = 5  # of statistics: count, mean, low part of the mean, m2, dof
 
 _SUPPORTED = "float16, bfloat16, float32 or float64"
 
-# Arrays with fewer bytes get memory from NumPy's own allocator, which is usually mapped already.
-_POOLED_BYTES = 1 << 18
-
 
 def as_values(x: ArrayLike, name: str = "x") -> Array:
     """`x` as an array of a supported floating type; integers and booleans become float64."""
@@ -139,7 +136,7 @@ def check_variance(var: Float64, name: str = "var") -> None:
 def output_like(x: Array, out: Array | None, apart_from: tuple[Array, ...]) -> Array:
     """`out`, checked, or a new array with the shape, type and memory order of `x`."""
     if out is None:
-        return empty_like(x)
+        return np.empty_like(x, subok=False)
     if not isinstance(out, np.ndarray):
         raise DTypeError(f"out must be a numpy.ndarray, got {type(out).__name__}.")
     if out.shape != x.shape or out.dtype != x.dtype:
@@ -168,28 +165,6 @@ def _share_memory(a: Array, b: Array) -> bool:
         return True
 
 
-def empty_like(x: Array) -> Array:
-    """An uninitialized array with the shape, type and memory order of `x`.
-
-    Large arrays come from the core's pool, whose memory is mapped already when it is used again.
-    Mapping 50 MB takes several times as long as the kernel that fills them.
-    """
-    if x.nbytes < _POOLED_BYTES:
-        return np.empty_like(x, subok=False)
-    memory = _core.take(x.nbytes, for_core(x))
-    if x.flags.c_contiguous:
-        flat: Array = np.ndarray(x.shape, x.dtype, memory)
-        return flat
-    axes = sorted(range(x.ndim), key=lambda a: (-abs(x.strides[a]), a))
-    strides = [0] * x.ndim
-    step = x.itemsize
-    for a in reversed(axes):
-        strides[a] = step
-        step *= x.shape[a]
-    y: Array = np.ndarray(x.shape, x.dtype, memory, 0, strides)
-    return y
-
-
 def for_core(x: Array) -> Array:
     """`x` as it is passed to the core: bfloat16, which has no buffer format, as uint16."""
     if is_bfloat16(x.dtype):
@@ -214,7 +189,7 @@ def read_arrays_in_place() -> None:
     address = probe.__array_interface__["data"][0]
     strides = [s // probe.itemsize for s in probe.strides]
     _core.use_numpy(
-        np.ndarray, dtypes, np.empty, empty_like, probe, address, list(probe.shape), strides
+        np.ndarray, dtypes, np.empty, np.empty_like, probe, address, list(probe.shape), strides
     )
 
 

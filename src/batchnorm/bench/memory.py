@@ -43,13 +43,13 @@ def reset_peak() -> bool:
     return True
 
 
-def peak_of(run: Callable[[], object], release: Callable[[], None] | None = None) -> float:
+def peak_of(run: Callable[[], object]) -> float:
     """Memory that one call newly makes resident, at its peak, outputs included.
 
     This counts whoever allocates: NumPy, PyTorch, XLA or batchnorm. Memory kept from earlier calls
-    would hide what this one needs, so it is given back first, by `release` and by the C library
-    (``malloc_trim``); the results of the earlier calls stay alive. Good to a few pages, which may
-    be of 2 MB each; the median of three calls.
+    would hide what this one needs, so the C library gives it back first (``malloc_trim``); the
+    results of the earlier calls stay alive. Good to a few pages, which may be of 2 MB each; the
+    median of three calls.
 
     Returns
     -------
@@ -61,7 +61,7 @@ def peak_of(run: Callable[[], object], release: Callable[[], None] | None = None
         # Three, because a framework may free what it no longer needs a little later, in a thread
         # of its own, and so hide as much in one of them.
         for _ in range(3):
-            _give_back(release)
+            _give_back()
             if not reset_peak():
                 return math.nan
             before = peak()
@@ -71,13 +71,11 @@ def peak_of(run: Callable[[], object], release: Callable[[], None] | None = None
         # So many results at once are more than the provider would otherwise keep memory for, and
         # memory that is reused less often is less likely to be in the cache.
         held.clear()
-        _give_back(release)
+        _give_back()
     return statistics.median(rises)
 
 
-def _give_back(release: Callable[[], None] | None) -> None:
-    if release is not None:
-        release()
+def _give_back() -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -5,7 +5,6 @@ compilation, the forward pass of a backward) is done while preparing it. A frame
 only in the functions of its own provider.
 """
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -43,8 +42,6 @@ class Provider:
         What has to be importable, and the command that makes it so.
     set_threads
         Tells the framework how many threads to use, where it needs to be told.
-    release
-        Gives back memory that is kept from one call for the next.
     """
 
     name: str
@@ -52,7 +49,6 @@ class Provider:
     module: str = "numpy"
     install: str = "pip install batchnorm"
     set_threads: Callable[[int], None] | None = None
-    release: Callable[[], None] | None = None
 
     def missing(self) -> str | None:
         """Why this provider cannot be used, in one line, or None if it can."""
@@ -95,11 +91,6 @@ def _batchnorm(inputs: Inputs, out: Float32 | None) -> Call:
     _, saved = batchnorm.batch_norm(x, gamma, beta, eps=eps, channel_axis=axis)
     grad_y = inputs.grad_y
     return _call(op, lambda: batchnorm.batch_norm_backward(grad_y, saved, out=out))
-
-
-def _release_blocks() -> None:
-    core: Any = importlib.import_module("batchnorm._core")
-    core.release_blocks()
 
 
 def _batchnorm_fresh(inputs: Inputs) -> Call:
@@ -290,8 +281,8 @@ def _jax(inputs: Inputs) -> Call:
 
 
 PROVIDERS: tuple[Provider, ...] = (
-    Provider("batchnorm", _batchnorm_fresh, release=_release_blocks),
-    Provider("batchnorm-out", _batchnorm_out, release=_release_blocks),
+    Provider("batchnorm", _batchnorm_fresh),
+    Provider("batchnorm-out", _batchnorm_out),
     Provider("numpy", _numpy),
     Provider("torch", _torch, "torch", "pip install 'batchnorm[torch]'", _torch_threads),
     Provider(

@@ -29,8 +29,8 @@ FormatOf = Callable[[Tensor], torch.memory_format]
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
-# Above this many bytes outputs come from the core's pool, whose pages are already mapped.
-_POOLED_BYTES = 1 << 22
+# From as many bytes on the system is told what to expect.
+_LARGE = 1 << 22
 
 
 def supports(*tensors: Tensor | None) -> bool:
@@ -396,17 +396,13 @@ def _wide(vector: Tensor | None) -> NDArray[np.float64] | None:
 
 def empty_like(x: Tensor, format_of: FormatOf = memory_format_of) -> Tensor:
     """An uninitialized tensor with the shape of x, in the memory format of torch's batch norm."""
-    if x.nbytes < _POOLED_BYTES:
-        if x.dim() < 4 and x.is_contiguous():
-            return torch.empty_like(x)
-        return torch.empty_like(x, memory_format=format_of(x))
-    like = x
-    if not x.is_contiguous():
-        like = torch.empty_like(x, device="meta", memory_format=format_of(x))
-    memory = torch.frombuffer(_core.take(x.nbytes, _for_core(x)), dtype=x.dtype)
-    # Not a view, because autograd forbids in-place changes of a view that a Function returns.
-    y = torch.empty(0, dtype=x.dtype, device="cpu")
-    return y.set_(memory.untyped_storage(), 0, x.shape, like.stride())
+    if x.dim() < 4 and x.is_contiguous():
+        y = torch.empty_like(x)
+    else:
+        y = torch.empty_like(x, memory_format=format_of(x))
+    if x.nbytes >= _LARGE:
+        _core.prepare_output(y.data_ptr(), x.nbytes)
+    return y
 
 
 def _weights(mask: Tensor | None, x: Tensor) -> Any:
@@ -434,7 +430,7 @@ def _choose_exchange() -> Callable[[Tensor], Any]:
             torch.empty_like,
             lambda x, gradient: empty_like(x, gradient_format_of if gradient else memory_format_of),
             Tensor.is_neg,
-            _POOLED_BYTES,
+            _LARGE,
         )
     except ValueError:  # a version that the core does not know
         return _as_address
