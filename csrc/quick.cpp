@@ -181,12 +181,13 @@ bool tensor(nb::handle object, Array* a) {
   return known.type && (type == known.type || type == known.parameter) && foreign::read(object, a);
 }
 
-// A vector of one value per channel, or nothing. Of x Python asks itself whether it is the negative of
-// what its memory holds, as parts of complex tensors may be.
+// A vector of one value per channel, or nothing. Not one that is the negative of what its memory
+// holds, as parts of complex tensors may be, which have gaps. Of x Python asks that itself.
 bool tensor_vector(nb::handle object, index channels, Array* a) {
   return object.is_none() ||
          (tensor(object, a) && a->rank == 1 && a->shape[0] == channels &&
-          nb::handle(foreign::registered.is_neg)(object).ptr() == Py_False);
+          ((a->stride[0] == 1 && channels > 1) ||
+           nb::handle(foreign::registered.is_neg)(object).ptr() == Py_False));
 }
 
 // The arguments of a layer that fit together, with more than one value per channel.
