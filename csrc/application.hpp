@@ -122,6 +122,8 @@ void apply_joined_rows(const Job& job, const Block& b) {
   using V = Vec<P, N>;
   const Settings<P> settings(job);
   const index length = b.inner_end;
+  // Hardware follows rows that are read; but lines to be written have to be there, too.
+  const index ahead = job.far ? 2048 / index(sizeof(T)) : 0;
   for (index b0 = b.channel_begin; b0 < b.channel_end; b0 += rows_together) {
     const index b1 = smaller(b.channel_end, b0 + rows_together), all = (b1 - b0) * length;
     const OfRows<typename A::Values> table(job, b0, b1 - b0);
@@ -141,6 +143,7 @@ void apply_joined_rows(const Job& job, const Block& b) {
       for (index c = 0;;) {
         const index end = i + left / N * N;
         for (; i + 2 * N <= end; i += 2 * N) {
+          if (ahead && !a.stream) prefetch<2 * N * index(sizeof(T))>(p.out + i + ahead);
           some(Whole{}, a, i, N);
           some(Whole{}, a, i + N, N);
         }
@@ -170,7 +173,7 @@ void apply_joined_rows(const Job& job, const Block& b) {
 // `Tile` vectors of channels from c on, over all rows; without weights.
 template <class A, class T, class P, int Tile, bool Part>
 BN_INLINE void apply_tile(const Job& job, const Block& b,
-                          const OfColumns<typename A::Values>& table, index o, index c,
+                          const OfColumns<typename A::Values>& table, index o, index ahead, index c,
                           index n, bool stream) {
   constexpr int N = A::N;
   using V = Vec<P, N>;
@@ -184,6 +187,12 @@ BN_INLINE void apply_tile(const Job& job, const Block& b,
   Pointers<T> p(job, o, b.inner_begin, b.channel_begin + c);
   T *out = p.out, *out_residual = p.out_residual;
   for (index i = b.inner_begin; i < b.inner_end; ++i, p.next_row(job)) {
+    if (ahead) {
+      prefetch<Tile * N * index(sizeof(T))>(p.x + ahead * job.x.inner);
+      if constexpr (A::backward)
+        prefetch<Tile * N * index(sizeof(T))>(p.grad + ahead * job.grad.inner);
+      if (!stream) prefetch<Tile * N * index(sizeof(T))>(out + ahead * job.out.inner);
+    }
     BN_UNROLL
     for (int t = 0; t < Tile; ++t)
       a[t].template at<Part>(p, t * N, n, V{}, settings, out, out_residual);
@@ -216,6 +225,7 @@ BN_INLINE void apply_row(const Job& job, const Block& b,
       prefetch<step * index(sizeof(T))>(p.x + c + ahead * job.x.inner);
       if constexpr (A::backward)
         prefetch<step * index(sizeof(T))>(p.grad + c + ahead * job.grad.inner);
+      if (!stream) prefetch<step * index(sizeof(T))>(p.out + c + ahead * job.out.inner);
     }
     BN_UNROLL
     for (index k = 0; k < step; k += N) vector(c + k);
@@ -243,10 +253,10 @@ void apply_columns(const Job& job, const Block& b) {
       if (width <= tile * N) {  // registers hold the coefficients
         index c = 0;
         for (; c + tile * N <= width; c += tile * N)
-          apply_tile<A, T, P, tile, false>(job, b, table, o, c, N, stream);
+          apply_tile<A, T, P, tile, false>(job, b, table, o, ahead, c, N, stream);
         for (; c + N <= width; c += N)
-          apply_tile<A, T, P, 1, false>(job, b, table, o, c, N, stream);
-        if (c < width) apply_tile<A, T, P, 1, true>(job, b, table, o, c, width - c, stream);
+          apply_tile<A, T, P, 1, false>(job, b, table, o, ahead, c, N, stream);
+        if (c < width) apply_tile<A, T, P, 1, true>(job, b, table, o, ahead, c, width - c, stream);
         continue;
       }
     }

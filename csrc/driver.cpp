@@ -25,7 +25,7 @@ constexpr index serial_below = 32768;  // values; waking a thread costs more tha
 constexpr index exact_below = 8192;    // values; float32 runs save less than a microsecond then
 constexpr index few_values = 256;      // of a channel; rounding errors of fewer do not average out
 constexpr index line = 64;             // bytes in a cache line
-constexpr index near_bytes = 1 << 20;    // what a core's own cache may hold of what a call reads
+constexpr index near_bytes = 1 << 18;  // what a core's own cache may hold of what a call reads
 
 index ceil_div(index a, index b) { return (a + b - 1) / b; }
 
@@ -156,8 +156,7 @@ class Call {
     const bool pieces = job_.dense || (layout_.rows ? layout_.inners * size_of(x.dtype) >= 1024
                                                     : layout_.channels * size_of(x.dtype) >= line);
     job_.stream = values_ * size_of(x.dtype) * touched > last_level_cache() && pieces;
-    job_.far = values_ * size_of(x.dtype) * inputs_ >
-               (layout_.rows ? near_bytes : last_level_cache() / 2);
+    job_.far = values_ * size_of(x.dtype) * inputs_ > near_bytes;
 
     const index c = layout_.channels;
     wide_.assign(std::size_t(c), 0);

@@ -158,5 +158,5 @@ constexpr index held = 1024;  // columns whose sums, or coefficients, the first-
 // How many rows ahead to ask for: so many bytes, and not many rows.
 static inline index rows_ahead(const Job& j, index bytes) {
   const index row = j.x.inner * size_of(j.dtype);
-  return !j.far || row < 1024 ? 0 : row > bytes ? 1 : smaller(4, bytes / row);
+  return !j.far ? 0 : row > bytes ? 1 : smaller(16, bytes / row);
 }

@@ -192,7 +192,7 @@ void reduce_columns(const Job& job, const Block& b, double* out1, double* out2) 
     // Rows that tiles pass over together: few, as hardware follows few streams from afar; but where
     // sums are float64, as many as the first-level cache holds.
     const index together = narrow ? run : !R::runs ? 16 + 8192 / width : job.far ? 2 : 4;
-    const index ahead = narrow ? 0 : R::runs ? rows_ahead(job, 16384) : job.far ? together : 0;
+    const index ahead = narrow || R::runs ? rows_ahead(job, 16384) : job.far ? together : 0;
     for (index o = b.outer_begin; o < b.outer_end; ++o)
       for (index i0 = b.inner_begin; i0 < b.inner_end; i0 += run) {
         const index i1 = smaller(b.inner_end, i0 + run);
