@@ -7,9 +7,11 @@ The first writes processors.csv and processors.json (what it was measured on). T
 of `batchnorm bench` and three small ones; in each, batchnorm, PyTorch eager and, where x is small,
 NumPy as textbooks write it are compared with the exact answer, and then timed in interleaved rounds
 with a plain copy of x. The columns are those of ``speed.csv`` (`batchnorm.bench.harness.SpeedRow`),
-with ``isa`` and ``threads``: ``floor_bytes`` must be moved at the least, and ``times_floor`` says
-how far off a call is. A geometric mean is over the cases of `batchnorm bench`, a worst case over
-all.
+with ``isa``, ``threads`` and ``data``: ``floor_bytes`` must be moved at the least, and
+``times_floor`` says how far off a call is. Data are in the ``cache`` where calls repeat on the same
+arrays, and in ``memory`` where each call takes another copy of them, as the layers of a network do;
+arrays from 256 KiB on are measured both ways. A geometric mean is over the cases of
+`batchnorm bench`, a worst case over all.
 
 PyTorch uses the best instruction set it knows of; ATEN_CPU_CAPABILITY=avx2 in the environment makes
 it take AVX2, as on a machine that has no other.
@@ -22,20 +24,31 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle
 
 import command
 
 from batchnorm import _core
-from batchnorm.bench.cases import OPS, SHAPES, make_cases, make_inputs, parse_shape
+from batchnorm.bench.cases import (
+    OPS,
+    SHAPES,
+    Inputs,
+    aligned_empty,
+    make_cases,
+    make_inputs,
+    parse_shape,
+)
 from batchnorm.bench.environment import limited_threads, usable_cpus
 from batchnorm.bench.harness import Plan, SpeedRow, UsableProviders, measure
-from batchnorm.bench.providers import PROVIDERS, copies
+from batchnorm.bench.providers import PROVIDERS, Call, Provider, copies
 from batchnorm.progress import steps
 
 SMALL = ((32, 64), (128, 100), (256, 256))
 #: Bytes of x up to which NumPy is timed as well.
 TEXTBOOK = 1 << 18
+#: Bytes of x below which calls are only timed on data in the cache.
+NEAR = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +57,7 @@ class Row(SpeedRow):
 
     isa: str
     threads: int
+    data: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +65,7 @@ class Summary:
     """batchnorm's times as fast as PyTorch eager, over the cases of an operation."""
 
     op: str
+    data: str
     isa: str
     threads: int
     mean: float
@@ -59,14 +74,14 @@ class Summary:
 
 
 def summarize(rows: Sequence[Row]) -> list[Summary]:
-    """Geometric means and worst cases of batchnorm, by operation, instruction set and threads."""
+    """Geometric means and worst cases of batchnorm, by operation, data, set and threads."""
     shapes = {"x".join(map(str, shape)) for shape in SHAPES}
     found = []
-    for key in dict.fromkeys((row.op, row.isa, row.threads) for row in rows):
+    for key in dict.fromkeys((row.op, row.data, row.isa, row.threads) for row in rows):
         ours = [
             row
             for row in rows
-            if (row.op, row.isa, row.threads) == key
+            if (row.op, row.data, row.isa, row.threads) == key
             and row.provider == "batchnorm"
             and row.status == "ok"
         ]
@@ -77,14 +92,31 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
         found.append(
             Summary(
                 op=key[0],
-                isa=key[1],
-                threads=key[2],
+                data=key[1],
+                isa=key[2],
+                threads=key[3],
                 mean=statistics.geometric_mean(listed),
                 worst=worst.speedup,
                 worst_case=f"{worst.shape} {worst.layout}",
             )
         )
     return found
+
+
+def away(provider: Provider) -> Provider:
+    """The same, but each call on another copy of the arrays, so that it finds none in a cache."""
+
+    def prepare(inputs: Inputs) -> Call:
+        copies = 2 + 4 * _core.last_level_cache() // (2 * inputs.x.nbytes)
+        calls = []
+        for _ in range(copies):
+            x, grad_y = (aligned_empty(inputs.x.shape) for _ in range(2))
+            x[...], grad_y[...] = inputs.x, inputs.grad_y
+            calls.append(provider.prepare(replace(inputs, x=x, grad_y=grad_y)))
+        turn = cycle(calls)
+        return Call(lambda: next(turn).run(), calls[0].answer)
+
+    return replace(provider, prepare=prepare)
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -131,8 +163,17 @@ def measure_all(options: argparse.Namespace, files: command.Files) -> list[str]:
                             _core.use_instruction_set(isa)
                             usable = UsableProviders(chosen, notes.append)
                             rows += [
-                                Row(**asdict(row), isa=isa, threads=count)
+                                Row(**asdict(row), isa=isa, threads=count, data="cache")
                                 for row in measure(inputs, usable, copies(), plan)
+                            ]
+                            if case.nbytes < NEAR:
+                                continue
+                            usable = UsableProviders([away(p) for p in chosen], notes.append)
+                            rows += [
+                                Row(**asdict(row), isa=isa, threads=count, data="memory")
+                                for row in measure(
+                                    inputs, usable, [away(p) for p in copies()], plan
+                                )
                             ]
     finally:
         _core.use_instruction_set(before)
@@ -147,6 +188,7 @@ def measure_all(options: argparse.Namespace, files: command.Files) -> list[str]:
         [row for row in rows if row.provider in ("batchnorm", "numpy")],
         {
             "": "{0.label}",
+            "data": "{0.data}",
             "isa": "{0.isa}",
             "threads": "{0.threads}",
             "provider": "{0.provider}",
@@ -159,6 +201,7 @@ def measure_all(options: argparse.Namespace, files: command.Files) -> list[str]:
         summary,
         {
             "": "{0.op}",
+            "data": "{0.data}",
             "isa": "{0.isa}",
             "threads": "{0.threads}",
             "geometric mean": "{0.mean:.2f}",
