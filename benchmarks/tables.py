@@ -293,16 +293,20 @@ def dataset_stats() -> str:
 def small_calls() -> str:
     """What small calls cost: `benchmarks/small_calls.py`."""
     rows, about = read("small_calls"), read_about("small_calls")
-    cases = by((row for row in rows if row.provider == "batchnorm"), "op", of="shape")
+    cases = by((row for row in rows if row.provider != "torch"), "op", "provider", of="shape")
     return markdown(
         "Microseconds of a call on a small float32 array, and in parentheses the ratio to torch's: "
-        "of the layers `BatchNorm1d`, and of the NumPy functions. Median of "
+        "of the layers `BatchNorm1d`, of an autograd.Function that computes nothing, and of the "
+        "NumPy functions. Median of "
         f"{about['rounds']} interleaved rounds. {about['cpu']}, one thread; PyTorch "
         f"{about['versions']['torch']}.",
         ["", *(row.shape.replace("x", "×") for row in next(iter(cases.values())).values())],
         [
-            [op, *(f"{1e3 * row.p50_ms:.1f} ({row.ratio:.2f})" for row in found.values())]
-            for (op,), found in cases.items()
+            [
+                op if provider == "batchnorm" else f"{op}, {provider}",
+                *(f"{1e3 * row.p50_ms:.1f} ({row.ratio:.2f})" for row in found.values()),
+            ]
+            for (op, provider), found in cases.items()
         ],
     )
 
