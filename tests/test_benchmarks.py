@@ -1,4 +1,4 @@
-"""The benchmarks of small calls, recalibration and synchronized layers run, and write files."""
+"""The benchmarks of calls, recalibration and synchronized layers run, and write files."""
 
 import csv
 import importlib
@@ -13,6 +13,9 @@ pytest.importorskip("torch")
 pytest.importorskip("rich")
 
 import batchnorm
+from batchnorm import _core
+from batchnorm.bench.cases import Case, make_inputs
+from batchnorm.bench.providers import Call, Provider
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 BRIEF = ["--rounds", "2", "--processes", "2", "--block", "0"]
@@ -45,6 +48,42 @@ def test_small_calls_are_timed_beside_torch(small_calls: Any, tmp_path: Path) ->
     assert all(row["ratio"] == "1" for row in rows if row["provider"] == "torch")
     about = json.loads((tmp_path / "small_calls.json").read_text())
     assert (about["threads"], about["rounds"], about["processes"]) == (1, 4, 2)
+
+
+def test_processors_are_timed_on_data_from_the_cache_and_from_memory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    processors = importlib.import_module("processors")
+    monkeypatch.setattr(processors, "NEAR", 6 * 5 * 4)
+    brief = ["--rounds", "1", "--threads", "1", "--isas", "baseline", "--ops", "backward"]
+    _core.assume_last_level_cache(1 << 10)
+    try:
+        assert processors.main([*brief, "--shapes", "6x5,2x3", "--out", str(tmp_path)]) == 0
+    finally:
+        _core.assume_last_level_cache(-1)
+    found = {
+        (row["shape"], row["data"], row["status"])
+        for row in rows_of(tmp_path / "processors.csv")
+        if row["provider"] == "batchnorm"
+    }
+    assert found == {("6x5", "cache", "ok"), ("6x5", "memory", "ok"), ("2x3", "cache", "ok")}
+
+
+def test_each_call_from_memory_takes_another_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    processors = importlib.import_module("processors")
+    inputs = make_inputs(Case("forward", (6, 5)))
+    addresses = Provider("x", lambda i: Call(lambda: i.x.ctypes.data, lambda _: {"x": i.x}))
+    _core.assume_last_level_cache(1 << 10)
+    try:
+        call = processors.away(addresses).prepare(inputs)
+    finally:
+        _core.assume_last_level_cache(-1)
+    copies = 2 + 4 * (1 << 10) // (2 * inputs.x.nbytes)
+    seen = [call.run() for _ in range(copies)]
+    assert len(set(seen)) == copies
+    assert call.run() == seen[0]
 
 
 def test_another_copy_is_timed_in_a_process_of_its_own(small_calls: Any, tmp_path: Path) -> None:

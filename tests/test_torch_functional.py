@@ -3,6 +3,10 @@
 import copy
 import io
 import math
+import os
+import platform
+import subprocess
+import sys
 from itertools import permutations
 from pathlib import Path
 
@@ -536,6 +540,33 @@ def test_batch_norm_largest_outputs_are_in_huge_pages():
             assert "hg" in line.split()
             return
     pytest.fail("the output is in no mapping")
+
+
+_FAULTS = """
+import resource, torch
+from batchnorm.torch.functional import batch_norm
+x = torch.zeros(8, 64, 100, 100)
+def call():
+    batch_norm(x, None, None, training=True)
+call(); call()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    call()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's thresholds")
+@pytest.mark.parametrize("variable", [None, "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_batch_norm_keeps_memory_unless_the_environment_sets_thresholds(variable):
+    values = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    if variable:
+        environment[variable] = values.get(variable, "131072")
+    command = [sys.executable, "-c", _FAULTS]
+    found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    # Of 20 MB each that are mapped anew, there is at least one fault for each huge page.
+    assert (int(found.stdout) < 10) == (variable is None)
 
 
 # ---- running statistics -------------------------------------------------------------------------
