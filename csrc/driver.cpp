@@ -25,7 +25,7 @@ constexpr index serial_below = 32768;  // values; waking a thread costs more tha
 constexpr index exact_below = 8192;    // values; float32 runs save less than a microsecond then
 constexpr index few_values = 256;      // of a channel; rounding errors of fewer do not average out
 constexpr index line = 64;             // bytes in a cache line
-constexpr index near_bytes = 1 << 18;  // what a core's own cache may hold of what a call reads
+constexpr index near_bytes = 1 << 18;  // as much of what a call reads is in a core's own cache, if called again
 
 index ceil_div(index a, index b) { return (a + b - 1) / b; }
 

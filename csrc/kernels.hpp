@@ -158,7 +158,7 @@ struct Job {
   bool wide = false;  // the last step in float64 although x is narrower
   bool batch_statistics = true;  // backward only: false in evaluation
   bool runs = false;             // moments in float32 runs
-  bool far = false;              // x and grad are more than a core's own cache holds
+  bool far = false;              // x and grad are likely to come from memory
   bool stream = false;           // write past the cache
   Epilogue epilogue;
   Operand x, grad, residual, weights, out, out_residual;
