@@ -542,17 +542,17 @@ def test_batch_norm_largest_outputs_are_in_huge_pages():
     pytest.fail("the output is in no mapping")
 
 
+# A small block that lands behind the output makes the next call take a new place: once or twice in
+# a process, hence the median.
 _FAULTS = """
-import resource, torch
+import resource, statistics, torch
 from batchnorm.torch.functional import batch_norm
 x = torch.zeros(8, 64, 100, 100)
-def call():
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     batch_norm(x, None, None, training=True)
-call(); call()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    call()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(statistics.median_low(faults() for _ in range(21)))
 """
 
 
@@ -565,8 +565,8 @@ def test_batch_norm_keeps_memory_unless_the_environment_sets_thresholds(variable
         environment[variable] = values.get(variable, "131072")
     command = [sys.executable, "-c", _FAULTS]
     found = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    # Of 20 MB each that are mapped anew, there is at least one fault for each huge page.
-    assert (int(found.stdout) < 10) == (variable is None)
+    # An output of 20 MB that is mapped anew is not all huge pages: some 400 are of 4 KB.
+    assert (int(found.stdout) < 100) == (variable is None)
 
 
 # ---- running statistics -------------------------------------------------------------------------
