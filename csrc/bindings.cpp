@@ -35,6 +35,10 @@ class View {
       from_address(nb::borrow<nb::tuple>(object), name);
     else
       from_buffer(object, writable, name);
+    if (!array_.find_memory())
+      throw nb::value_error((std::string(name) + ": must have memory for its values, got an array "
+                             "without any, as of a tensor whose storage was freed by untyped_storage().resize_(0). "
+                             "Restore it first.").c_str());
   }
   View(const View&) = delete;
   View& operator=(const View&) = delete;
@@ -59,7 +63,6 @@ class View {
       array_.shape[d] = nb::cast<index>(shape[d]);
       array_.stride[d] = nb::cast<index>(stride[d]);
     }
-    mark_empty();
   }
 
   void from_buffer(nb::handle object, bool writable, const char* name) {
@@ -81,19 +84,12 @@ class View {
         throw nb::value_error((std::string(name) + ": strides are not whole elements").c_str());
       array_.stride[d] = buffer_.strides[d] / buffer_.itemsize;
     }
-    mark_empty();
   }
 
   void set_rank(int rank, const char* name) {
     if (rank < 1 || rank > bn::max_rank)
       throw nb::value_error((std::string(name) + ": unsupported number of axes").c_str());
     array_.rank = rank;
-  }
-
-  // An array without values may have no address; it is present all the same.
-  void mark_empty() {
-    static char nowhere[64];
-    if (!array_.data) array_.data = nowhere;
   }
 
   Array array_;

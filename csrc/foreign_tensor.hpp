@@ -42,7 +42,7 @@ inline bool is_tensor(nb::handle object) {
   return registered.type && PyObject_TypeCheck(object.ptr(), registered.type);
 }
 
-// False if the core cannot read the tensor. Raises what the framework raises.
+// False if the core cannot read the tensor. It may lack memory. Raises what the framework raises.
 inline bool read(nb::handle object, bn::Array* a) {
   constexpr int cpu = 1, floating = 2, brain_floating = 4;
   Tensor t;
@@ -55,8 +55,7 @@ inline bool read(nb::handle object, bn::Array* a) {
   else
     return false;
   if (t.device_type != cpu || t.rank < 1 || t.rank > bn::max_rank) return false;
-  static char nowhere[64];  // a tensor without values may have no address; it is present all the same
-  a->data = t.data ? static_cast<char*>(t.data) + t.byte_offset : nowhere;
+  a->data = t.data ? static_cast<char*>(t.data) + t.byte_offset : nullptr;
   a->rank = t.rank;
   for (int d = 0; d < t.rank; ++d) {
     a->shape[d] = t.shape[d];

@@ -57,6 +57,15 @@ struct Array {
   index stride[max_rank] = {};  // in elements
 
   explicit operator bool() const { return data != nullptr; }
+
+  // An array without values may have no address; it is present all the same. False: it has values and
+  // no memory, as a tensor whose storage was resized to nothing.
+  bool find_memory() {
+    static char nowhere[64];
+    for (int d = 0; !data && d < rank; ++d)
+      if (shape[d] == 0) data = nowhere;
+    return data != nullptr;
+  }
 };
 
 // What z is made of besides x_hat, and what follows it.

@@ -46,9 +46,8 @@ inline bool read(nb::handle object, bool writable, bn::Array* a) {
   int code = 0;
   while (code < 4 && registered.dtypes[code] != o.dtype) ++code;
   if (code == 4) return false;
-  static char nowhere[64];  // an array without values may have no address; it is present all the same
   a->dtype = bn::DType(code);
-  a->data = o.data ? o.data : nowhere;
+  a->data = o.data;
   a->rank = o.rank;
   const bn::index size = bn::size_of(a->dtype);
   for (int d = 0; d < o.rank; ++d) {
@@ -56,7 +55,7 @@ inline bool read(nb::handle object, bool writable, bn::Array* a) {
     a->shape[d] = o.shape[d];
     a->stride[d] = o.strides[d] / size;
   }
-  return true;
+  return a->find_memory();
 }
 
 // Whether NumPy's arrays can be read where they lie. `probe` has this shape and these strides.

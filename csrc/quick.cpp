@@ -178,7 +178,8 @@ nb::object quick_backward(nb::handle grad_y, nb::handle x, nb::handle statistics
 bool tensor(nb::handle object, Array* a) {
   PyTypeObject* type = Py_TYPE(object.ptr());  // no subclass
   const auto& known = foreign::registered;
-  return known.type && (type == known.type || type == known.parameter) && foreign::read(object, a);
+  return known.type && (type == known.type || type == known.parameter) && foreign::read(object, a) &&
+         a->find_memory();
 }
 
 // A vector of one value per channel, or nothing. Not one that is the negative of what its memory

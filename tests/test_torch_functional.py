@@ -1173,7 +1173,27 @@ def test_batch_norm_with_eps_of_zero_is_taken_in_evaluation(randn):
     assert torch.equal(y, x / 2)
 
 
-# ---- outputs from the pool ----------------------------------------------------------------------
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("which", ["input", "running_mean", "running_var", "weight", "bias"])
+def test_batch_norm_refuses_a_tensor_whose_storage_was_freed(randn, which, training):
+    tensors = {"input": randn(5, 3), "weight": torch.ones(3), "bias": torch.zeros(3)}
+    tensors |= {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+    tensors[which].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="must have memory for its values"):
+        batch_norm(**tensors, training=training)
+    for name in {"running_mean", "running_var"} - {which}:
+        assert (tensors[name] == float(name == "running_var")).all()
+
+
+def test_gradients_refuse_an_input_whose_storage_was_freed(randn):
+    x = randn(5, 3).requires_grad_()
+    y = batch_norm(x, None, None, training=True)
+    x.data.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="must have memory for its values"):
+        y.sum().backward()
+
+
+# ---- outputs are tensors like any other ----------------------------------------------------------
 
 LARGE = (64, 8, 16, 16)  # 512 KiB of float32
 
