@@ -98,7 +98,6 @@ def test_layout_of_grad_y_need_not_be_that_of_x(layout):
 
 @pytest.mark.parametrize("shape", [(4, 3, 5, 4), (64, 3, 40, 40)])
 def test_layout_of_y_is_the_memory_order_of_x(layout, shape):
-    # The larger shape takes its memory from the pool, the smaller one from NumPy.
     x = layout.put(_values(np.float32, shape))
     y, _ = batchnorm.batch_norm(x, channel_axis=layout.channel_axis)
 

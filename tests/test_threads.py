@@ -1,4 +1,4 @@
-"""The same bits for any number of threads; forks, concurrent callers, and the memory pool."""
+"""The same bits for any number of threads; forks and concurrent callers."""
 
 import multiprocessing
 import os

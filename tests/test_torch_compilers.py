@@ -223,7 +223,7 @@ def test_meta_layer_becomes_real_after_a_dry_run():
 
 @pytest.mark.parametrize("how", ["set_default_device", "context"])
 def test_default_device_does_not_move_a_layers_output(how):
-    layer, x = BatchNorm2d(8), torch.randn(4, 8, 64, 64)  # above 256 KB memory is pooled
+    layer, x = BatchNorm2d(8), torch.randn(4, 8, 192, 192)  # above 4 MiB Python makes the output
     expected = copy.deepcopy(layer)(x)
     if how == "context":
         with torch.device("meta"):
