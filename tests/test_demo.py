@@ -18,12 +18,12 @@ for extra in ("rich", "mlxtend", "altair", "vl_convert", "threadpoolctl"):
 from rich.console import Console
 
 from batchnorm import demo
-from batchnorm.demo.data import PIXELS, SIDE, Digits, ShiftedBatches, load_digits
 from batchnorm.demo.gradient_check import check_gradients
 from batchnorm.demo.network import EPS, Network, cross_entropy, sigmoid
 from batchnorm.demo.results import TrainingRun
 from batchnorm.demo.tables import all_tables, comparisons
 from batchnorm.demo.training import BINS, train
+from batchnorm.digits import PIXELS, SIDE, Digits, ShiftedBatches, load_digits
 
 STEPS = 20
 

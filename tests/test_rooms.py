@@ -43,6 +43,7 @@ PRESENTS = {
     "report",
     "study",
     "progress",
+    "digits",
     "__main__",
 }  # rooms that may load those
 

@@ -3,7 +3,6 @@
 784-100-100-100-10 sigmoid units, batches of 60, plain gradient descent, on real digits. The
 network is NumPy matrix products and this library's `BatchNorm`; PyTorch is not involved.
 
-    data            the digits, normalized, in randomly shifted batches
     network         forward and backward by hand
     training        the loop, and what it records
     inference       running averages, population statistics, folded
@@ -25,7 +24,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from batchnorm.atomic import check_place, replacing
-from batchnorm.demo.data import Digits, ShiftedBatches, load_digits
 from batchnorm.demo.gradient_check import check_gradients
 from batchnorm.demo.inference import measure_inference
 from batchnorm.demo.network import Network
@@ -39,6 +37,7 @@ from batchnorm.demo.results import (
 )
 from batchnorm.demo.tables import Table, all_tables, comparisons
 from batchnorm.demo.training import train
+from batchnorm.digits import Digits, ShiftedBatches, load_digits
 from batchnorm.errors import ArgumentError, BatchNormError
 from batchnorm.progress import Show, bar
 

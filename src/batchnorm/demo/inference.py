@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from batchnorm.bench.timing import interleave, sample
-from batchnorm.demo.data import Digits
 from batchnorm.demo.network import Network
 from batchnorm.demo.results import InferenceMeasurement
 from batchnorm.demo.training import accuracy
+from batchnorm.digits import Digits
 
 Array = npt.NDArray[Any]
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm.demo.data import Digits
 from batchnorm.demo.network import Network, cross_entropy
 from batchnorm.demo.results import PERCENTILES, Recording, TrainingRun
+from batchnorm.digits import Digits
 
 Array = npt.NDArray[Any]
 
