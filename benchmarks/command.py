@@ -102,7 +102,7 @@ def main(
             if importlib.util.find_spec(module) is None:
                 raise ArgumentError(
                     f"this benchmark needs {module}, which is not installed. "
-                    f"pip install {module} adds it."
+                    f"pip install {'scikit-learn' if module == 'sklearn' else module} adds it."
                 )
         environment = describe(threads=resolve_threads(getattr(options, "threads", None)))
         if options.out is not None:

@@ -432,7 +432,7 @@ STEP_COLUMNS = {
     "provider": "{0.provider}",
     "status": "{0.status}",
     "ms": "{0.p50_ms:.4g}",
-    "of eager": "{0.ratio:.3f}",
+    "time of eager's": "{0.ratio:.3f}",
     "95 %": "{0.ratio_low:.3f} to {0.ratio_high:.3f}",
     "faults": "{0.page_faults:.0f}",
     "peak MB": "{0.peak_mb:.0f}",
@@ -470,6 +470,8 @@ def measure_losses(options: argparse.Namespace, files: command.Files) -> list[st
             "isa cannot be given with --losses, which runs in a process that has started. Set "
             "BATCHNORM_ISA instead."
         )
+    if options.rounds:
+        raise ArgumentError("rounds mean nothing with --losses, which times nothing; leave it out.")
     quick, threads = options.quick, resolve_threads(max(options.thread_counts or (1,)))
     torch.set_num_threads(threads)
     case = Case(network="resnet18", pass_=TRAINING, batch=8, image=32 if quick else 64)

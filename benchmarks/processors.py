@@ -42,6 +42,7 @@ from batchnorm.bench.cases import (
 from batchnorm.bench.environment import limited_threads, usable_cpus
 from batchnorm.bench.harness import Plan, SpeedRow, UsableProviders, measure
 from batchnorm.bench.providers import PROVIDERS, Call, Provider, copies
+from batchnorm.errors import ArgumentError
 from batchnorm.progress import steps
 
 SMALL = ((32, 64), (128, 100), (256, 256))
@@ -124,7 +125,10 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def shapes_of(text: str) -> tuple[tuple[int, ...], ...]:
-    return tuple(parse_shape(part.strip()) for part in text.split(","))
+    try:
+        return tuple(parse_shape(part.strip()) for part in text.split(","))
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def make_parser() -> argparse.ArgumentParser:

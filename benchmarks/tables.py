@@ -9,6 +9,7 @@ files of that name in benchmarks/results, and left out while there are none.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import json
@@ -135,7 +136,11 @@ def network_step() -> str:
     found: dict[tuple[str, str, str], dict[Any, list[float]]] = {}
     for row in rows:
         if row.provider != "torch eager" and row.ratio > 0:
-            group = found.setdefault((getattr(row, "pass"), row.provider, row.network), {})
+            # One image is another use of a network than several; a critic has rows of numbers.
+            single = getattr(row, "pass") == "inference" and row.batch == 1
+            pass_ = getattr(row, "pass") + (", one image" if single else "")
+            name = f"{row.network}, {row.batch} {'rows' if math.isnan(row.image) else 'images'}"
+            group = found.setdefault((pass_, row.provider, row.network if single else name), {})
             group.setdefault((row.isa, row.threads), []).append(1 / row.ratio)
     settings = list(dict.fromkeys((row.isa, row.threads) for row in rows))
     mean = statistics.geometric_mean
@@ -153,10 +158,10 @@ def network_step() -> str:
         ]
         lines.append([pass_, provider, "all", *(f"{mean(m):.2f}" if m else "–" for m in means)])
     return markdown(
-        "Times as fast as PyTorch eager, geometric mean over batch sizes and memory formats, in "
-        "parentheses the worst of them; float32, images of 224×224. Median of "
-        f"{about['rounds']} interleaved rounds. {about['cpu']}, PyTorch "
-        f"{about['versions']['torch']}.",
+        "Times as fast as PyTorch eager, geometric mean over the two memory formats, in "
+        "parentheses the worse of them; float32, images of 224×224. In the columns of AVX2 all "
+        f"providers are kept to it. Median of {about['rounds']} interleaved rounds. "
+        f"{about['cpu']}, PyTorch {about['versions']['torch']}.",
         [
             *("", "provider", "network"),
             *(f"{isa}, {threads} thread{'s' * (threads != 1)}" for isa, threads in settings),
@@ -170,9 +175,10 @@ def network_profile() -> str:
     """Where the time goes: `benchmarks/network_step.py --profile`."""
     norms = ("batch norm forward", "batch norm backward", "relu", "add", "cat")
     products = ("convolution forward", "convolution backward", "linear")
-    cases = by(read("network_profile"), "network", "pass", "format", "provider", of="group")
+    rows, about = read("network_profile"), read_about("network_profile")
+    cases = by(rows, "network", "batch", "pass", "format", "provider", of="group")
     lines = []
-    for (network, pass_, form, provider), groups in cases.items():
+    for (network, batch, pass_, form, provider), groups in cases.items():
         run = groups.pop("run")
         if not groups:  # torch.compile
             continue
@@ -181,7 +187,7 @@ def network_profile() -> str:
         numbers = (*sums, rest, run.ms)
         lines.append(
             [
-                f"{network}, {pass_}, {form}",
+                f"{network}, {pass_} of {batch}, {form}",
                 provider,
                 *(f"{n:.3g}" if n < 1000 else f"{n:.0f}" for n in numbers),
                 f"{run.page_faults:.0f}",
@@ -192,8 +198,10 @@ def network_profile() -> str:
         "|page faults"
     )
     return markdown(
-        "Milliseconds of a training step or an inference under torch.profiler, and by the clock "
-        "without it.",
+        "Milliseconds of a training step or an inference under torch.profiler, in a process of its "
+        "own, and by the clock without it; the profiler slows small operators, and two processes "
+        f"differ by 10 % and more. {about['cpu']}, {about['instruction_set']}, {rows[0].threads} "
+        "threads.",
         head.split("|"),
         lines,
         words=2,
@@ -290,21 +298,52 @@ def dataset_stats() -> str:
     )
 
 
+def processors() -> str:
+    """Calls on arrays by instruction set and threads: `benchmarks/processors.py`."""
+    about = read_about("processors")
+    found = {
+        (line["isa"], line["threads"], line["data"], line["op"]): line for line in about["summary"]
+    }
+
+    def cell(isa: str, threads: int, data: str, op: str) -> str:
+        line = found[isa, threads, data, op]
+        return f"{line['mean']:.2f} ({line['worst']:.2f})"
+
+    return markdown(
+        "Times as fast as PyTorch eager, geometric mean over the cases of the table in the README, "
+        "in parentheses the worst of these and three smaller ones, from 32×64 on. Data are in the "
+        "cache where calls repeat on the same arrays, and in memory where each call takes others, "
+        "as the layers of a network do. Only batchnorm is kept to AVX2. Median of "
+        f"{about['rounds']} interleaved rounds or more. {about['cpu']}, PyTorch "
+        f"{about['versions']['torch']}.",
+        ["", "data in", *OPS],
+        [
+            [
+                f"{isa}, {threads} thread{'s' * (threads != 1)}",
+                data,
+                *(cell(isa, threads, data, op) for op in OPS),
+            ]
+            for isa, threads, data in dict.fromkeys(key[:3] for key in found)
+        ],
+        words=2,
+    )
+
+
 def small_calls() -> str:
     """What small calls cost: `benchmarks/small_calls.py`."""
     rows, about = read("small_calls"), read_about("small_calls")
     cases = by((row for row in rows if row.provider != "torch"), "op", "provider", of="shape")
     return markdown(
-        "Microseconds of a call on a small float32 array, and in parentheses the ratio to torch's: "
-        "of the layers `BatchNorm1d`, of an autograd.Function that computes nothing, and of the "
-        "NumPy functions. Median of "
+        "Microseconds of a call on a small float32 array, and in parentheses how many times as "
+        "fast as torch's it is: of the layers `BatchNorm1d`, of an autograd.Function that computes "
+        "nothing, and of the NumPy functions. Median of "
         f"{about['rounds']} interleaved rounds. {about['cpu']}, one thread; PyTorch "
         f"{about['versions']['torch']}.",
         ["", *(row.shape.replace("x", "×") for row in next(iter(cases.values())).values())],
         [
             [
                 op if provider == "batchnorm" else f"{op}, {provider}",
-                *(f"{1e3 * row.p50_ms:.1f} ({row.ratio:.2f})" for row in found.values()),
+                *(f"{1e3 * row.p50_ms:.1f} ({1 / row.ratio:.2f})" for row in found.values()),
             ]
             for (op, provider), found in cases.items()
         ],
@@ -319,7 +358,7 @@ def gpu_step() -> str:
     providers = list(next(iter(cases.values())))
     return markdown(
         "Milliseconds of a forward and backward pass of a layer, and of a training step of a "
-        "network, in float32, and in parentheses the ratio to torch's. Median of "
+        "network, in float32, and in parentheses how many times as fast as torch's. Median of "
         f"{about['rounds']} interleaved rounds. {about['gpu']}; "
         f"PyTorch {about['versions']['torch']}.",
         ["", "memory format", *(name.replace("'", '"') for name in providers)],
@@ -327,7 +366,7 @@ def gpu_step() -> str:
             [
                 case.replace("x", "×") if case[0].isdigit() else case,
                 form,
-                *(f"{row.p50_ms:.3g} ({row.ratio:.2f})" for row in found.values()),
+                *(f"{row.p50_ms:.3g} ({1 / row.ratio:.2f})" for row in found.values()),
             ]
             for (case, form), found in cases.items()
         ],
@@ -338,6 +377,7 @@ def gpu_step() -> str:
 #: Name of a table to the page that holds it and what makes it.
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "speed": ("README.md", speed),
+    "processors": ("docs/numpy.md", processors),
     "network_step": ("docs/torch.md", network_step),
     "network_profile": ("docs/torch.md", network_profile),
     "small_calls": ("docs/torch.md", small_calls),
@@ -362,6 +402,9 @@ def insert(page: str, name: str, table: str) -> str:
 
 def main(arguments: list[str]) -> int:
     """Write the tables, or compare them with --check."""
+    parser = argparse.ArgumentParser(prog="tables.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="exit 1 if a page holds another one")
+    options = parser.parse_args(arguments)
     wrong = []
     for name, (page, make) in TABLES.items():
         if not (RESULTS / f"{name}.csv").exists():
@@ -371,7 +414,7 @@ def main(arguments: list[str]) -> int:
         wanted = insert(text, name, make())
         if wanted == text:
             continue
-        if "--check" in arguments:
+        if options.check:
             wrong.append(f"{page} does not hold the table {name!r} of benchmarks/results")
         else:
             path.write_text(wanted, encoding="utf-8")

@@ -25,7 +25,6 @@ from batchnorm.bench.cases import (
 )
 from batchnorm.bench.environment import (
     describe,
-    disturbance,
     limited_threads,
     noting_others,
     resolve_threads,
@@ -325,8 +324,6 @@ def run(plan: Plan, *, started: Callable[[str], None] = lambda description: None
                 started(f"accuracy {case.label} at {offset:g}")
                 inputs = without_affine(make_inputs(case, seed=plan.seed, offset=offset))
                 results.accuracy += measure_accuracy(inputs, offset, providers)
-    if warning := disturbance(results.environment):
-        results.notes.append(warning)
     return results
 
 

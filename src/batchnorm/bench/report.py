@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchnorm.bench import chart
 from batchnorm.bench.cases import ARRAYS_MOVED
+from batchnorm.bench.environment import disturbance
 from batchnorm.bench.harness import BASELINE, COPY, AccuracyRow, Results, SpeedRow
 from batchnorm.bench.rows import write as write_files
 
@@ -240,6 +241,8 @@ def _show_summary(results: Results, console: "Console") -> None:
         console.print(text, highlight=False, soft_wrap=True)
     for trouble in results.troubles:
         console.print(trouble, style="red", highlight=False, markup=False, soft_wrap=True)
+    if warning := disturbance(results.environment):
+        console.print(warning, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _style(provider: str) -> str:
