@@ -155,8 +155,8 @@ BN_INLINE void prefetch(const void* p) {
 
 constexpr index held = 1024;  // columns whose sums, or coefficients, the first-level cache holds
 
-// How many rows ahead to ask for: so many bytes, and not many rows.
+// How many rows ahead to ask for: so many bytes, and not many rows. None of an array that repeats one.
 static inline index rows_ahead(const Job& j, index bytes) {
-  const index row = j.x.inner * size_of(j.dtype);
-  return !j.far ? 0 : row > bytes ? 1 : smaller(16, bytes / row);
+  const index step = j.x.inner * size_of(j.dtype), row = step < 0 ? -step : step;
+  return !j.far || row == 0 ? 0 : row > bytes ? 1 : smaller(16, bytes / row);
 }

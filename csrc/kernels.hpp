@@ -59,12 +59,15 @@ struct Array {
   explicit operator bool() const { return data != nullptr; }
 
   // An array without values may have no address; it is present all the same. False: it has values and
-  // no memory, as a tensor whose storage was resized to nothing.
+  // no memory, as a tensor whose storage was resized to nothing, or a part of one: its address is an
+  // offset from null, and no system has memory there.
   bool find_memory() {
     static char nowhere[64];
-    for (int d = 0; !data && d < rank; ++d)
-      if (shape[d] == 0) data = nowhere;
-    return data != nullptr;
+    constexpr std::uintptr_t lowest = 1 << 16;
+    if (reinterpret_cast<std::uintptr_t>(data) >= lowest) return true;
+    for (int d = 0; d < rank; ++d)
+      if (shape[d] == 0) return data = nowhere, true;
+    return false;
   }
 };
 

@@ -215,7 +215,10 @@ nb::object tensor_like(nb::handle x, const Array& a, bool gradient, Array* to) {
   nb::object made = contiguous && expected * bn::size_of(a.dtype) < foreign::registered.small
                         ? nb::handle(foreign::registered.empty_like)(x)
                         : nb::handle(foreign::registered.of_any)(x, gradient);
-  if (!tensor(made, to)) throw nb::value_error("empty_like: not a tensor like x");
+  // A mode of torch may have made something else of it.
+  bool alike = tensor(made, to) && to->dtype == a.dtype && to->rank == a.rank;
+  for (int d = 0; alike && d < a.rank; ++d) alike = to->shape[d] == a.shape[d];
+  if (!alike) throw nb::value_error("empty_like: not a tensor like x");
   return made;
 }
 

@@ -480,6 +480,36 @@ def test_inference_of_infinite_values_is_infinite(instruction_set):
 STEP = 1e-6  # mean relative to std, variance relative
 
 
+@wide_longdouble
+@pytest.mark.parametrize("lanes", [8, 16])
+@pytest.mark.parametrize("share", [0.45, 0.498, 0.6])
+def test_training_variance_is_right_when_all_roundings_have_one_sign(
+    instruction_set, rng, share, lanes
+):
+    # Eight values are added in float32, to each lane of a vector: here those whose additions round
+    # up most, in squares, and down in values. Zeros are where the center is taken from, so that it
+    # is as far off as `share` says.
+    size, places = (1000, 256), 8
+    chosen, sum_, squares = [], np.float32(0), np.float32(0)
+    for _ in range(8):
+        value = np.float32(1.7 * (1 + rng.uniform(-0.02, 0.02, 50_000)))
+        wide = value.astype(np.float64)
+        next_sum, next_squares = sum_ + value, np.float32(squares + wide * wide)
+        gain = (next_squares - squares - wide * wide) / 1.7
+        best = np.argmax(gain - 2 * share * (next_sum.astype(np.float64) - sum_ - wide))
+        chosen.append(value[best])
+        sum_, squares = next_sum[best], next_squares[best]
+    x = np.zeros(size, np.float32)
+    rows = round(share * size[0])
+    x[100 : 100 + rows] = np.resize(np.repeat(chosen, 2 * lanes), rows * size[1]).reshape(rows, -1)
+    x = x.reshape(1, 1, -1)
+    for k in range(places):
+        x[0, 0, k * (x.size - 1) // (places - 1)] = 0
+    _, saved = batchnorm.batch_norm(x)
+    exact = _long(x.reshape(-1, 1))[1][0]
+    assert abs(saved.moments.var()[0] / exact - 1) < STEP
+
+
 def _assert_step(x, y, saved, channel_axis, eps=EPS):
     """Statistics and y of `batch_norm` on a float32 array of any size, against longdouble."""
     values = _matrix(x, channel_axis)

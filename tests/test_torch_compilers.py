@@ -221,6 +221,19 @@ def test_meta_layer_becomes_real_after_a_dry_run():
     assert (int(layer.num_batches_tracked), layer.nonfinite_batches) == (1, 0)
 
 
+def test_a_mode_that_changes_new_tensors_is_refused():
+    from torch.overrides import TorchFunctionMode
+
+    class Halves(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            return result.half() if isinstance(result, torch.Tensor) else result
+
+    layer, x = BatchNorm2d(3), torch.randn(4, 3, 50, 50)
+    with Halves(), torch.no_grad(), pytest.raises(ValueError, match="y: not the shape and type"):
+        layer(x)
+
+
 @pytest.mark.parametrize("how", ["set_default_device", "context"])
 def test_default_device_does_not_move_a_layers_output(how):
     layer, x = BatchNorm2d(8), torch.randn(4, 8, 192, 192)  # above 4 MiB Python makes the output

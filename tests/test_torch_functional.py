@@ -1185,6 +1185,13 @@ def test_batch_norm_refuses_a_tensor_whose_storage_was_freed(randn, which, train
         assert (tensors[name] == float(name == "running_var")).all()
 
 
+def test_batch_norm_refuses_a_part_of_a_tensor_whose_storage_was_freed(randn):
+    x = randn(640, 30)[1:]
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="must have memory for its values"):
+        batch_norm(x, None, None, training=True)
+
+
 def test_gradients_refuse_an_input_whose_storage_was_freed(randn):
     x = randn(5, 3).requires_grad_()
     y = batch_norm(x, None, None, training=True)
@@ -1316,6 +1323,19 @@ def test_output_and_gradient_have_torchs_memory_format(randn, strides, training)
         y = function(leaf, torch.zeros(3), torch.ones(3), training=training)
         found.append((y.stride(), torch.autograd.grad(y.sum(), leaf)[0].stride()))
     assert found[0] == found[1]
+
+
+@modes
+@pytest.mark.parametrize("shape", [(2560, 129), (256, 512, 1, 1)], ids=str)
+def test_rows_that_repeat_one_are_normalized(randn, shape, training):
+    # More than 256 KiB, from which on rows are prefetched.
+    x = randn(1, *shape[1:]).expand(shape).detach().requires_grad_()
+    y = batch_norm(x, *_statistics(shape[1]), training=training)
+    expected = batch_norm(x.contiguous(), *_statistics(shape[1]), training=training)
+    assert torch.equal(y, expected)
+    g = randn(*shape)
+    grads = [torch.autograd.grad(one, x, g)[0] for one in (y, expected)]
+    assert torch.equal(*grads)
 
 
 def test_output_of_large_arrays_has_torchs_memory_format(randn):
