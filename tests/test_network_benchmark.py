@@ -334,9 +334,10 @@ def test_losses_write_a_file_of_their_own(
 ) -> None:
     # Their numbers are another test's.
     monkeypatch.setattr(losses, "loss_curve", lambda *case, steps, **how: [7.0] * steps)
-    assert bench.main([*QUICK, "--losses", "--out", str(tmp_path)]) == 0
+    assert bench.main(["--quick", "--losses", "--out", str(tmp_path)]) == 0
     compared = rows_of(tmp_path / "network_losses.csv")
-    assert [row["verdict"] for row in compared] == ["", "", "", "pass", "pass"]
+    assert len(compared) == 5
+    assert {row["verdict"] for row in compared} == {""}  # one seed decides nothing
 
 
 @pytest.mark.parametrize(
@@ -353,6 +354,7 @@ def test_losses_write_a_file_of_their_own(
         (["--rounds", "0"], "1 or more"),
         (["--profile", "--losses"], "not allowed with"),
         (["--losses", "--isa", "avx2"], "Set BATCHNORM_ISA instead"),
+        (["--losses", "--rounds", "3"], "leave it out"),
         (["--threads", "1,100000"], "threads must be between 1 and"),
         (["--out", "/dev/null/results"], "Name another directory"),
         (["surplus"], "unrecognized arguments"),
