@@ -67,6 +67,7 @@ from network_worker import (
     LEARNING_RATE,
     PROVIDERS,
     TRAINING,
+    WIDTHS,
     Case,
 )
 
@@ -81,13 +82,14 @@ from batchnorm.progress import steps
 #: The file that defines the worker's class.
 WORKER = Path(network_worker.__file__)
 
-#: Networks to batch sizes of training and of inference. The critic has only one batch size, and
-#: only contiguous inputs.
+#: Networks to batch sizes of training and of inference. Those of `WIDTHS` have only one batch size,
+#: and only contiguous inputs.
 NETWORKS = {
     "resnet18": {TRAINING: (8,), INFERENCE: (1, 8)},
     "mobilenet_v2": {TRAINING: (8,), INFERENCE: (1, 8)},
     "densenet121": {TRAINING: (4,), INFERENCE: (1, 8)},
     "critic": {TRAINING: (256,), INFERENCE: (256,)},
+    "policy": {TRAINING: (32,), INFERENCE: (32,)},
 }
 PASSES = (TRAINING, INFERENCE)
 FORMATS = ("contiguous", "channels_last")
@@ -357,7 +359,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--batches",
         type=integers(1),
         metavar="A,B",
-        help="batch sizes of all networks but the critic; 8 in training (DenseNet-121: 4) and 1,8 "
+        help="batch sizes of networks for images; 8 in training (DenseNet-121: 4) and 1,8 "
         "in inference if left out",
     )
     add("--image", type=at_least(32), help="height and width; 224 if left out")
@@ -395,7 +397,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     for network, pass_ in product(options.networks or NETWORKS, options.passes or PASSES):
         batches, image = NETWORKS[network][pass_], None
         kinds: tuple[str, ...] = FORMATS[:1]
-        if network != "critic":
+        if network not in WIDTHS:
             batches = options.batches or (batches[-1:] if quick else batches)
             image = options.image or (64 if quick else 224)
             kinds = formats

@@ -32,8 +32,8 @@ LEARNING_RATE, MOMENTUM = 1e-4, 0.9
 #: caches, and threads sleep.
 SHORTEST_SAMPLE_S = 0.02
 
-#: The critic's inputs are rows of so many numbers.
-CRITIC_WIDTH = 256
+#: Networks whose inputs are rows of so many numbers, as wide as their layers.
+WIDTHS = {"critic": 256, "policy": 64}
 
 #: Training before inference: steps, and examples and largest image of each. Small images leave less
 #: memory behind, which would count as the inference's.
@@ -70,7 +70,7 @@ class Case:
     @property
     def label(self) -> str:
         """What differs between cases of one type and number of threads."""
-        shape = f"{CRITIC_WIDTH}" if self.image is None else f"3x{self.image}x{self.image}"
+        shape = f"{WIDTHS[self.network]}" if self.image is None else f"3x{self.image}x{self.image}"
         return f"{self.network} {self.pass_} {self.batch}x{shape} {self.format}"
 
 
@@ -115,7 +115,7 @@ def make_data(case: Case, *, seed: int, batches: int = 1) -> list[tuple[Any, Any
     data = []
     for _ in range(batches):
         if case.image is None:
-            inputs = torch.randn(case.batch, CRITIC_WIDTH, generator=generator)
+            inputs = torch.randn(case.batch, WIDTHS[case.network], generator=generator)
             targets = torch.randn(case.batch, 1, generator=generator)
         else:
             inputs = torch.randn(case.batch, 3, case.image, case.image, generator=generator)

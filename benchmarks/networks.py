@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -244,4 +245,5 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "mobilenet_v2": MobileNetV2,
     "densenet121": DenseNet121,
     "critic": make_critic,
+    "policy": partial(make_critic, 64),
 }

@@ -6,6 +6,7 @@
 #include "quick.hpp"
 
 #include <cfloat>
+#include <exception>
 #include <optional>
 
 #include "foreign_tensor.hpp"
@@ -175,6 +176,18 @@ nb::object quick_backward(nb::handle grad_y, nb::handle x, nb::handle statistics
 
 // ---- a framework's layer, likewise ---------------------------------------------------------------
 
+// None where a call raises, too, as if there is no memory: the general way will raise the same.
+template <class Body>
+nb::object or_none(const Body& body) {
+  try {
+    return body();
+  } catch (nb::python_error& error) {
+    if (!error.matches(PyExc_Exception)) throw;  // an interrupt
+  } catch (const std::exception&) {
+  }
+  return nb::none();
+}
+
 bool tensor(nb::handle object, Array* a) {
   PyTypeObject* type = Py_TYPE(object.ptr());  // no subclass
   const auto& known = foreign::registered;
@@ -225,31 +238,35 @@ nb::object tensor_like(nb::handle x, const Array& a, bool gradient, Array* to) {
 // y, and the statistics by which it was normalized: those of x, or the given ones, which are checked
 // in any case. `keep`: the given ones are needed later; otherwise None is returned in their place.
 nb::object quick_tensor_forward(nb::handle x, nb::handle mean, nb::handle var, nb::handle weight,
-                                nb::handle bias, bool training, bool keep, double eps,
-                                index group_size, int activation, double slope) {
-  LayerArrays a;
-  Array y, s;
-  if (!(eps > 0) || group_size || !a.read(x, mean, var, weight, bias) ||
-      (!training && (!a.mean || bn::negative_variance(a.var) >= 0)))
-    return nb::none();
-  const bn::Parameters parameters{a.weight, a.bias};
-  const bn::Epilogue epilogue{bn::Activation(activation), slope};
-  nb::object result = tensor_like(x, a.x, false, &y), statistics = nb::none();
-  if (!training && !keep) {
-    const ReleasedFrom released(values_of(a.x));
-    bn::layer_inference(a.x, y, 1, eps, a.mean, a.var, parameters, epilogue);
-  } else {
-    statistics = empty(nb::make_tuple(1, int(bn::statistics_rows), a.channels), &s);
-    double* to = reinterpret_cast<double*>(s.data);
-    const ReleasedFrom released(values_of(a.x));
-    if (training) {
-      bn::layer_forward(a.x, {}, {}, y, 1, eps, parameters, epilogue, {}, to);
+                                nb::handle bias, bool training, bool keep, nb::handle eps_,
+                                index group_size, int activation, nb::handle slope_) {
+  return or_none([&]() -> nb::object {
+    LayerArrays a;
+    Array y, s;
+    double eps, slope;
+    if (!number(eps_, &eps) || !number(slope_, &slope) || !(eps > 0) || group_size ||
+        !a.read(x, mean, var, weight, bias) ||
+        (!training && (!a.mean || bn::negative_variance(a.var) >= 0)))
+      return nb::none();
+    const bn::Parameters parameters{a.weight, a.bias};
+    const bn::Epilogue epilogue{bn::Activation(activation), slope};
+    nb::object result = tensor_like(x, a.x, false, &y), statistics = nb::none();
+    if (!training && !keep) {
+      const ReleasedFrom released(values_of(a.x));
+      bn::layer_inference(a.x, y, 1, eps, a.mean, a.var, parameters, epilogue);
     } else {
-      bn::given_statistics(a.mean, a.var, to);
-      bn::layer_normalize(a.x, {}, {}, y, 1, eps, parameters, epilogue, {}, to);
+      statistics = empty(nb::make_tuple(1, int(bn::statistics_rows), a.channels), &s);
+      double* to = reinterpret_cast<double*>(s.data);
+      const ReleasedFrom released(values_of(a.x));
+      if (training) {
+        bn::layer_forward(a.x, {}, {}, y, 1, eps, parameters, epilogue, {}, to);
+      } else {
+        bn::given_statistics(a.mean, a.var, to);
+        bn::layer_normalize(a.x, {}, {}, y, 1, eps, parameters, epilogue, {}, to);
+      }
     }
-  }
-  return nb::make_tuple(result, statistics);
+    return nb::make_tuple(result, statistics);
+  });
 }
 
 // The gradients that are needed of x, weight and bias, None for the others and for one more argument.
@@ -257,27 +274,29 @@ nb::object quick_tensor_backward(nb::handle grad_y, nb::handle x, nb::handle sta
                                  nb::handle weight, nb::handle bias, bool measured, bool need_x,
                                  bool need_weight, bool need_bias, double eps, index group_size,
                                  int activation, double slope) {
-  Array ag, ax, as, aw, ab, to_x, to_weight, to_bias;
-  if (!tensor(x, &ax) || !tensor(grad_y, &ag) || ag.dtype != ax.dtype || ag.rank != ax.rank ||
-      !numpy::is_array(statistics) || !numpy::read(statistics, false, &as) || ax.rank < 2 ||
-      !one_group(as, ax.shape[1]) || group_size)
-    return nb::none();
-  for (int d = 0; d < ax.rank; ++d)
-    if (ag.shape[d] != ax.shape[d]) return nb::none();
-  const index channels = ax.shape[1];
-  if (!tensor_vector(weight, channels, &aw) || !tensor_vector(bias, channels, &ab))
-    return nb::none();
-  nb::object of_x = nb::none(), of_weight = nb::none(), of_bias = nb::none();
-  if (need_x) of_x = tensor_like(x, ax, true, &to_x);
-  if (need_weight && aw) of_weight = tensor_like(weight, aw, true, &to_weight);
-  if (need_bias && ab) of_bias = tensor_like(bias, ab, true, &to_bias);
-  {
-    const ReleasedFrom released(values_of(ax));
-    bn::layer_backward(ag, ax, {}, {}, to_x, {}, 1, eps, {aw, ab},
-                       {bn::Activation(activation), slope}, {},
-                       reinterpret_cast<const double*>(as.data), measured, to_weight, to_bias);
-  }
-  return nb::make_tuple(of_x, of_weight, of_bias, nb::none());
+  return or_none([&]() -> nb::object {
+    Array ag, ax, as, aw, ab, to_x, to_weight, to_bias;
+    if (!tensor(x, &ax) || !tensor(grad_y, &ag) || ag.dtype != ax.dtype || ag.rank != ax.rank ||
+        !numpy::is_array(statistics) || !numpy::read(statistics, false, &as) || ax.rank < 2 ||
+        !one_group(as, ax.shape[1]) || group_size)
+      return nb::none();
+    for (int d = 0; d < ax.rank; ++d)
+      if (ag.shape[d] != ax.shape[d]) return nb::none();
+    const index channels = ax.shape[1];
+    if (!tensor_vector(weight, channels, &aw) || !tensor_vector(bias, channels, &ab))
+      return nb::none();
+    nb::object of_x = nb::none(), of_weight = nb::none(), of_bias = nb::none();
+    if (need_x) of_x = tensor_like(x, ax, true, &to_x);
+    if (need_weight && aw) of_weight = tensor_like(weight, aw, true, &to_weight);
+    if (need_bias && ab) of_bias = tensor_like(bias, ab, true, &to_bias);
+    {
+      const ReleasedFrom released(values_of(ax));
+      bn::layer_backward(ag, ax, {}, {}, to_x, {}, 1, eps, {aw, ab},
+                         {bn::Activation(activation), slope}, {},
+                         reinterpret_cast<const double*>(as.data), measured, to_weight, to_bias);
+    }
+    return nb::make_tuple(of_x, of_weight, of_bias, nb::none());
+  });
 }
 
 }  // namespace
@@ -292,8 +311,8 @@ void define_quick(nb::module_& m) {
   m.def("quick_backward", &quick_backward, "grad_y"_a.none(), "x"_a, "statistics"_a, "axis"_a,
         "eps"_a, "gamma"_a.none(), "gamma_dtype"_a.none(), "beta_dtype"_a.none(), "measured"_a);
   m.def("quick_tensor_forward", &quick_tensor_forward, "x"_a, "mean"_a.none(), "var"_a.none(),
-        "weight"_a.none(), "bias"_a.none(), "training"_a, "keep"_a, "eps"_a,
-        "group_size"_a, "activation"_a, "slope"_a);
+        "weight"_a.none(), "bias"_a.none(), "training"_a, "keep"_a, "eps"_a.none(),
+        "group_size"_a, "activation"_a, "slope"_a.none());
   m.def("quick_tensor_backward", &quick_tensor_backward, "grad_y"_a, "x"_a, "statistics"_a,
         "weight"_a.none(), "bias"_a.none(), "measured"_a, "need_x"_a, "need_weight"_a,
         "need_bias"_a, "eps"_a, "group_size"_a, "activation"_a, "slope"_a);

@@ -99,7 +99,7 @@ def test_benchmark_knows_every_network(bench: Any, networks: Any) -> None:
 
 
 def case_of(worker: Any, network: str, pass_: str, **changes: Any) -> Any:
-    given = {"batch": 8, "image": None if network == "critic" else 32} | changes
+    given = {"batch": 8, "image": None if network in worker.WIDTHS else 32} | changes
     return worker.Case(network=network, pass_=pass_, **given)
 
 
@@ -346,7 +346,7 @@ def test_losses_write_a_file_of_their_own(
         (["--batches", "8,one"], "'one'"),
         (["--batches", "0"], "1 or more"),
         (["--image", "16"], "32 or more"),
-        (["--networks", "vgg"], "must be among resnet18, mobilenet_v2, densenet121, critic"),
+        (["--networks", "vgg"], "must be among resnet18, mobilenet_v2, densenet121, critic, policy"),
         (["--passes", "forward"], "must be among training, inference"),
         (["--formats", "nhwc"], "must be among contiguous, channels_last"),
         (["--dtypes", "float16"], "must be among float32, bfloat16"),

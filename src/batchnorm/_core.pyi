@@ -167,10 +167,10 @@ def quick_tensor_forward(
     bias: Any,
     training: bool,
     keep: bool,
-    eps: float,
+    eps: Any,
     group_size: int,
     activation: int,
-    slope: float,
+    slope: Any,
 ) -> Any: ...
 def quick_tensor_backward(
     grad_y: Any,

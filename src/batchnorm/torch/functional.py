@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from ..errors import ArgumentError, DTypeError, ShapeError
 from ..moments import Moments
 from . import autograd, native, operators, portable, running
-from .autograd import Call, PlainCall, is_differentiated
+from .autograd import Call, NotPlainError, PlainCall, is_differentiated
 from .contract import IDENTITY, Config, config_of, joins, values_per_example
 from .internals import is_direct, is_eager, is_exporting_to_onnx, is_tracing
 
@@ -158,16 +158,24 @@ def normalize(
     ):
         # This checks little and relies on the core's checks, which come before any change. If they
         # refuse, the general case below finds out why, or is able to do it.
-        try:
-            if is_differentiated(x, weight, bias):
-                plain = PlainCall(running_mean, running_var, training, config)
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        ):
+            plain = PlainCall()
+            plain.running_mean, plain.running_var = running_mean, running_var
+            plain.measured, plain.config = training, config
+            try:
                 y = autograd.apply_plain(x, weight, bias, plain)
-                statistics = plain.statistics
+            except NotPlainError:
+                pass
             else:
-                y, statistics = native.plain(x, *vectors, training, False, config)
-            return y, statistics if training else None
-        except native.NotPlainError:
-            pass
+                return y, plain.statistics if training else None
+        else:
+            found = native.plain(x, *vectors, training, False, *config)
+            if found is not None:
+                return found if training else (found[0], None)
     check(x, *vectors, training, config)
     weights = None if mask is None else as_weights(mask, x)
     if residual is not None and not joins(residual, x, config):

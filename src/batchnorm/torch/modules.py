@@ -155,7 +155,12 @@ class Layer(nn.Module):
             )
             return proxy
         self._check_input_dim(input)
-        weight, bias, mean, var = self._tensors()
+        p: Any = self._parameters
+        b = self._buffers
+        try:  # past the slow `nn.Module.__getattr__`
+            weight, bias, mean, var = p["weight"], p["bias"], b["running_mean"], b["running_var"]
+        except KeyError:  # one is computed from other parameters, as by weight norm
+            weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
         if self.affine_frozen:
             weight = None if weight is None else weight.detach()
             bias = None if bias is None else bias.detach()
@@ -201,14 +206,6 @@ class Layer(nn.Module):
 
     #: Normalizes; returns y and the statistics that update the running ones.
     _normalize: Callable[..., tuple[Tensor, Any]] = staticmethod(functional.normalize)
-
-    def _tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """Weight, bias, running mean and variance, without the slow `nn.Module.__getattr__`."""
-        p, b = self._parameters, self._buffers
-        try:
-            return p["weight"], p["bias"], b["running_mean"], b["running_var"]
-        except KeyError:  # one is computed from other parameters, as by weight norm
-            return self.weight, self.bias, self.running_mean, self.running_var
 
     def _is_single(self, x: Tensor, mask: Tensor | None) -> bool:
         if mask is None:
@@ -274,7 +271,7 @@ class Layer(nn.Module):
     def take_accumulated(self) -> None:
         """Update the running statistics with what `accumulate` has merged, as one batch."""
         accumulated, self._accumulated = self._accumulated, None
-        _, _, mean, var = self._tensors()
+        mean, var = self.running_mean, self.running_var
         if accumulated is None or mean is None or var is None:
             return
         total = accumulated[0]

@@ -41,61 +41,17 @@ def supports(*tensors: Tensor | None) -> bool:
     return True
 
 
-class NotPlainError(ValueError):
-    """A call that `plain` does not do; the general way finds out why, or is able to."""
+#: All of a call without residual, mask and groups, checked and normalized in one crossing: y, and
+#: the statistics, or None if given ones need not be kept. None if these are not dense CPU tensors
+#: whose shapes fit, with more than one value per channel, or if a given variance is negative.
+#: Arguments: x, running mean and variance, weight, bias, whether to measure statistics, whether to
+#: keep given ones, and the config's. Not a function of Python: small calls would feel its frame.
+plain: Callable[..., tuple[Tensor, Statistics | None] | None] = _core.quick_tensor_forward
 
-
-def plain(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    keep: bool,
-    config: Config,
-) -> tuple[Tensor, Statistics | None]:
-    """All of a call without residual, mask and groups: checked and normalized in one crossing.
-
-    Without `keep`, given statistics are not returned.
-
-    Raises
-    ------
-    NotPlainError
-        These are not dense CPU tensors whose shapes fit, with more than one value per channel, or
-        a given variance is negative. Nothing has changed.
-    """
-    found: tuple[Tensor, Statistics | None] | None
-    try:
-        found = _core.quick_tensor_forward(
-            x, running_mean, running_var, weight, bias, training, keep, *config
-        )
-    except (BufferError, RuntimeError, TypeError, ValueError):  # no memory, eps no number
-        found = None
-    if found is None:
-        raise NotPlainError
-    return found
-
-
-def plain_gradients(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Statistics,
-    measured: bool,
-    needs: tuple[bool, ...],
-    config: Config,
-) -> tuple[Tensor | None, ...] | None:
-    """Gradients of `plain`, and None for the Function's last argument; None if it is not plain."""
-    need_x, need_weight, need_bias, _ = needs
-    try:
-        found: tuple[Tensor | None, ...] | None = _core.quick_tensor_backward(
-            grad_y, x, statistics, weight, bias, measured, need_x, need_weight, need_bias, *config
-        )
-    except (BufferError, RuntimeError, ValueError):
-        return None
-    return found
+#: Gradients of `plain`, and None for the Function's last argument; None if it is not plain.
+#: Arguments: grad_y, x, statistics, weight, bias, whether statistics were measured, which of the
+#: three gradients are needed, and the config's.
+plain_gradients: Callable[..., tuple[Tensor | None, ...] | None] = _core.quick_tensor_backward
 
 
 # ---- the contract -------------------------------------------------------------------------------
@@ -356,7 +312,7 @@ def update_running(
         elif momentum is None:
             momentum = 1.0 / (float(tracked) + 1.0)
     bad = _core.update_running(
-        merge(statistics),
+        statistics if len(statistics) == 1 else merge(statistics),
         _for_core(running_mean),
         _for_core(running_var),
         counter,
