@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,9 @@ LEARNING_RATE, MOMENTUM = 1e-4, 0.9
 #: A run that takes less is repeated, after one that is not timed: other providers have filled the
 #: caches, and threads sleep.
 SHORTEST_SAMPLE_S = 0.02
+
+#: So long other providers' threads may wait for work, and take a core for it, before they sleep.
+SPIN_S = 0.02
 
 #: Networks whose inputs are rows of so many numbers, as wide as their layers.
 WIDTHS = {"critic": 256, "policy": 64}
@@ -299,6 +303,7 @@ class Runner:
     def run(self) -> Sample:
         """Time a step or an inference."""
         gc.collect()
+        time.sleep(SPIN_S)
         return sample(self._run, repeats=self._repeats, untimed=int(self._repeats > 1))
 
     def profile(self, runs: int) -> dict[str, float]:

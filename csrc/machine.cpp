@@ -154,28 +154,26 @@ index last_level_cache() {
 
 // ---- memory for outputs -------------------------------------------------------------------------
 
-namespace {
-
 // glibc returns freed memory to the system early, and the outputs of a network, or the gradients that
 // an optimizer drops in every step, come back as pages that the system has to clear. Which blocks it
 // keeps depends on what a program happens to have freed. Choose the highest threshold that it would
 // choose by itself, and let 256 MiB stay; but leave alone what somebody has set.
 void keep_freed_memory() {
 #ifdef __GLIBC__
-  const char* tunables = std::getenv("GLIBC_TUNABLES");
-  if (std::getenv("MALLOC_MMAP_THRESHOLD_") || std::getenv("MALLOC_TRIM_THRESHOLD_") ||
-      (tunables && std::strstr(tunables, "glibc.malloc.")))
-    return;
-  mallopt(M_MMAP_THRESHOLD, 32 << 20);
-  mallopt(M_TRIM_THRESHOLD, 256 << 20);
+  static const bool once = [] {
+    const char* tunables = std::getenv("GLIBC_TUNABLES");
+    if (std::getenv("MALLOC_MMAP_THRESHOLD_") || std::getenv("MALLOC_TRIM_THRESHOLD_") ||
+        (tunables && std::strstr(tunables, "glibc.malloc.")))
+      return false;
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 256 << 20);
+    return true;
+  }();
+  (void)once;
 #endif
 }
 
-}  // namespace
-
 void prepare_output(void* p, std::size_t bytes) {
-  static const bool once = (keep_freed_memory(), true);
-  (void)once;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t huge_page = std::uintptr_t(2) << 20;
   const auto at = reinterpret_cast<std::uintptr_t>(p);

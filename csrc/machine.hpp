@@ -15,8 +15,10 @@ void waited_for_threads(std::chrono::steady_clock::duration);
 index last_level_cache();  // bytes
 void assume_last_level_cache(index bytes);  // for tests; negative: what the machine has
 
-// Of a large new output, whose first touch costs several times what the kernels do to it: have its
-// pages be huge, where the system has such, and from the first such call on have freed memory kept.
+// From the first call on, freed memory stays with the process: the first touch of a new page costs
+// several times what the kernels do to it.
+void keep_freed_memory();
+// Of a large new output: have its pages be huge, where the system has such.
 void prepare_output(void* p, std::size_t bytes);
 
 }  // namespace bn

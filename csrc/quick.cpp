@@ -12,6 +12,7 @@
 #include "foreign_tensor.hpp"
 #include "kernels.hpp"
 #include "layer.hpp"
+#include "machine.hpp"
 #include "numpy_array.hpp"
 
 namespace nb = nanobind;
@@ -23,6 +24,7 @@ using bn::Array;
 using bn::DType;
 using bn::index;
 
+constexpr index kept_from = 1 << 16;  // bytes; below, allocators keep memory by themselves
 constexpr index releases_from = 1 << 14;  // values; letting other threads run costs more than fewer
 
 class ReleasedFrom {
@@ -225,7 +227,9 @@ nb::object tensor_like(nb::handle x, const Array& a, bool gradient, Array* to) {
   bool contiguous = true;
   for (int d = a.rank - 1; d >= 0; expected *= a.shape[d], --d)
     contiguous = contiguous && a.stride[d] == expected;
-  nb::object made = contiguous && expected * bn::size_of(a.dtype) < foreign::registered.small
+  const index bytes = values_of(a) * bn::size_of(a.dtype);
+  if (bytes >= kept_from) bn::keep_freed_memory();
+  nb::object made = contiguous && bytes < foreign::registered.small
                         ? nb::handle(foreign::registered.empty_like)(x)
                         : nb::handle(foreign::registered.of_any)(x, gradient);
   // A mode of torch may have made something else of it.
