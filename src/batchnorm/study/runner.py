@@ -1,0 +1,264 @@
+"""Run studies: their seeds side by side in processes of one thread each."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import multiprocessing
+import pkgutil
+import queue
+import signal
+import time
+from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from batchnorm.bench.environment import describe, usable_cpus
+from batchnorm.errors import ArgumentError, BatchNormError
+from batchnorm.progress import Show
+from batchnorm.study import experiments
+from batchnorm.study.declare import Record, Study, Trial
+from batchnorm.study.results import Results
+
+__all__ = ["ALL", "choose", "find", "names", "prepare", "run"]
+
+#: The name of all studies together.
+ALL = "all"
+
+
+def names() -> list[str]:
+    """Names of all studies; each is a module of `batchnorm.study.experiments`."""
+    return [module.name.replace("_", "-") for module in pkgutil.iter_modules(experiments.__path__)]
+
+
+def find(name: str) -> Study:
+    """Return the study of that name.
+
+    Raises
+    ------
+    ArgumentError
+        There is none.
+    BatchNormError
+        It needs a package that is not installed.
+    """
+    if name not in names():
+        raise ArgumentError(
+            f"study must be one of {', '.join(names())}, or {ALL} for all of them, got {name!r}."
+        )
+    try:
+        module = importlib.import_module(f"{experiments.__name__}.{name.replace('-', '_')}")
+    except ImportError as error:
+        raise BatchNormError(
+            f"The study {name} needs {error.name}, which is not installed. "
+            "pip install 'batchnorm[study]' adds it."
+        ) from error
+    study: Study = module.STUDY
+    return study
+
+
+def choose(wanted: Sequence[str]) -> list[Study]:
+    """Return the studies of these names, each once; all of them for "all"."""
+    return [find(name) for name in dict.fromkeys(names() if ALL in wanted else wanted)]
+
+
+def fingerprint(study: Study) -> str:
+    """Hash the experiment's source."""
+    source = inspect.getsource(inspect.getmodule(study.run) or study.run)
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def prepare(study: Study, folder: Path, quick: bool) -> Results:
+    """Return the results that `folder` holds of a study, or none yet.
+
+    Raises
+    ------
+    ArgumentError
+        What it holds is damaged, or of another experiment.
+    """
+    path = place(study, folder)
+    fresh = Results(
+        study=study.name, quick=quick, fingerprint=fingerprint(study), about=describe(threads=1)
+    )
+    if not path.exists():
+        return fresh
+    found = Results.load(path)
+    if (found.study, found.quick, found.fingerprint) != (study.name, quick, fresh.fingerprint):
+        kind = (
+            "the quick tour of the study"
+            if found.quick and not quick
+            else (
+                "the whole study" if quick and not found.quick else "another version of the study"
+            )
+        )
+        raise ArgumentError(
+            f"{path}: must be of the same experiment to be continued, but holds {kind}. Move it "
+            "away, or name another folder by --out."
+        )
+    return found
+
+
+def place(study: Study, folder: Path) -> Path:
+    """The file of a study's results."""
+    return folder / f"{study.name}.json"
+
+
+def run(
+    studies: Sequence[Study],
+    folder: Path,
+    *,
+    quick: bool = False,
+    seeds: int | None = None,
+    show: Show | None = None,
+    finished: Callable[[Study, Results], None] | None = None,
+) -> dict[str, Results]:
+    """Run the seeds that are not finished yet, and save each when it is.
+
+    Parameters
+    ----------
+    studies
+        As `choose` returns them.
+    folder
+        Of the results, ``NAME.json`` each. What it holds of the same experiment is not repeated.
+    quick
+        Run quick tours.
+    seeds
+        Seeds of each study, two at least; None for the number that the study declares.
+    show
+        Called with a description, what is done, and how much there is in all.
+    finished
+        Called with each study whose seeds are all finished.
+
+    Returns
+    -------
+    dict
+        The results of each study by its name.
+
+    Raises
+    ------
+    ArgumentError
+        `seeds` is too small, or `folder` cannot hold the results.
+    BatchNormError
+        A process was killed.
+    """
+    if seeds is not None and seeds < 2:
+        raise ArgumentError(
+            f"seeds must be at least 2, or nothing is known of their spread, got {seeds}."
+        )
+    results = {study.name: prepare(study, folder, quick) for study in studies}
+    _try_folder(folder)
+    left = {
+        study.name: set(range(seeds or study.seeds)) - set(results[study.name].records)
+        for study in studies
+    }
+    by_name = {study.name: study for study in studies}
+    tasks = [(study.name, seed) for study in studies for seed in sorted(left[study.name])]
+
+    def done_with(name: str) -> None:
+        if not left[name] and finished is not None:
+            finished(by_name[name], results[name])
+
+    for study in studies:
+        done_with(study.name)  # all of it earlier
+    if not tasks:
+        return results
+    shares = dict.fromkeys(tasks, 0.0)
+    context = multiprocessing.get_context("spawn")
+    messages: Any = context.Queue()
+
+    def receive() -> None:
+        while True:
+            try:
+                name, seed, share = messages.get_nowait()
+            except queue.Empty:
+                return
+            shares[name, seed] = share
+            if show is not None:
+                text = f"{name}, seed {seed + 1} of {seeds or by_name[name].seeds}"
+                show(text, round(1000 * sum(shares.values())), 1000 * len(tasks))
+
+    pool = futures.ProcessPoolExecutor(
+        min(usable_cpus(), len(tasks)), context, initializer=_begin, initargs=(messages,)
+    )
+    try:
+        running = {pool.submit(_run_trial, *task, quick): task for task in tasks}
+        while running:
+            ended, _ = futures.wait(running, timeout=0.2, return_when=futures.FIRST_COMPLETED)
+            receive()
+            for future in ended:
+                name, seed = running.pop(future)
+                results[name].add(seed, *future.result())
+                results[name].save(place(by_name[name], folder), by_name[name])
+                left[name].discard(seed)
+                done_with(name)
+    except BrokenProcessPool:
+        raise BatchNormError(
+            "a process of the study was killed, perhaps for want of memory. Finished seeds are "
+            f"in {folder}; the same command runs the others."
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+    return results
+
+
+def _try_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / ".trial"
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ArgumentError(
+            f"out must be a folder in which files can be made, got {str(folder)!r} "
+            f"({error.strerror or error}). Name another."
+        ) from error
+
+
+# --- in the processes -----------------------------------------------------------------------------
+
+_messages: Any = None
+
+
+def _begin(messages: Any) -> None:
+    global _messages
+    _messages = messages
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    import torch
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    torch.set_num_threads(1)
+    threadpool_limits(limits=1)
+
+
+def _run_trial(name: str, seed: int, quick: bool) -> tuple[list[Record], float]:
+    import torch
+
+    torch.manual_seed(seed)
+    begin = time.perf_counter()
+    last = [0.0]
+
+    def report(share: float) -> None:
+        if time.perf_counter() - last[0] > 0.2 or share == 1:
+            last[0] = time.perf_counter()
+            _messages.put((name, seed, share))
+
+    records = [
+        {key: _plain(value) for key, value in record.items()}
+        for record in find(name).run(Trial(seed, quick=quick, report=report))
+    ]
+    return records, time.perf_counter() - begin
+
+
+def _plain(value: Any) -> Any:
+    """A Python number to six digits, as JSON holds it."""
+    if isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    return float(f"{float(value):.6g}")
