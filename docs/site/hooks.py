@@ -1,0 +1,73 @@
+"""What MkDocs does not do itself: widgets, formulas, study pages, files from outside of docs.
+
+MkDocs calls these functions while it builds the site; mkdocs.yml names this file.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import latex2mathml.converter
+from mkdocs.structure.files import File, Files
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import gallery
+import notebook
+import slides
+import widgets
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Files outside of docs that pages link to; their folders become part of the site.
+LINKED = ("examples", "benchmarks/results")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add files that pages link to, and those that are made here."""
+    for folder in LINKED:
+        for path in sorted((ROOT / folder).iterdir()):
+            if path.is_file():
+                content = path.read_bytes()
+                files.append(File.generated(config, f"{folder}/{path.name}", content=content))
+    made = {**gallery.files(ROOT / "docs" / "studies"), **notebook.files(ROOT / "docs" / "learn")}
+    for name, text in made.items():
+        files.append(File.generated(config, name, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Fill in widgets, and lead links to where their files are in the site."""
+    depth = page.file.src_uri.count("/")
+    up, here = "../" * (depth + 1), "../" * depth
+    for folder in LINKED:
+        markdown = markdown.replace(f"]({up}{folder}/", f"]({here}{folder}/")
+    markdown = re.sub(
+        r"^<!-- study: (\S+) -->$",
+        lambda found: gallery.summary(ROOT / "docs" / "studies" / f"{found[1]}.json", here),
+        markdown,
+        flags=re.MULTILINE,
+    )
+    if "<!-- slides -->" in markdown:
+        markdown = markdown.replace("<!-- slides -->", slides.explained())
+    return re.sub(
+        r"^<!-- widget: (\w+) -->$",
+        lambda found: widgets.WIDGETS[found[1]](),
+        markdown,
+        flags=re.MULTILINE,
+    )
+
+
+def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
+    r"""Make MathML of formulas, \(...\) and \[...\], which browsers draw without any script."""
+
+    def drawn(found: re.Match[str]) -> str:
+        inline = found[2].startswith("\\(")
+        formula = html.unescape(found[2][2:-2]).strip()
+        return latex2mathml.converter.convert(formula, display="inline" if inline else "block")
+
+    pattern = r'<(span|div) class="arithmatex">(.*?)</\1>'
+    return re.sub(pattern, drawn, content, flags=re.DOTALL)

@@ -1,0 +1,91 @@
+"""The presentation: slides as HTML and PDF by Marp, and a page that says what to say to each.
+
+python docs/site/slides.py OUT writes OUT/slides.html, and OUT/slides.pdf where there is a browser.
+Both come from docs/slides/slides.md, of which a comment in each slide is what to say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[1]
+SOURCE = DOCS / "slides" / "slides.md"
+MARP = "@marp-team/marp-cli@4"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge")
+
+
+def verdicts(name: str) -> str:
+    """The claims of a study as a table for a slide."""
+    path = DOCS / "studies" / f"{name}.json"
+    if not path.exists():
+        return f"`batchnorm study {name} --out docs/studies`"
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    rows = [f"| {claim['text']} | **{claim['verdict']}** |" for claim in content["claims"]]
+    seeds = len(content["trials"])
+    return "\n".join(
+        [
+            "| claim | here |",
+            "|:--|:--|",
+            *rows,
+            "",
+            f'<span class="small">{seeds} seeds; `batchnorm study {name}` repeats it</span>',
+        ]
+    )
+
+
+def source() -> str:
+    """The slides, with the verdicts of studies where they belong."""
+    text = SOURCE.read_text(encoding="utf-8")
+    return re.sub(r"^STUDY: (\S+)$", lambda found: verdicts(found[1]), text, flags=re.M)
+
+
+def slides(text: str) -> list[tuple[str, str]]:
+    """Title and what to say of each slide."""
+    _, _, body = text.split("---\n", 2)
+    found = []
+    for slide in re.split(r"^---$", body, flags=re.M):
+        title = re.search(r"^# (.*)$", slide, flags=re.M)
+        notes = re.findall(r"<!--\n(.*?)\n-->", slide, flags=re.S)
+        assert title, slide
+        found.append((title[1], "\n".join(notes)))
+    return found
+
+
+def explained() -> str:
+    """The list of slides with what to say."""
+    lines = []
+    for number, (title, notes) in enumerate(slides(source()), 1):
+        lines += [f"### {number}. {title}", "", notes, ""]
+    return "\n".join(lines)
+
+
+def build(out: Path) -> list[Path]:
+    """Run Marp; returns what it has written."""
+    npx = shutil.which("npx")
+    if npx is None:
+        raise SystemExit("slides: npx is needed, which comes with Node.js 18 or later.")
+    out.mkdir(parents=True, exist_ok=True)
+    text = out / "slides.md"
+    text.write_text(source(), encoding="utf-8")
+    # Formulas become pictures, so that the file needs nothing else.
+    base = [npx, "--yes", MARP, "--html", "--no-stdin", str(text)]
+    written = [out / "slides.html"]
+    subprocess.run([*base, "-o", str(written[0])], check=True)
+    if any(map(shutil.which, BROWSERS)):
+        written.append(out / "slides.pdf")
+        subprocess.run([*base, "--pdf", "--allow-local-files", "-o", str(written[1])], check=True)
+    else:
+        print("slides: no PDF, for which Chromium or another browser of its kind is needed")
+    text.unlink()
+    return written
+
+
+if __name__ == "__main__":
+    for path in build(Path(sys.argv[1])):
+        print(f"wrote {path}")
