@@ -346,7 +346,10 @@ def test_losses_write_a_file_of_their_own(
         (["--batches", "8,one"], "'one'"),
         (["--batches", "0"], "1 or more"),
         (["--image", "16"], "32 or more"),
-        (["--networks", "vgg"], "must be among resnet18, mobilenet_v2, densenet121, critic, policy"),
+        (
+            ["--networks", "vgg"],
+            "must be among resnet18, mobilenet_v2, densenet121, critic, policy",
+        ),
         (["--passes", "forward"], "must be among training, inference"),
         (["--formats", "nhwc"], "must be among contiguous, channels_last"),
         (["--dtypes", "float16"], "must be among float32, bfloat16"),
