@@ -277,7 +277,7 @@ def _study(app: "typer.Typer") -> None:
         ] = False,
         seeds: Annotated[
             int | None,
-            typer.Option(help="Repetitions; by default as many as the study asks for, 3 or 5."),
+            typer.Option(help="Repetitions; by default as many as the study asks for, mostly 5."),
         ] = None,
         out: Annotated[
             Path,

@@ -157,4 +157,4 @@ class Study:
     run: Callable[[Trial], Iterable[Record]]
     claims: tuple[Claim, ...]
     chart: Callable[[list[Record]], Any]
-    seeds: int = 3
+    seeds: int = 5

@@ -12,7 +12,7 @@ from batchnorm.study.charts import lines
 from batchnorm.study.declare import Claim, Record, Records, Study, Trial
 from batchnorm.study.training import batch_norm, digits, error, he, perceptron, train, xavier
 
-RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 STEPS, BATCH = 1500, 60
 #: A network that answers less than this share of the test digits wrong has learned.
 LEARNED = 0.2

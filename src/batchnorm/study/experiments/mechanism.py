@@ -16,7 +16,7 @@ from batchnorm.study.shift_measures import distances
 from batchnorm.study.training import batch_norm, digits, error, gaussian, he, perceptron, train
 from batchnorm.torch import BatchNorm1d
 
-SIZES, BATCH, RATE, STEPS, EVERY = (784, *[100] * 5, 10), 60, 0.1, 1000, 50
+SIZES, BATCH, RATE, STEPS, EVERY = (784, *[100] * 5, 10), 60, 0.1, 3000, 100
 INITS = {"He": he, "Gaussian 0.1": gaussian(0.1)}
 
 
