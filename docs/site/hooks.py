@@ -13,6 +13,7 @@ from typing import Any
 
 import latex2mathml.converter
 from mkdocs.structure.files import File, Files
+from mkdocs.utils import get_relative_url
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -71,3 +72,17 @@ def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
 
     pattern = r'<(span|div) class="arithmatex">(.*?)</\1>'
     return re.sub(pattern, drawn, content, flags=re.DOTALL)
+
+
+#: Of Material for MkDocs, on every page; the site has a copy.
+SHIM, COPY = "https://unpkg.com/iframe-worker/shim", "assets/iframe-worker.js"
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Load nothing from elsewhere."""
+    return output.replace(SHIM, get_relative_url(COPY, page.url))
+
+
+def on_post_template(output: str, template_name: str, config: Any) -> str:
+    """Nor on the page for addresses that are not there."""
+    return output.replace(SHIM, COPY)

@@ -117,7 +117,7 @@ EDGES = [
     ("squared", "variance"), ("variance", "std"), ("std", "invStd"), ("centered", "xHat"),
     ("invStd", "xHat"), ("xHat", "scaled"), ("scaled", "y"),
 ]  # fmt: skip
-LEFT, STEP_X, TOP, STEP_Y, CODE = 150, 290, 46, 92, 590
+LEFT, STEP_X, TOP, STEP_Y, CODE, WIDTH = 140, 230, 64, 92, 440, 930
 
 
 def graph_values() -> dict[str, Any]:
@@ -205,13 +205,13 @@ def graph() -> str:
         )
     x, y = _at("x")
     parts.append(
-        f'<text class="value" x="{x - 60}" y="{y - 26}" data-value="x">{several(values["x"][0])}</text>'
-        f'<text class="grad" x="{x + 80}" y="{y - 26}" data-grad="x">{several(values["x"][1])}</text>'
+        f'<text class="value" x="{x}" y="{y - 42}" text-anchor="middle" data-value="x">{several(values["x"][0])}</text>'
+        f'<text class="grad" x="{x}" y="{y - 27}" text-anchor="middle" data-grad="x">{several(values["x"][1])}</text>'
     )
     x, y = _at("y")
     parts.append(
-        f'<text class="value" x="{x - 60}" y="{y + 38}" data-value="y">{several(values["y"][0])}</text>'
-        f'<text class="grad" x="{x + 80}" y="{y + 38}" data-grad="y">{several(values["y"][1])}</text>'
+        f'<text class="value" x="{x}" y="{y + 36}" text-anchor="middle" data-value="y">{several(values["y"][0])}</text>'
+        f'<text class="grad" x="{x}" y="{y + 51}" text-anchor="middle" data-grad="y">{several(values["y"][1])}</text>'
     )
     for node, (_, _, name, forward, backward) in NODES.items():
         x, y = _at(node)
@@ -223,7 +223,7 @@ def graph() -> str:
         )
     height = TOP * 2 + 9 * STEP_Y + 10
     picture = (
-        f'<svg viewBox="0 0 1130 {height}" role="img" aria-label="Computational graph of batch norm '
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="Computational graph of batch norm '
         'with the value and the gradient on every edge"><defs><marker id="arrow" viewBox="0 0 8 8" '
         'refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0L8 4L0 8z"/></marker></defs>' + "".join(parts) + "</svg>"
