@@ -117,7 +117,7 @@ EDGES = [
     ("squared", "variance"), ("variance", "std"), ("std", "invStd"), ("centered", "xHat"),
     ("invStd", "xHat"), ("xHat", "scaled"), ("scaled", "y"),
 ]  # fmt: skip
-LEFT, STEP_X, TOP, STEP_Y, CODE, WIDTH = 140, 230, 64, 92, 440, 930
+LEFT, STEP_X, TOP, STEP_Y, CODE, WIDTH = 140, 230, 64, 92, 428, 930
 
 
 def graph_values() -> dict[str, Any]:
