@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -101,6 +102,12 @@ class Results:
             ],
         }
         text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+        # A row of numbers in a line.
+        text = re.sub(
+            r"\[\n\s+([^][{}]*?)\n\s+\]",
+            lambda row: f"[{re.sub(',' + chr(10) + ' +', ', ', row[1])}]",
+            text,
+        )
         with explain_write_errors(path), replacing(path) as beside:
             beside.write_text(text + "\n", encoding="utf-8")
 
