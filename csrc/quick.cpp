@@ -178,7 +178,7 @@ nb::object quick_backward(nb::handle grad_y, nb::handle x, nb::handle statistics
 
 // ---- a framework's layer, likewise ---------------------------------------------------------------
 
-// None where a call raises, too, as if there is no memory: the general way will raise the same.
+// None also where a call raises, for want of memory for example: the general way raises it again.
 template <class Body>
 nb::object or_none(const Body& body) {
   try {

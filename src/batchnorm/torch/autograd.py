@@ -129,18 +129,22 @@ def _gradients(
 
 
 class PlainCall:
-    """The arguments of `native.plain` that it is not differentiated by, and its statistics.
-
-    It has no ``__init__``, whose frame small calls would feel: set all but the statistics.
-    """
+    """The arguments of `native.plain` that it is not differentiated by, and its statistics."""
 
     __slots__ = ("config", "measured", "running_mean", "running_var", "statistics")
 
-    config: Config
-    measured: bool
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    statistics: Any
+    def __init__(
+        self,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        measured: bool,
+        config: Config,
+    ) -> None:
+        self.statistics: Any = None
+        self.running_mean = running_mean
+        self.running_var = running_var
+        self.measured = measured
+        self.config = config
 
 
 class NotPlainError(Exception):

@@ -158,14 +158,8 @@ def normalize(
     ):
         # This checks little and relies on the core's checks, which come before any change. If they
         # refuse, the general case below finds out why, or is able to do it.
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-        ):
-            plain = PlainCall()
-            plain.running_mean, plain.running_var = running_mean, running_var
-            plain.measured, plain.config = training, config
+        if is_differentiated(x, weight, bias):
+            plain = PlainCall(running_mean, running_var, training, config)
             try:
                 y = autograd.apply_plain(x, weight, bias, plain)
             except NotPlainError:

@@ -312,7 +312,7 @@ def update_running(
         elif momentum is None:
             momentum = 1.0 / (float(tracked) + 1.0)
     bad = _core.update_running(
-        statistics if len(statistics) == 1 else merge(statistics),
+        merge(statistics),
         _for_core(running_mean),
         _for_core(running_var),
         counter,
