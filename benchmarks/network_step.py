@@ -106,7 +106,8 @@ ISA = {
     }
 }
 
-#: Steps of small networks differ by 10 % from process to process: as many share the rounds.
+#: Number of processes, one after the other, that share the rounds of a small network: its steps
+#: differ by 10 % from process to process.
 PROCESSES = 8
 
 #: What a provider may be off by, relative to PyTorch eager, before it is not worth timing: losses
@@ -130,7 +131,6 @@ class Plan:
     rounds: int = 30
     warmup: int = 5
     seed: int = 0
-    order: int = 0  # the seed of the providers' order
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -195,9 +195,8 @@ def measure_case(case: Case, plan: Plan, started: Started) -> list[StepRow]:
     samples: dict[str, list[Sample]] = {}
     for number in range(sets):
         rounds = plan.rounds * (number + 1) // sets - plan.rounds * number // sets
-        # Each in an order of its own.
-        part = replace(plan, rounds=rounds, order=plan.seed + number)
-        measured, found = measure_in_processes(case, part, started)
+        part = replace(plan, rounds=rounds)
+        measured, found = measure_in_processes(case, part, started, order=plan.seed + number)
         for provider, row in measured.items():
             if provider not in rows or rows[provider].status == "ok":
                 rows[provider] = row
@@ -213,9 +212,12 @@ def measure_case(case: Case, plan: Plan, started: Started) -> list[StepRow]:
 
 
 def measure_in_processes(
-    case: Case, plan: Plan, started: Started
+    case: Case, plan: Plan, started: Started, *, order: int
 ) -> tuple[dict[str, StepRow], dict[str, list[Sample]]]:
-    """Check every provider against PyTorch eager, then sample those that are right in rounds."""
+    """Check every provider against PyTorch eager, then sample those that are right in rounds.
+
+    `order` is the seed of the providers' order within the rounds.
+    """
     rows: dict[str, StepRow] = {}
     ready: dict[str, Worker] = {}
     eager: dict[str, Any] | None = None
@@ -247,7 +249,7 @@ def measure_in_processes(
         samples = interleave(
             {provider: partial(take, worker) for provider, worker in ready.items()},
             min_rounds=plan.rounds,
-            seed=plan.order,
+            seed=order,
             started=lambda number: started(f"{case.label}: round {number} of {plan.rounds}"),
             failed=failed,
         )
