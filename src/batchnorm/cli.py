@@ -277,7 +277,7 @@ def _study(app: "typer.Typer") -> None:
         ] = False,
         seeds: Annotated[
             int | None,
-            typer.Option(help="Repetitions; by default as many as the study asks for, mostly 5."),
+            typer.Option(help="Repetitions; 5 by default."),
         ] = None,
         out: Annotated[
             Path,
@@ -291,7 +291,6 @@ def _study(app: "typer.Typer") -> None:
 
         For example: batchnorm study learning-rate
         """
-        _require("study", "torch", "scipy", "mlxtend", "altair", "threadpoolctl")
         import batchnorm.study as studies
         from batchnorm.progress import bar
         from batchnorm.study.tables import show
@@ -322,18 +321,6 @@ def _study(app: "typer.Typer") -> None:
         for study in chosen:
             path = studies.place(study, out)
             console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _require(extra: str, *modules: str) -> None:
-    """Raise if a module of an extra is not installed."""
-    import importlib.util
-
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise BatchNormError(
-            f"The command needs {', '.join(modules)}; not installed: {', '.join(missing)}. "
-            f"Install them with: pip install 'batchnorm[{extra}]'"
-        )
 
 
 def _stats(app: "typer.Typer") -> None:

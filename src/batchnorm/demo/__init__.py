@@ -15,7 +15,6 @@ network is NumPy matrix products and this library's `BatchNorm`; PyTorch is not 
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from itertools import product
 from pathlib import Path
@@ -38,7 +37,8 @@ from batchnorm.demo.results import (
 from batchnorm.demo.tables import Table, all_tables, comparisons
 from batchnorm.demo.training import train
 from batchnorm.digits import Digits, ShiftedBatches, load_digits
-from batchnorm.errors import ArgumentError, BatchNormError
+from batchnorm.errors import ArgumentError
+from batchnorm.extras import require
 from batchnorm.progress import Show, bar
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def run(
     >>> from batchnorm import demo
     >>> result = demo.run(out=Path("demo.html"), quick=True)  # doctest: +SKIP
     """
-    _check_extras()
+    require("The demo", "demo", *REQUIRED)
     if steps is None:
         steps = QUICK_STEPS if quick else STEPS
     _check_count("steps", steps, MIN_STEPS)
@@ -198,15 +198,6 @@ def _train_all(
                 network, batches.population(), digits, learning_rate=learning_rate
             )
     return runs, measurements
-
-
-def _check_extras() -> None:
-    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise BatchNormError(
-            f"The demo needs {', '.join(REQUIRED)}; not installed: {', '.join(missing)}. "
-            "Install them with: pip install 'batchnorm[demo]'"
-        )
 
 
 def _check_count(name: str, value: object, least: int) -> None:

@@ -146,8 +146,6 @@ class Study:
         What the records decide.
     chart
         Draws the records of all seeds, each with its ``seed``, as an Altair chart.
-    seeds
-        How many seeds are run if nothing else is asked for.
     """
 
     name: str
@@ -157,4 +155,3 @@ class Study:
     run: Callable[[Trial], Iterable[Record]]
     claims: tuple[Claim, ...]
     chart: Callable[[list[Record]], Any]
-    seeds: int = 5

@@ -1,4 +1,4 @@
-"""The results of a study as a JSON file; docs/studies.md describes its schema."""
+"""The results of a study as a JSON file; docs/studies/index.md describes its schema."""
 
 from __future__ import annotations
 

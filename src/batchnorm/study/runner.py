@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import inspect
@@ -19,7 +20,9 @@ from typing import Any
 import numpy as np
 
 from batchnorm.bench.environment import describe, usable_cpus
+from batchnorm.bench.rows import prepare_directory
 from batchnorm.errors import ArgumentError, BatchNormError
+from batchnorm.extras import require
 from batchnorm.progress import Show
 from batchnorm.study import experiments
 from batchnorm.study.declare import Record, Study, Trial
@@ -29,6 +32,9 @@ __all__ = ["ALL", "choose", "find", "names", "prepare", "run"]
 
 #: The name of all studies together.
 ALL = "all"
+SEEDS = 5
+#: Of the packages, by the name they are imported by, that the extra [study] installs.
+REQUIRED = ("torch", "scipy", "mlxtend", "altair", "threadpoolctl")
 
 
 def names() -> list[str]:
@@ -50,13 +56,8 @@ def find(name: str) -> Study:
         raise ArgumentError(
             f"study must be one of {', '.join(names())}, or {ALL} for all of them, got {name!r}."
         )
-    try:
-        module = importlib.import_module(f"{experiments.__name__}.{name.replace('-', '_')}")
-    except ImportError as error:
-        raise BatchNormError(
-            f"The study {name} needs {error.name}, which is not installed. "
-            "pip install 'batchnorm[study]' adds it."
-        ) from error
+    require("A study", "study", *REQUIRED)
+    module = importlib.import_module(f"{experiments.__name__}.{name.replace('-', '_')}")
     study: Study = module.STUDY
     return study
 
@@ -67,9 +68,11 @@ def choose(wanted: Sequence[str]) -> list[Study]:
 
 
 def fingerprint(study: Study) -> str:
-    """Hash the experiment's source."""
-    source = inspect.getsource(inspect.getmodule(study.run) or study.run)
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
+    """Hash the code of an experiment and of what experiments share; comments do not count."""
+    names = (study.run.__module__, f"{__package__}.training", f"{__package__}.shift_measures")
+    sources = (inspect.getsource(importlib.import_module(name)) for name in names)
+    code = "".join(ast.unparse(ast.parse(source)) for source in sources)
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def prepare(study: Study, folder: Path, quick: bool) -> Results:
@@ -88,13 +91,10 @@ def prepare(study: Study, folder: Path, quick: bool) -> Results:
         return fresh
     found = Results.load(path)
     if (found.study, found.quick, found.fingerprint) != (study.name, quick, fresh.fingerprint):
-        kind = (
-            "the quick tour of the study"
-            if found.quick and not quick
-            else (
-                "the whole study" if quick and not found.quick else "another version of the study"
-            )
-        )
+        if found.quick == quick:
+            kind = "another version of the study"
+        else:
+            kind = "the quick tour of the study" if found.quick else "the whole study"
         raise ArgumentError(
             f"{path}: must be of the same experiment to be continued, but holds {kind}. Move it "
             "away, or name another folder by --out."
@@ -127,7 +127,7 @@ def run(
     quick
         Run quick tours.
     seeds
-        Seeds of each study, two at least; None for the number that the study declares.
+        Seeds of each study, two at least; None for five.
     show
         Called with a description, what is done, and how much there is in all.
     finished
@@ -145,16 +145,14 @@ def run(
     BatchNormError
         A process was killed.
     """
-    if seeds is not None and seeds < 2:
+    seeds = SEEDS if seeds is None else seeds
+    if seeds < 2:
         raise ArgumentError(
             f"seeds must be at least 2, or nothing is known of their spread, got {seeds}."
         )
     results = {study.name: prepare(study, folder, quick) for study in studies}
-    _try_folder(folder)
-    left = {
-        study.name: set(range(seeds or study.seeds)) - set(results[study.name].records)
-        for study in studies
-    }
+    prepare_directory(folder)
+    left = {study.name: set(range(seeds)) - set(results[study.name].records) for study in studies}
     by_name = {study.name: study for study in studies}
     tasks = [(study.name, seed) for study in studies for seed in sorted(left[study.name])]
 
@@ -178,7 +176,7 @@ def run(
                 return
             shares[name, seed] = share
             if show is not None:
-                text = f"{name}, seed {seed + 1} of {seeds or by_name[name].seeds}"
+                text = f"{name}, seed {seed + 1} of {seeds}"
                 show(text, round(1000 * sum(shares.values())), 1000 * len(tasks))
 
     pool = futures.ProcessPoolExecutor(
@@ -205,19 +203,6 @@ def run(
         for process in multiprocessing.active_children():
             process.terminate()
     return results
-
-
-def _try_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        trial = folder / ".trial"
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise ArgumentError(
-            f"out must be a folder in which files can be made, got {str(folder)!r} "
-            f"({error.strerror or error}). Name another."
-        ) from error
 
 
 # --- in the processes -----------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from batchnorm import Moments
+
 __all__ = ["distances"]
 
 
@@ -23,7 +25,8 @@ def distances(before: Tensor, after: Tensor) -> tuple[float, float]:
         of their mean variance). Units that are constant at both moments count in neither.
     """
     moved = (before.sort(0).values - after.sort(0).values).abs().mean(0).double()
-    spread = ((before.double().var(0) + after.double().var(0)) / 2).sqrt()
+    variances = [Moments.of(values.numpy()).var(ddof=1) for values in (before, after)]
+    spread = torch.from_numpy(sum(variances) / 2).sqrt()
     alive = spread > 0
     if not bool(alive.any()):
         return 0.0, 0.0

@@ -16,7 +16,9 @@ from batchnorm.torch import BatchNorm1d, BatchNorm2d
 
 __all__ = [
     "Data",
+    "batch_norm",
     "convnet",
+    "cosine",
     "digits",
     "error",
     "gaussian",

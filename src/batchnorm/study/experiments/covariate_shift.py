@@ -13,11 +13,19 @@ from torch import Tensor, nn
 from batchnorm.study.charts import lines
 from batchnorm.study.declare import Claim, Record, Records, Study, Trial
 from batchnorm.study.shift_measures import distances
-from batchnorm.study.training import batch_norm, digits, error, gaussian, he, perceptron, train
-from batchnorm.study.training import xavier as glorot
+from batchnorm.study.training import (
+    batch_norm,
+    digits,
+    error,
+    gaussian,
+    he,
+    perceptron,
+    train,
+    xavier,
+)
 
 SIZES, BATCH, RATE, STEPS, EVERY = (784, *[100] * 4, 10), 60, 0.1, 2000, 50
-INITS = {"He": he, "Xavier": glorot, "Gaussian 0.05": gaussian(0.05)}
+INITS = {"He": he, "Xavier": xavier, "Gaussian 0.05": gaussian(0.05)}
 MEASURES = {"raw": "raw", "relative": "divided by the spread"}
 
 

@@ -38,7 +38,7 @@ def grouped(data: Data, trial: Trial, of_one_class: bool) -> Iterator[tuple[Tens
 @torch.no_grad()
 def error_by_groups(model: nn.Module, data: Data) -> float:
     """The error on groups of one class, each normalized by its own statistics."""
-    order = data.test_labels.argsort(stable=True)  # 100 of each class, in groups of four
+    order = data.test_labels.argsort(stable=True)  # 100 of each class
     images, labels = data.test_images[order], data.test_labels[order]
     keep = torch.arange(len(labels)).view(10, -1)[:, : 100 // GROUP * GROUP].ravel()
     model.train()

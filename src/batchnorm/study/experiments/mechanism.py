@@ -107,7 +107,7 @@ def run(trial: Trial) -> Iterator[Record]:
             train(model, iter([(images, labels)]), 1, RATE)
             if arm in ("none", "batch norm"):
                 for layer, (change, cosine) in enumerate(
-                    gradient_shift(_still(before), _still(model), images, labels), 1
+                    gradient_shift(before, model, images, labels), 1
                 ):
                     found.append(
                         {"step": done + 1, "layer": layer, "gradient": change, "cosine": cosine}
@@ -129,17 +129,12 @@ def run(trial: Trial) -> Iterator[Record]:
         }
 
 
-def _still(model: nn.Module) -> nn.Module:
-    """A copy in training mode whose running statistics nobody looks at."""
-    return copy.deepcopy(model).train()
-
-
 @torch.no_grad()
 def _activations(model: nn.Sequential, probe: Tensor) -> list[Tensor]:
     """What each ReLU receives in training mode, noise included."""
     found = []
-    x, still = probe, copy.deepcopy(model).train()
-    for layer in still:
+    x = probe
+    for layer in copy.deepcopy(model).train():  # running statistics and noise stay as they are
         if isinstance(layer, nn.ReLU):
             found.append(x)
         x = layer(x)

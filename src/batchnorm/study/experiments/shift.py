@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,7 +81,7 @@ def restored(records: Records, name: str) -> float:
     before = float(records.value("error", corruption=name, statistics="training data"))
     after = float(records.value("error", corruption=name, statistics="corrupted data"))
     clean = float(records.value("error", corruption="none", statistics="training data"))
-    return (before - after) / (before - clean) if before > clean else math.copysign(0.0, 1)
+    return (before - after) / (before - clean) if before > clean else 0.0
 
 
 def cost(records: Records) -> float:
