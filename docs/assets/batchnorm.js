@@ -102,22 +102,6 @@ const BatchNorm = {
     }
     return found;
   },
-
-  // How frameworks call the weight of a new batch in the running statistics, and what they store.
-  frameworks: {
-    PyTorch: { momentum: "of the new value", eps: 1e-5, default: 0.1, variance: "unbiased" },
-    Keras: { momentum: "of the old value", eps: 1e-3, default: 0.99, variance: "biased" },
-    Flax: { momentum: "of the old value", eps: 1e-5, default: 0.99, variance: "biased" },
-    ONNX: { momentum: "of the old value", eps: 1e-5, default: 0.9, variance: "biased" },
-    batchnorm: { momentum: "of the new value", eps: 1e-5, default: 0.1, variance: "unbiased" },
-  },
-
-  // A momentum of one framework as another's.
-  convertMomentum(value, from, to) {
-    const { frameworks } = this;
-    const same = frameworks[from].momentum === frameworks[to].momentum;
-    return same ? value : 1 - value;
-  },
 };
 
 if (typeof module !== "undefined") module.exports = BatchNorm;

@@ -97,8 +97,9 @@
     const { read, write } = parts(root);
     const stream = JSON.parse(root.dataset.stream);
     const most = Number(root.dataset.most);
-    const [population] = BatchNorm.moments(stream.map((v) => [v]));
+    const top = Number(root.dataset.top);
     const line = root.querySelector("[data-chart]");
+    const { width, height } = line.ownerSVGElement.viewBox.baseVal;
     return () => {
       const [momentum, size, steps] = ["momentum", "size", "steps"].map(read);
       const found = BatchNorm.running(stream, momentum, size, steps);
@@ -109,7 +110,6 @@
       write("mean", show(last.mean));
       write("std", show(Math.sqrt(last.variance)));
       write("z", show((50 - last.mean) / Math.sqrt(last.variance + 1e-5)));
-      const [width, height, top] = [640, 220, 1.25 * population.mean];
       const points = found.map(({ mean }, k) => [
         40 + ((width - 60) * k) / most,
         height - 24 - ((height - 40) * Math.min(mean, top)) / top,
@@ -120,19 +120,16 @@
 
   const converter = (root) => {
     const { inputs, read, write } = parts(root);
+    const frameworks = JSON.parse(root.dataset.frameworks);
     return () => {
-      const { frameworks } = BatchNorm;
-      const from = inputs.from.value;
       const [momentum, eps, variance, n] = ["momentum", "eps", "variance", "n"].map(read);
-      const biased = frameworks[from].variance === "biased";
-      const unbiased = biased ? (variance * n) / (n - 1) : variance;
-      Object.keys(frameworks).forEach((to) => {
-        const as = frameworks[to].variance === "biased" ? (unbiased * (n - 1)) / n : unbiased;
-        const converted = BatchNorm.convertMomentum(momentum, from, to);
-        const text = (v) => (Number.isFinite(v) ? String(Number(v.toPrecision(6))) : "–");
-        write(`momentum-${to}`, text(converted));
+      const [weightOf, stored] = frameworks[inputs.from.value];
+      const unbiased = stored === "biased" ? (variance * n) / (n - 1) : variance;
+      const text = (v) => (Number.isFinite(v) ? String(Number(v.toPrecision(6))) : "–");
+      Object.entries(frameworks).forEach(([to, [of, kind]]) => {
+        write(`momentum-${to}`, text(of === weightOf ? momentum : 1 - momentum));
         write(`eps-${to}`, text(eps));
-        write(`var-${to}`, text(as));
+        write(`var-${to}`, text(kind === "biased" ? (unbiased * (n - 1)) / n : unbiased));
       });
     };
   };

@@ -70,6 +70,11 @@ def _verdict(verdict: str) -> str:
     return f'<span class="verdict {_kind(verdict)}">{verdict}</span>'
 
 
+def _picture(title: str, stem: str) -> list[str]:
+    """The chart, of which a page shows the one that suits its colours."""
+    return [*(f"![{title}]({stem}-{theme}.svg#only-{theme})" for theme in THEMES), ""]
+
+
 def overview(found: list[dict[str, Any]]) -> str:
     """One table of all claims."""
     lines = [
@@ -97,9 +102,7 @@ def summary(path: Path, here: str) -> str:
     content = json.loads(path.read_text("utf-8"))
     name, title = content["study"], content["title"]
     lines = [
-        f"![{title}]({here}studies/{name}-light.svg#only-light)",
-        f"![{title}]({here}studies/{name}-dark.svg#only-dark)",
-        "",
+        *_picture(title, f"{here}studies/{name}"),
         "| claim | verdict here |",
         "|:--|:--|",
     ]
@@ -122,11 +125,7 @@ def page(content: dict[str, Any]) -> str:
         "",
         content["protocol"],
         "",
-        f"![{content['title']}: mean over the seeds, and the range of all of them]"
-        f"({name}-light.svg#only-light)",
-        f"![{content['title']}: mean over the seeds, and the range of all of them]"
-        f"({name}-dark.svg#only-dark)",
-        "",
+        *_picture(content["title"], name),
         f"Mean of {seeds} seeds; bands and thin lines reach from the least to the largest of them.",
         "",
         "## Claims",

@@ -6,6 +6,7 @@ Both come from docs/slides/slides.md, of which a comment in each slide is what t
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -77,6 +78,10 @@ def build(out: Path) -> list[Path]:
     base = [npx, "--yes", MARP, "--html", "--no-stdin", str(text)]
     written = [out / "slides.html"]
     subprocess.run([*base, "-o", str(written[0])], check=True)
+    # Without an icon, browsers ask the server for one.
+    icon = base64.b64encode((DOCS / "assets" / "favicon.svg").read_bytes()).decode()
+    link = f'<head><link rel="icon" href="data:image/svg+xml;base64,{icon}">'
+    written[0].write_text(written[0].read_text("utf-8").replace("<head>", link, 1), "utf-8")
     if any(map(shutil.which, BROWSERS)):
         written.append(out / "slides.pdf")
         subprocess.run([*base, "--pdf", "--allow-local-files", "-o", str(written[1])], check=True)
