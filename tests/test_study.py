@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from batchnorm.study import Claim, Records, Results, Study, Trial, judge, runner
 from batchnorm.study.shift_measures import distances
 
 NAMES = study.names()
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def _claim(**changes):
@@ -171,6 +173,20 @@ def test_results_that_cannot_be_written_leave_the_old_ones(tmp_path):
         wrong.save(path, _study())
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_committed_results_are_those_of_the_study_as_it_is(name):
+    path = ROOT / "docs" / "studies" / f"{name}.json"
+    if not path.exists():
+        pytest.skip("only a checkout has them")
+    found, results = study.find(name), Results.load(path)
+    assert not results.quick
+    assert len(results.records) >= 3
+    assert results.fingerprint == runner.fingerprint(found)
+    stored = json.loads(path.read_text("utf-8"))["claims"]
+    decided = results.verdicts(found)
+    assert [(c["text"], c["verdict"]) for c in stored] == [(c.text, v.text) for c, v in decided]
 
 
 # ---- running ------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib
 import inspect
@@ -68,11 +67,10 @@ def choose(wanted: Sequence[str]) -> list[Study]:
 
 
 def fingerprint(study: Study) -> str:
-    """Hash the code of an experiment and of what experiments share; comments do not count."""
+    """Hash the source of an experiment and of what experiments share."""
     names = (study.run.__module__, f"{__package__}.training", f"{__package__}.shift_measures")
-    sources = (inspect.getsource(importlib.import_module(name)) for name in names)
-    code = "".join(ast.unparse(ast.parse(source)) for source in sources)
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
+    source = "".join(inspect.getsource(importlib.import_module(name)) for name in names)
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 def prepare(study: Study, folder: Path, quick: bool) -> Results:
