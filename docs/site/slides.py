@@ -74,20 +74,26 @@ def build(out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     text = out / "slides.md"
     text.write_text(source(), encoding="utf-8")
-    # Formulas become pictures, so that the file needs nothing else.
     base = [npx, "--yes", MARP, "--html", "--no-stdin", str(text)]
     written = [out / "slides.html"]
-    subprocess.run([*base, "-o", str(written[0])], check=True)
+    try:
+        subprocess.run([*base, "-o", str(written[0])], check=True)
+        if any(map(shutil.which, BROWSERS)):
+            written.append(out / "slides.pdf")
+            pdf = ["--pdf", "--allow-local-files", "-o", str(written[1])]
+            subprocess.run([*base, *pdf], check=True)
+        else:
+            print("slides: no PDF, for which Chromium or another browser of its kind is needed")
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(
+            f"slides: Marp failed (exit status {error.returncode}); see above."
+        ) from None
+    finally:
+        text.unlink()
     # Without an icon, browsers ask the server for one.
     icon = base64.b64encode((DOCS / "assets" / "favicon.svg").read_bytes()).decode()
     link = f'<head><link rel="icon" href="data:image/svg+xml;base64,{icon}">'
     written[0].write_text(written[0].read_text("utf-8").replace("<head>", link, 1), "utf-8")
-    if any(map(shutil.which, BROWSERS)):
-        written.append(out / "slides.pdf")
-        subprocess.run([*base, "--pdf", "--allow-local-files", "-o", str(written[1])], check=True)
-    else:
-        print("slides: no PDF, for which Chromium or another browser of its kind is needed")
-    text.unlink()
     return written
 
 
