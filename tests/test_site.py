@@ -1,5 +1,6 @@
 """The site: formulas of its widgets against the library, and its pages in a browser."""
 
+import hashlib
 import http.server
 import importlib.util
 import json
@@ -49,6 +50,13 @@ def test_nav_names_every_page():
         if path.parts[len(DOCS.parts)] != "slides"
     }
     assert listed == pages
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_picture_of_the_readme_shows_the_committed_results(theme):
+    results = (DOCS / "studies" / "paper.json").read_bytes()
+    picture = (DOCS / "assets" / f"overview-{theme}.svg").read_text(encoding="utf-8")
+    assert hashlib.sha256(results).hexdigest()[:16] in picture, "python docs/site/overview.py"
 
 
 def test_notebook_has_the_code_of_the_tutorial():
