@@ -33,7 +33,7 @@ class Results:
     about
         Date, processor and versions.
     records, seconds
-        By seed.
+        By seed; seconds of processor time.
     """
 
     study: str

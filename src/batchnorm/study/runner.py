@@ -223,7 +223,7 @@ def _run_trial(name: str, seed: int, quick: bool) -> tuple[list[Record], float]:
     import torch
 
     torch.manual_seed(seed)
-    begin = time.perf_counter()
+    begin = time.process_time()
     last = [0.0]
 
     def report(share: float) -> None:
@@ -235,7 +235,7 @@ def _run_trial(name: str, seed: int, quick: bool) -> tuple[list[Record], float]:
         {key: _plain(value) for key, value in record.items()}
         for record in find(name).run(Trial(seed, quick=quick, report=report))
     ]
-    return records, time.perf_counter() - begin
+    return records, time.process_time() - begin
 
 
 def _plain(value: Any) -> Any:

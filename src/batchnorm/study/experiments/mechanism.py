@@ -17,7 +17,7 @@ from batchnorm.study.training import batch_norm, digits, error, gaussian, he, pe
 from batchnorm.torch import BatchNorm1d
 
 SIZES, BATCH, RATE, STEPS, EVERY = (784, *[100] * 5, 10), 60, 0.1, 3000, 100
-INITS = {"He": he, "Gaussian 0.1": gaussian(0.1)}
+INITS = {"He": he, "Gaussian 0.1": gaussian(0.1), "Gaussian 0.03": gaussian(0.03)}
 
 
 class Noise(nn.Module):
@@ -93,7 +93,7 @@ def gradient_shift(
 
 
 def run(trial: Trial) -> Iterator[Record]:
-    """Train the four arms from two initializations, and measure both kinds of shift."""
+    """Train the four arms from three initializations, and measure both kinds of shift."""
     data, steps = digits(trial), trial.choose(STEPS, 150)
     probe = data.test_images[:500]
     for init, (arm, norm) in trial.each(product(INITS, norms(trial).items())):
@@ -178,7 +178,7 @@ STUDY = Study(
     title="Where the gain comes from",
     question="Is the gain of batch norm due to less covariate shift?",
     protocol="Perceptrons of six layers with ReLU on 4,000 MNIST digits moved by up to two "
-    f"pixels, {STEPS:,} steps of plain gradient descent at a rate of {RATE}, from two "
+    f"pixels, {STEPS:,} steps of plain gradient descent at a rate of {RATE}, from three "
     "initializations: without normalization, with batch norm, with batch norm followed by "
     f"noise whose distribution changes at each step, and with that noise alone. Every {EVERY} "
     "steps: how the input of each ReLU has moved on 500 test digits (Wasserstein distance per "
