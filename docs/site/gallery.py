@@ -62,12 +62,13 @@ def pictures(chart: alt.TopLevelMixin) -> dict[str, str]:
     return made
 
 
-def _kind(verdict: str) -> str:
-    return verdict.split()[0]  # reproduced, not, depends
-
-
-def _verdict(verdict: str) -> str:
-    return f'<span class="verdict {_kind(verdict)}">{verdict}</span>'
+def _verdict(claim: dict[str, Any]) -> str:
+    """The verdict, and whether a claim that is not reproduced is refuted or only undecided."""
+    text = claim["verdict"]
+    kind = text.split()[0]  # reproduced, not, depends
+    if kind == "not" and all(outcome["holds"] != "no" for outcome in claim["outcomes"]):
+        kind, text = "undecided", f"{text} (undecided)"
+    return f'<span class="verdict {kind}">{text}</span>'
 
 
 def _picture(title: str, stem: str) -> list[str]:
@@ -90,7 +91,7 @@ def overview(found: list[dict[str, Any]]) -> str:
         for claim in content["claims"]:
             lines.append(
                 f"| [{content['study']}]({content['study']}.md) | {claim['text']} | "
-                f"{claim['source']} | {_verdict(claim['verdict'])} |"
+                f"{claim['source']} | {_verdict(claim)} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -103,11 +104,13 @@ def summary(path: Path, here: str) -> str:
     name, title = content["study"], content["title"]
     lines = [
         *_picture(title, f"{here}studies/{name}"),
+        f"Mean of {len(content['trials'])} seeds, from the least to the largest of them.",
+        "",
         "| claim | verdict here |",
         "|:--|:--|",
     ]
     lines += [
-        f"| {claim['text']} ({claim['source']}) | {_verdict(claim['verdict'])} |"
+        f"| {claim['text']} ({claim['source']}) | {_verdict(claim)} |"
         for claim in content["claims"]
     ]
     lines += ["", f"[All numbers of this study]({here}studies/{name}.md): `batchnorm study {name}`"]
@@ -135,7 +138,7 @@ def page(content: dict[str, Any]) -> str:
         lines += [
             f"### {claim['text']}",
             "",
-            f"{_verdict(claim['verdict'])} · {claim['source']}",
+            f"{_verdict(claim)} · {claim['source']}",
             "",
             f"What decides: {claim['statistic']}. The claim holds where this is {claim['side']} "
             f"{claim['threshold']:g}.",

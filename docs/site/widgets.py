@@ -312,6 +312,8 @@ def running() -> str:
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Running mean over the steps">'
         f'<line class="axis" x1="40" y1="{height - 24}" x2="{width - 20}" y2="{height - 24}"/>'
         f'<line class="axis" x1="40" y1="16" x2="40" y2="{height - 24}"/>'
+        f'<text class="name" x="34" y="{height - 24}" text-anchor="end">0</text>'
+        f'<text class="name" x="34" y="{level + 4:.1f}" text-anchor="end">{mean:.0f}</text>'
         f'<line class="population" x1="40" y1="{level:.1f}" x2="{width - 20}" y2="{level:.1f}"/>'
         f'<text class="name" x="{width - 24}" y="{level - 6:.1f}" text-anchor="end">population</text>'
         f'<polyline class="running" points="{points}" data-chart/>'
@@ -324,7 +326,7 @@ def running() -> str:
         f'data-most="{MOST_STEPS}" data-top="{top}" role="group" aria-label="Running statistics">'
         f'<div class="sliders">{sliders}</div>{chart}'
         "<table><thead><tr><th></th><th scope=col>mean</th><th scope=col>standard deviation</th>"
-        "<th scope=col>a digit with 50 becomes</th></tr></thead><tbody>"
+        "<th scope=col>an image with ink 50 becomes</th></tr></thead><tbody>"
         f"<tr><th scope=row>running, in evaluation</th><td>{_output('mean', number(found[0]))}</td>"
         f"<td>{_output('std', number(found[1]))}</td>"
         f"<td>{_output('z', number((50 - found[0]) / (found[1] ** 2 + EPS) ** 0.5))}</td></tr>"

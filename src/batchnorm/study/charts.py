@@ -14,6 +14,20 @@ __all__ = ["bars", "lines"]
 #: Hues that people with any colour vision tell apart (Okabe & Ito), light enough for dark pages.
 COLORS = ["#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
 PERCENT = {"error", "final error"}
+#: What columns are called on axes.
+TITLES = {
+    "error": "test error",
+    "final error": "test error",
+    "arm": "network",
+    "init": "initialization",
+    "std": "size of the first weights",
+    "size": "examples per group",
+    "relative": "distance ÷ spread",
+    "raw": "distance",
+    "rate": "learning rate",
+}
+#: A bar is cut where it is so many times as long as most.
+LONG = 4.0
 
 
 def _axis(name: str) -> alt.Axis | alt.UndefinedType:
@@ -21,7 +35,7 @@ def _axis(name: str) -> alt.Axis | alt.UndefinedType:
 
 
 def _title(name: str) -> str:
-    return "test error" if name in PERCENT else name
+    return TITLES.get(name, name)
 
 
 def _data(records: list[Record], columns: list[str | None]) -> alt.InlineData:
@@ -41,7 +55,7 @@ def _data(records: list[Record], columns: list[str | None]) -> alt.InlineData:
 
 
 def _color(name: str) -> alt.Color:
-    legend = alt.Legend(title=None, orient="bottom", labelLimit=260)
+    legend = alt.Legend(title=None, orient="bottom", columns=3, labelLimit=260)
     return alt.Color(f"{name}:N", scale=alt.Scale(range=COLORS), legend=legend, sort=None)
 
 
@@ -58,7 +72,11 @@ def lines(
 ) -> Any:
     """Draw a line of the mean over the seeds, and a band from the least to the largest."""
     base = alt.Chart().encode(
-        x=alt.X(f"{x}:Q", scale=alt.Scale(type="log" if log_x else "linear", nice=False)),
+        x=alt.X(
+            f"{x}:Q",
+            title=_title(x),
+            scale=alt.Scale(type="log" if log_x else "linear", nice=False),
+        ),
         color=_color(color),
     )
     scale = alt.Scale(type="log" if log_y else "linear")
@@ -75,29 +93,41 @@ def lines(
 def bars(records: list[Record], *, x: str, y: str, color: str, column: str | None = None) -> Any:
     """Draw a bar of the mean over the seeds, and a line from the least to the largest."""
     base = alt.Chart().encode(
-        x=alt.X(f"{x}:N", sort=None, axis=alt.Axis(labelAngle=-35)),
-        xOffset=alt.XOffset(f"{color}:N", sort=None),
+        x=alt.X(f"{x}:N", title=_title(x), sort=None, axis=alt.Axis(labelAngle=-35)),
+        xOffset=alt.Undefined if color == x else alt.XOffset(f"{color}:N", sort=None),
     )
     tooltip = [alt.Tooltip(f"{x}:N"), alt.Tooltip(f"{color}:N"), alt.Tooltip(f"mean({y}):Q")]
-    bar = base.mark_bar(opacity=0.85).encode(
-        y=alt.Y(f"mean({y}):Q", title=_title(y), axis=_axis(y)),
+    scale, title = _cut(records, y)
+    bar = base.mark_bar(opacity=0.85, clip=True).encode(
+        y=alt.Y(f"mean({y}):Q", title=title, axis=_axis(y), scale=scale),
         color=_color(color),
         tooltip=tooltip,
     )
-    span = base.mark_rule(strokeWidth=1.5, color="#888").encode(
-        y=alt.Y(f"min({y}):Q", title=_title(y)), y2=f"max({y}):Q"
+    span = base.mark_rule(strokeWidth=1.5, color="#888", clip=True).encode(
+        y=alt.Y(f"min({y}):Q", title=title, scale=scale), y2=f"max({y}):Q"
     )
     data = _data(records, [x, y, color, column])
     return _split(alt.layer(bar, span, data=data), column, None)
+
+
+def _cut(records: list[Record], y: str) -> tuple[Any, str]:
+    """Scale and title of an axis on which one long bar does not hide how the others differ."""
+    values = sorted(float(r[y]) for r in records if y in r)
+    if not values or values[-1] <= 0:
+        return alt.Undefined, _title(y)
+    most = 2 * values[len(values) // 2]
+    if values[-1] < LONG * most:
+        return alt.Undefined, _title(y)
+    return alt.Scale(domain=[0, most], clamp=True), f"{_title(y)} (longer bars are cut)"
 
 
 def _split(chart: Any, column: str | None, row: str | None) -> Any:
     """Set the chart into rows and columns."""
     facets: dict[str, Any] = {}
     if column is not None:
-        facets["column"] = alt.Column(f"{column}:N", sort=None)
+        facets["column"] = alt.Column(f"{column}:N", title=_title(column), sort=None)
     if row is not None:
-        facets["row"] = alt.Row(f"{row}:N", sort=None)
+        facets["row"] = alt.Row(f"{row}:N", title=_title(row), sort=None)
     if not facets:
         return chart.properties(width=460, height=260)
     return chart.properties(width=230, height=150 if row else 220).facet(**facets)

@@ -112,7 +112,7 @@ class Results:
             beside.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> Results:
+    def load(cls, path: str | Path) -> Results:
         """Read a file that `save` wrote.
 
         Raises
@@ -120,6 +120,7 @@ class Results:
         ArgumentError
             It cannot be read, or is no such file.
         """
+        path = Path(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA:
