@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchnorm import cli, study
+from batchnorm.diagnose.shift import distances
 from batchnorm.errors import ArgumentError
 from batchnorm.study import Claim, Records, Results, Study, Trial, judge, runner
-from batchnorm.study.shift_measures import distances
+from batchnorm.study.verdicts import shade
 
 NAMES = study.names()
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +70,48 @@ def test_verdict_names_what_it_depends_on_when_conditions_differ():
     verdict = judge(claim, _trials(2.0, 2.1, 1.9))
     assert verdict.text == "depends on the weather"
     assert [(o.condition, o.holds) for o in verdict.outcomes] == [("sun", "yes"), ("rain", "no")]
+
+
+@pytest.mark.parametrize(
+    ("text", "holds", "shown"),
+    [
+        ("reproduced", ["yes"], "reproduced"),
+        ("not reproduced", ["no", "undecided"], "not reproduced"),
+        ("not reproduced", ["undecided"], "not reproduced (undecided)"),
+        ("depends on it", ["yes", "no"], "depends on it"),
+        ("depends on it", ["yes", "undecided"], "depends on it (others undecided)"),
+    ],
+)
+def test_shade_tells_undecided_from_refuted(text, holds, shown):
+    assert shade(text, holds) == shown
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"measure": lambda r: {}}, "the same conditions for each seed, and one"),
+        ({"measure": lambda r: {str(r.value("value")): 1.0}}, "the same conditions for each seed"),
+        ({"measure": lambda r: {"a": 1.0, "b": 2.0}, "depends_on": ""}, "depends_on must say"),
+    ],
+)
+def test_verdict_refuses_measures_that_decide_nothing(changes, message):
+    with pytest.raises(ArgumentError, match=message):
+        judge(_claim(**changes), _trials(1.0, 2.0))
+
+
+def test_claim_refuses_an_unknown_side():
+    with pytest.raises(ArgumentError, match="side must be 'above' or 'below', got 'over'"):
+        _claim(side="over")
+
+
+@pytest.mark.parametrize("values", [(2.0,), (np.inf, 1.0, 1.0), (np.nan, 2.0)])
+def test_verdict_is_undecided_where_nothing_is_known_of_the_spread(values):
+    (outcome,) = judge(_claim(), _trials(*values)).outcomes
+    assert outcome.holds == "undecided"
+
+
+def test_records_find_numbers_that_were_saved_with_six_digits():
+    assert Records([{"eps": 0.333333, "y": 2.0}]).value("y", eps=1 / 3) == 2.0
 
 
 def test_verdict_interval_is_students():
@@ -230,6 +274,66 @@ def test_run_refuses_results_of_another_experiment(tmp_path):
         study.run(chosen, tmp_path)
 
 
+def test_run_takes_over_what_another_run_has_saved_meanwhile(tmp_path, monkeypatch):
+    chosen = study.choose(["numerics"])
+    study.run(chosen, tmp_path / "other", quick=True, seeds=4)
+    path, beside = (folder / "numerics.json" for folder in (tmp_path, tmp_path / "other"))
+    prepare = runner.prepare
+
+    def prepared(*arguments):  # the other run saves after this one has looked
+        found = prepare(*arguments)
+        path.write_bytes(beside.read_bytes())
+        return found
+
+    monkeypatch.setattr(runner, "prepare", prepared)
+    study.run(chosen, tmp_path, quick=True, seeds=2)
+    assert sorted(Results.load(path).records) == [0, 1, 2, 3]
+
+
+def test_record_without_a_number_is_named():
+    assert runner._plain("a", np.float32(1.23456789)) == 1.23457
+    with pytest.raises(ValueError, match="finite numbers, got a = nan"):
+        runner._plain("a", float("nan"))
+
+
+_PARENT = """
+import sys
+from batchnorm import study
+if __name__ == "__main__":
+    study.run(study.choose(["population"]), __import__("pathlib").Path(sys.argv[1]), quick=False)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(_PARENT)
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path / "out")])
+
+    def workers():
+        found = []
+        for status in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if b"spawn_main" in status.read_bytes():
+                    stat = (status.parent / "environ").read_bytes()
+                    if b"PYTEST_CURRENT_TEST=tests/test_study.py::test_workers_end" in stat:
+                        found.append(status.parent.name)
+            except OSError:
+                continue
+        return found
+
+    deadline = time.monotonic() + 60
+    while not workers() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(2)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not workers()
+
+
 def test_interrupted_command_keeps_finished_seeds(tmp_path, monkeypatch, capsys):
     # Ctrl-C when the first seed has been saved.
     save = Results.save
@@ -253,7 +357,7 @@ def test_interrupted_command_keeps_finished_seeds(tmp_path, monkeypatch, capsys)
     [
         (["leek"], "study must be one of batch-size, covariate-shift"),
         ([], "study needs a name"),
-        (["numerics", "--seeds", "1"], "seeds must be at least 2"),
+        (["numerics", "--seeds", "1"], "seeds must be from 2"),
         (["numerics", "--seeds", "few"], "valid integer"),
         (["numerics", "--out", "/dev/null/x"], "Name another"),
     ],
@@ -330,7 +434,7 @@ def quick_records():
 @pytest.mark.parametrize("name", NAMES)
 def test_experiment_decides_its_claims_and_draws_its_chart(name, quick_records):
     found, records = study.find(name), quick_records(name)
-    plain = [{k: runner._plain(v) for k, v in record.items()} for record in records]
+    plain = [{k: runner._plain(k, v) for k, v in record.items()} for record in records]
     json.dumps(plain, allow_nan=False)
     for claim in found.claims:
         numbers = claim.numbers(Records(plain))
@@ -372,21 +476,20 @@ def test_mechanism_gradient_shift_is_that_of_updated_layers_below():
 
 
 def test_distances_of_a_shift_are_its_size():
-    x = torch.randn(500, 3, dtype=torch.float64)
-    raw, relative = distances(x, x[torch.randperm(500)] + 0.5)
+    x = np.random.default_rng(0).normal(size=(500, 3))
+    raw, relative = distances(x, np.random.default_rng(1).permutation(x) + 0.5)
     assert raw == pytest.approx(0.5)
-    spread = x.std(0)
-    assert relative == pytest.approx(float((0.5 / spread).mean()))
+    assert relative == pytest.approx((0.5 / x.std(0, ddof=1)).mean())
 
 
 def test_distances_leave_constant_units_out():
-    x = torch.zeros(10, 2)
-    x[:, 0] = torch.arange(10.0)
+    x = np.zeros((10, 2))
+    x[:, 0] = np.arange(10.0)
     assert distances(x, x)[0] == 0.0
-    moved = x.clone()
+    moved = x.copy()
     moved[:, 0] += 1
     assert distances(x, moved)[0] == pytest.approx(1.0)
-    assert distances(torch.zeros(4, 2), torch.zeros(4, 2)) == (0.0, 0.0)
+    assert distances(np.zeros((4, 2)), np.zeros((4, 2))) == (0.0, 0.0)
 
 
 def test_renormalization_evaluates_as_it_trains_once_open():

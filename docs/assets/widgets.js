@@ -4,6 +4,7 @@
 (() => {
   const show = (value, digits = 3) => {
     if (!Number.isFinite(value)) return "–";
+    if (Math.abs(value) >= 1e6) return value.toExponential(2).replace("e+", "e").replaceAll("-", "−");
     const text = value.toFixed(digits);
     return (Number(text) === 0 ? (0).toFixed(digits) : text).replace("-", "−");
   };

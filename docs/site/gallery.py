@@ -11,6 +11,7 @@ import altair as alt
 import vl_convert
 
 from batchnorm import study as studies
+from batchnorm.study.verdicts import shade
 
 ORDER = (
     "paper",
@@ -64,16 +65,25 @@ def pictures(chart: alt.TopLevelMixin) -> dict[str, str]:
 
 def _verdict(claim: dict[str, Any]) -> str:
     """The verdict, and whether a claim that is not reproduced is refuted or only undecided."""
-    text = claim["verdict"]
-    kind = text.split()[0]  # reproduced, not, depends
-    if kind == "not" and all(outcome["holds"] != "no" for outcome in claim["outcomes"]):
-        kind, text = "undecided", f"{text} (undecided)"
+    kind = claim["verdict"].split()[0]  # reproduced, not, depends
+    text = shade(claim["verdict"], [outcome["holds"] for outcome in claim["outcomes"]])
+    if kind == "not" and text != claim["verdict"]:
+        kind = "undecided"
     return f'<span class="verdict {kind}">{text}</span>'
 
 
 def _picture(title: str, stem: str) -> list[str]:
     """The chart, of which a page shows the one that suits its colours."""
-    return [*(f"![{title}]({stem}-{theme}.svg#only-{theme})" for theme in THEMES), ""]
+    # A link to the picture alone, which phones enlarge.
+    return [
+        *(f"[![{title}]({stem}-{theme}.svg#only-{theme})]({stem}-{theme}.svg)" for theme in THEMES),
+        "",
+    ]
+
+
+def _minutes(seconds: float) -> str:
+    minutes = max(1, round(seconds / 60))
+    return f"{minutes} minute{'s' * (minutes != 1)}"
 
 
 def overview(found: list[dict[str, Any]]) -> str:
@@ -84,14 +94,14 @@ def overview(found: list[dict[str, Any]]) -> str:
         "Made from the results in this folder; `batchnorm study all` repeats them. "
         "[What the verdicts mean](index.md#verdicts).",
         "",
-        "| study | claim | source | verdict |",
+        "| verdict | claim | source | study |",
         "|:--|:--|:--|:--|",
     ]
     for content in found:
         for claim in content["claims"]:
             lines.append(
-                f"| [{content['study']}]({content['study']}.md) | {claim['text']} | "
-                f"{claim['source']} | {_verdict(claim)} |"
+                f"| {_verdict(claim)} | {claim['text']} | {claim['source']} | "
+                f"[{content['study']}]({content['study']}.md) |"
             )
     return "\n".join(lines) + "\n"
 
@@ -106,11 +116,11 @@ def summary(path: Path, here: str) -> str:
         *_picture(title, f"{here}studies/{name}"),
         f"Mean of {len(content['trials'])} seeds, from the least to the largest of them.",
         "",
-        "| claim | verdict here |",
+        "| verdict here | claim |",
         "|:--|:--|",
     ]
     lines += [
-        f"| {claim['text']} ({claim['source']}) | {_verdict(claim)} |"
+        f"| {_verdict(claim)} | {claim['text']} ({claim['source']}) |"
         for claim in content["claims"]
     ]
     lines += ["", f"[All numbers of this study]({here}studies/{name}.md): `batchnorm study {name}`"]
@@ -143,13 +153,13 @@ def page(content: dict[str, Any]) -> str:
             f"What decides: {claim['statistic']}. The claim holds where this is {claim['side']} "
             f"{claim['threshold']:g}.",
             "",
-            "| | mean | ± std | 95 % interval | holds |",
-            "|:--|--:|--:|--:|:--|",
+            "| | holds | mean | 95 % interval | ± std |",
+            "|:--|:--|--:|--:|--:|",
         ]
         lines += [
-            f"| {outcome['condition'] or 'all seeds'} | {outcome['mean']:.4g} | "
-            f"{outcome['std']:.2g} | {outcome['low']:.4g} to {outcome['high']:.4g} | "
-            f"{outcome['holds']} |"
+            f"| {outcome['condition'] or 'all seeds'} | {outcome['holds']} | "
+            f"{outcome['mean']:.4g} | {outcome['low']:.4g} to {outcome['high']:.4g} | "
+            f"{outcome['std']:.2g} |"
             for outcome in claim["outcomes"]
         ]
         lines.append("")
@@ -160,7 +170,7 @@ def page(content: dict[str, Any]) -> str:
         f"batchnorm study {name}",
         "```",
         "",
-        f"takes about {max(1, round(seconds / 60))} minutes of one processor for {seeds} seeds. These results: "
+        f"takes about {_minutes(seconds)} of one processor for {seeds} seeds. These results: "
         f"{about['date']}, {about['cpu']}, PyTorch {about['versions'].get('torch', '–')}; "
         f"[all numbers]({name}.json).",
         "",

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from batchnorm.study.verdicts import shade
+
 DOCS = Path(__file__).resolve().parents[1]
 SOURCE = DOCS / "slides" / "slides.md"
 MARP = "@marp-team/marp-cli@4"
@@ -27,7 +29,10 @@ def verdicts(name: str) -> str:
     if not path.exists():
         return f"`batchnorm study {name} --out docs/studies`"
     content: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    rows = [f"| {claim['text']} | **{claim['verdict']}** |" for claim in content["claims"]]
+    rows = [
+        f"| {claim['text']} | **{shade(claim['verdict'], [o['holds'] for o in claim['outcomes']])}** |"
+        for claim in content["claims"]
+    ]
     seeds = len(content["trials"])
     return "\n".join(
         [
@@ -43,7 +48,10 @@ def verdicts(name: str) -> str:
 def source() -> str:
     """The slides, with the verdicts of studies where they belong."""
     text = SOURCE.read_text(encoding="utf-8")
-    return re.sub(r"^STUDY: (\S+)$", lambda found: verdicts(found[1]), text, flags=re.M)
+    text = re.sub(r"^STUDY: (\S+)$", lambda found: verdicts(found[1]), text, flags=re.M)
+    # The notes' lines are those of the file, and Marp would keep them.
+    joined = lambda found: f"<!--\n{' '.join(found[1].split())}\n-->"  # noqa: E731
+    return re.sub(r"^<!--\n(.*?)\n-->$", joined, text, flags=re.M | re.S)
 
 
 def slides(text: str) -> list[tuple[str, str]]:

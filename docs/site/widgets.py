@@ -24,6 +24,8 @@ GRAPH_GAMMA, GRAPH_BETA = 2.0, 1.0
 
 def number(value: float) -> str:
     """Three decimals, and a sign that is a sign."""
+    if abs(value) >= 1e6:
+        return f"{value:.2e}".replace("e+0", "e").replace("e+", "e").replace("-", "−")
     text = f"{value:.3f}"
     return ("0.000" if float(text) == 0 else text).replace("-", "−")
 
@@ -31,7 +33,7 @@ def number(value: float) -> str:
 def _input(name: str, value: float, label: str, **attributes: Any) -> str:
     more = "".join(f' {key}="{escape(str(text))}"' for key, text in attributes.items())
     return (
-        f'<input type="number" step="any" data-in="{name}" value="{value:g}" '
+        f'<input type="number" step="any" autocomplete="off" data-in="{name}" value="{value:g}" '
         f'aria-label="{escape(label)}"{more}>'
     )
 
@@ -292,7 +294,7 @@ def running() -> str:
     mean, std = float(moments.mean[0]), float(moments.std()[0])
     found = float(layer.running_mean[0]), float(layer.running_var[0]) ** 0.5
     sliders = "".join(
-        f'<label>{label} <input type="range" data-in="{name}" min="{low}" max="{high}" '
+        f'<label>{label} <input type="range" autocomplete="off" data-in="{name}" min="{low}" max="{high}" '
         f'step="{step}" value="{value}">{_output(f"{name}-shown", f"{value:g}")}</label>'
         for label, name, low, high, step, value in (
             ("momentum", "momentum", 0.01, 1, 0.01, MOMENTUM),
@@ -365,7 +367,7 @@ def converter() -> str:
     return (
         f'<div class="widget" data-widget="converter" data-frameworks="{known}" role="group" '
         'aria-label="Converter">'
-        f'<p><label>from <select data-in="from">{options}</select></label> '
+        f'<p><label>from <select autocomplete="off" data-in="from">{options}</select></label> '
         f"<label>momentum {_input('momentum', momentum, 'momentum', min=0, max=1)}</label> "
         f"<label>ε {_input('eps', 1e-5, 'ε', min=0)}</label> "
         f"<label>running variance {_input('variance', variance, 'running variance', min=0)}</label> "

@@ -3,7 +3,6 @@
 declare         what a study is: an experiment, its records, its claims
 experiments/    the studies, a file each
 training        networks, digits and the loop that several of them share
-shift_measures  how far a distribution has moved
 charts          the charts that several of them share
 verdicts        from the numbers of several seeds to a verdict
 results         the results as a JSON file

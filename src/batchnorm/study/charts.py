@@ -87,7 +87,7 @@ def lines(
     tooltip = [alt.Tooltip(f"{color}:N"), alt.Tooltip(f"{x}:Q"), alt.Tooltip(f"mean({y}):Q")]
     line = base.mark_line(point=alt.OverlayMarkDef(size=18)).encode(y=top, tooltip=tooltip)
     data = _data(records, [x, y, color, column, row])
-    return _split(alt.layer(band, line, data=data), column, row)
+    return _split(alt.layer(band, line, data=data), records, column, row)
 
 
 def bars(records: list[Record], *, x: str, y: str, color: str, column: str | None = None) -> Any:
@@ -107,7 +107,7 @@ def bars(records: list[Record], *, x: str, y: str, color: str, column: str | Non
         y=alt.Y(f"min({y}):Q", title=title, scale=scale), y2=f"max({y}):Q"
     )
     data = _data(records, [x, y, color, column])
-    return _split(alt.layer(bar, span, data=data), column, None)
+    return _split(alt.layer(bar, span, data=data), records, column, None)
 
 
 def _cut(records: list[Record], y: str) -> tuple[Any, str]:
@@ -121,13 +121,17 @@ def _cut(records: list[Record], y: str) -> tuple[Any, str]:
     return alt.Scale(domain=[0, most], clamp=True), f"{_title(y)} (longer bars are cut)"
 
 
-def _split(chart: Any, column: str | None, row: str | None) -> Any:
-    """Set the chart into rows and columns."""
+def _split(chart: Any, records: list[Record], column: str | None, row: str | None) -> Any:
+    """Set the chart into rows and columns, in the order of the records."""
     facets: dict[str, Any] = {}
+
+    def order(name: str) -> list[Any]:
+        return list(dict.fromkeys(r[name] for r in records if name in r))
+
     if column is not None:
-        facets["column"] = alt.Column(f"{column}:N", title=_title(column), sort=None)
+        facets["column"] = alt.Column(f"{column}:N", title=_title(column), sort=order(column))
     if row is not None:
-        facets["row"] = alt.Row(f"{row}:N", title=_title(row), sort=None)
+        facets["row"] = alt.Row(f"{row}:N", title=_title(row), sort=order(row))
     if not facets:
         return chart.properties(width=460, height=260)
     return chart.properties(width=230, height=150 if row else 220).facet(**facets)

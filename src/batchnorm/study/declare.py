@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+
+from batchnorm.errors import ArgumentError
 
 __all__ = ["Claim", "Record", "Records", "Study", "Trial"]
 
@@ -36,9 +39,9 @@ class Records(Sequence[Record]):
         return self._records[at]
 
     def where(self, **equal: Any) -> Records:
-        """Return the records in which each of these columns has this value."""
+        """Return the records in which each of these columns has this value, to six digits."""
         return Records(
-            r for r in self._records if all(r.get(key) == value for key, value in equal.items())
+            r for r in self._records if all(_same(r.get(key), v) for key, v in equal.items())
         )
 
     def values(self, column: str, **equal: Any) -> list[Any]:
@@ -57,6 +60,12 @@ class Records(Sequence[Record]):
         if len(found) != 1:
             raise LookupError(f"{len(found)} records have {column} and {equal}, where one should")
         return found[0]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, (int, float)):
+        return math.isclose(one, other, rel_tol=1e-5)
+    return bool(one == other)
 
 
 class Trial:
@@ -121,6 +130,11 @@ class Claim:
     side: Literal["above", "below"]
     threshold: float
     depends_on: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a side that does not exist."""
+        if self.side not in ("above", "below"):
+            raise ArgumentError(f"side must be 'above' or 'below', got {self.side!r}.")
 
     def numbers(self, records: Records) -> dict[str, float]:
         """Return the deciding number of one seed by condition; "" is the only one's name."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -121,6 +123,10 @@ class Results:
             It cannot be read, or is no such file.
         """
         path = Path(path)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ArgumentError(
+                f"{path}: must be a file, got something else. Move it away, or name another folder."
+            )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA:
@@ -132,9 +138,12 @@ class Results:
                 about=content["about"],
             )
             for trial in content["trials"]:
-                found.add(
-                    int(trial["seed"]), _from_table(trial["records"]), float(trial["seconds"])
-                )
+                seed, seconds = trial["seed"], float(trial["seconds"])
+                if type(seed) is not int or seed < 0 or seed in found.records:
+                    raise ValueError(f"seed {seed!r} is none, or is there twice")
+                if not math.isfinite(seconds):
+                    raise ValueError(f"seconds of seed {seed} are {seconds}")
+                found.add(seed, _from_table(trial["records"]), seconds)
         except OSError as error:
             raise ArgumentError(f"{path}: cannot be read ({error.strerror or error}).") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -155,6 +164,13 @@ def _as_table(records: list[Record]) -> list[dict[str, Any]]:
 
 
 def _from_table(tables: list[Mapping[str, Any]]) -> list[Record]:
-    return [
-        dict(zip(table["columns"], row, strict=True)) for table in tables for row in table["rows"]
-    ]
+    found = []
+    for table in tables:
+        columns = table["columns"]
+        if len(set(columns)) != len(columns) or not all(isinstance(c, str) for c in columns):
+            raise ValueError(f"columns {columns} are no names, or are there twice")
+        for row in table["rows"]:
+            if not all(isinstance(v, (str, bool, int, float)) and v == v for v in row):
+                raise ValueError(f"a row holds something that is no number or word: {row}")
+            found.append(dict(zip(columns, row, strict=True)))
+    return found

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import math
 import multiprocessing
+import os
 import pkgutil
 import queue
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -20,6 +23,7 @@ import numpy as np
 
 from batchnorm.bench.environment import describe, usable_cpus
 from batchnorm.bench.rows import prepare_directory
+from batchnorm.diagnose.shift import distances
 from batchnorm.errors import ArgumentError, BatchNormError
 from batchnorm.extras import require
 from batchnorm.progress import Show
@@ -31,14 +35,15 @@ __all__ = ["ALL", "choose", "find", "names", "prepare", "run"]
 
 #: The name of all studies together.
 ALL = "all"
-SEEDS = 5
+SEEDS, MOST_SEEDS = 5, 1000
 #: Of the packages, by the name they are imported by, that the extra [study] installs.
 REQUIRED = ("torch", "scipy", "mlxtend", "altair", "threadpoolctl")
 
 
 def names() -> list[str]:
     """Names of all studies; each is a module of `batchnorm.study.experiments`."""
-    return [module.name.replace("_", "-") for module in pkgutil.iter_modules(experiments.__path__)]
+    found = (module.name for module in pkgutil.iter_modules(experiments.__path__))
+    return [name.replace("_", "-") for name in found if not name.startswith("_")]
 
 
 def find(name: str) -> Study:
@@ -56,8 +61,17 @@ def find(name: str) -> Study:
             f"study must be one of {', '.join(names())}, or {ALL} for all of them, got {name!r}."
         )
     require("A study", "study", *REQUIRED)
-    module = importlib.import_module(f"{experiments.__name__}.{name.replace('-', '_')}")
-    study: Study = module.STUDY
+    module = f"{experiments.__name__}.{name.replace('-', '_')}"
+    try:
+        study: Study = importlib.import_module(module).STUDY
+    except (SyntaxError, AttributeError, NameError) as error:
+        raise BatchNormError(
+            f"{module}: must be a file that defines STUDY, but {type(error).__name__}: {error}."
+        ) from error
+    if study.name != name:
+        raise BatchNormError(
+            f"{module}: its study must have the file's name, '{name}', got '{study.name}'."
+        )
     return study
 
 
@@ -68,7 +82,7 @@ def choose(wanted: Sequence[str]) -> list[Study]:
 
 def fingerprint(study: Study) -> str:
     """Hash the source of an experiment and of what experiments share."""
-    names = (study.run.__module__, f"{__package__}.training", f"{__package__}.shift_measures")
+    names = (study.run.__module__, f"{__package__}.training", distances.__module__)
     source = "".join(inspect.getsource(importlib.import_module(name)) for name in names)
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
@@ -85,7 +99,7 @@ def prepare(study: Study, folder: Path, quick: bool) -> Results:
     fresh = Results(
         study=study.name, quick=quick, fingerprint=fingerprint(study), about=describe(threads=1)
     )
-    if not path.exists():
+    if not os.path.lexists(path):  # pathlib raises if a name is too long
         return fresh
     found = Results.load(path)
     if (found.study, found.quick, found.fingerprint) != (study.name, quick, fresh.fingerprint):
@@ -141,12 +155,13 @@ def run(
     ArgumentError
         `seeds` is too small, or `folder` cannot hold the results.
     BatchNormError
-        A process was killed.
+        A process was killed; or a study failed or measured no number, after all other seeds.
     """
     seeds = SEEDS if seeds is None else seeds
-    if seeds < 2:
+    if not 2 <= seeds <= MOST_SEEDS:
         raise ArgumentError(
-            f"seeds must be at least 2, or nothing is known of their spread, got {seeds}."
+            f"seeds must be from 2, or nothing is known of their spread, to {MOST_SEEDS:,}, got "
+            f"{seeds}."
         )
     results = {study.name: prepare(study, folder, quick) for study in studies}
     prepare_directory(folder)
@@ -180,6 +195,7 @@ def run(
     pool = futures.ProcessPoolExecutor(
         min(usable_cpus(), len(tasks)), context, initializer=_begin, initargs=(messages,)
     )
+    failures: list[str] = []
     try:
         running = {pool.submit(_run_trial, *task, quick): task for task in tasks}
         while running:
@@ -187,8 +203,17 @@ def run(
             receive()
             for future in ended:
                 name, seed = running.pop(future)
-                results[name].add(seed, *future.result())
-                results[name].save(place(by_name[name], folder), by_name[name])
+                try:
+                    records, seconds = future.result()
+                except BrokenProcessPool:
+                    raise
+                except Exception as error:  # whatever the experiment does
+                    failures.append(f"{name}, seed {seed}: {type(error).__name__}: {error}")
+                    continue
+                path = place(by_name[name], folder)
+                _merge(results[name], path)
+                results[name].add(seed, records, seconds)
+                results[name].save(path, by_name[name])
                 left[name].discard(seed)
                 done_with(name)
     except BrokenProcessPool:
@@ -200,7 +225,21 @@ def run(
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
+    if failures:
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise BatchNormError(f"{failures[0]}{more}. Finished seeds are in {folder}.")
     return results
+
+
+def _merge(results: Results, path: Path) -> None:
+    """Take over the seeds that another run has saved meanwhile."""
+    try:
+        found = Results.load(path)
+    except ArgumentError:
+        return
+    if (found.quick, found.fingerprint) == (results.quick, results.fingerprint):
+        for seed in found.records.keys() - results.records.keys():
+            results.add(seed, found.records[seed], found.seconds[seed])
 
 
 # --- in the processes -----------------------------------------------------------------------------
@@ -212,11 +251,20 @@ def _begin(messages: Any) -> None:
     global _messages
     _messages = messages
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     torch.set_num_threads(1)
     threadpool_limits(limits=1)
+
+
+def _end_with_parent() -> None:
+    """Also if the parent was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_trial(name: str, seed: int, quick: bool) -> tuple[list[Record], float]:
@@ -232,16 +280,19 @@ def _run_trial(name: str, seed: int, quick: bool) -> tuple[list[Record], float]:
             _messages.put((name, seed, share))
 
     records = [
-        {key: _plain(value) for key, value in record.items()}
+        {key: _plain(key, value) for key, value in record.items()}
         for record in find(name).run(Trial(seed, quick=quick, report=report))
     ]
     return records, time.process_time() - begin
 
 
-def _plain(value: Any) -> Any:
+def _plain(key: str, value: Any) -> Any:
     """A Python number to six digits, as JSON holds it."""
     if isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, np.integer)):
         return int(value)
-    return float(f"{float(value):.6g}")
+    number = float(f"{float(value):.6g}")
+    if not math.isfinite(number):
+        raise ValueError(f"a record must hold finite numbers, got {key} = {number}")
+    return number

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from batchnorm.study.declare import Study
 from batchnorm.study.results import Results
-from batchnorm.study.verdicts import DEPENDS, REPRODUCED, Verdict
+from batchnorm.study.verdicts import DEPENDS, REPRODUCED, Verdict, shade
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,9 +35,9 @@ def show(study: Study, results: Results, console: Console) -> None:
         highlight=False,
     )
     for claim, verdict in results.verdicts(study):
-        style = _style(verdict)
+        style, text = _style(verdict), shade(verdict.text, [o.holds for o in verdict.outcomes])
         console.print(
-            f"\n[{style}]{verdict.text}[/]  {escape(claim.text)} [dim]{escape(claim.source)}[/]",
+            f"\n[{style}]{text}[/]  {escape(claim.text)} [dim]{escape(claim.source)}[/]",
             highlight=False,
         )
         title = f"{claim.statistic}; claimed: {claim.side} {claim.threshold:g}"

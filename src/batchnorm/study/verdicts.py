@@ -9,9 +9,10 @@ from typing import Literal
 
 import numpy as np
 
+from batchnorm.errors import ArgumentError
 from batchnorm.study.declare import Claim, Records
 
-__all__ = ["CONFIDENCE", "Outcome", "Verdict", "judge"]
+__all__ = ["CONFIDENCE", "Outcome", "Verdict", "judge", "shade"]
 
 CONFIDENCE = 0.95
 REPRODUCED, NOT_REPRODUCED, DEPENDS = "reproduced", "not reproduced", "depends on"
@@ -67,8 +68,20 @@ def judge(claim: Claim, trials: Sequence[Records]) -> Verdict:
         "reproduced" if the claim holds under every condition, "not reproduced" if under none, and
         "depends on …" otherwise. A claim holds where its number is on the claimed side of the
         threshold with a confidence of 95 %; an interval that contains the threshold is no proof.
+
+    Raises
+    ------
+    ArgumentError
+        The measure gives no number, or other conditions for one seed than for another.
     """
     by_seed = [claim.numbers(records) for records in trials]
+    if not by_seed or not by_seed[0] or any(n.keys() != by_seed[0].keys() for n in by_seed):
+        raise ArgumentError(
+            f"the measure of a claim must give the same conditions for each seed, and one, got "
+            f"{[sorted(numbers) for numbers in by_seed]} for {claim.text!r}."
+        )
+    if len(by_seed[0]) > 1 and not claim.depends_on:
+        raise ArgumentError(f"depends_on must say what the conditions of {claim.text!r} differ in.")
     outcomes = tuple(_outcome(claim, name, [n[name] for n in by_seed]) for name in by_seed[0])
     held = [outcome.holds == "yes" for outcome in outcomes]
     if all(held):
@@ -80,11 +93,28 @@ def judge(claim: Claim, trials: Sequence[Records]) -> Verdict:
     return Verdict(text=text, outcomes=outcomes)
 
 
+def shade(text: str, outcomes: Sequence[str]) -> str:
+    """A verdict's text, with what is only undecided.
+
+    Parameters
+    ----------
+    text
+        Of a `Verdict`.
+    outcomes
+        "yes", "no" or "undecided" for each condition.
+    """
+    if text == REPRODUCED or "no" in outcomes:
+        return text
+    return f"{text} (undecided)" if text == NOT_REPRODUCED else f"{text} (others undecided)"
+
+
 def _outcome(claim: Claim, condition: str, values: list[float]) -> Outcome:
     from scipy import stats  # type: ignore[import-untyped]
 
-    mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
-    low = high = mean
+    mean = float(np.mean(values))
+    known = len(values) > 1 and math.isfinite(mean)
+    std = float(np.std(values, ddof=1)) if known else math.nan
+    low = high = mean if std == 0 else math.nan
     if std > 0:
         error = std / math.sqrt(len(values))
         low, high = map(float, stats.t.interval(CONFIDENCE, len(values) - 1, mean, error))

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.diagnose.shift import distances
 from batchnorm.study.charts import lines
 from batchnorm.study.declare import Claim, Record, Records, Study, Trial
-from batchnorm.study.shift_measures import distances
 from batchnorm.study.training import (
     batch_norm,
     digits,
@@ -57,7 +57,7 @@ def run(trial: Trial) -> Iterator[Record]:
                 return
             now = inputs_of_layers(model, probe)
             for layer, (old, new) in enumerate(zip(last, now, strict=True), 2):
-                raw, relative = distances(old, new)
+                raw, relative = distances(old.numpy(), new.numpy())
                 found.append({"step": step, "layer": layer, "raw": raw, "relative": relative})
             last = now
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm.diagnose.shift import distances
 from batchnorm.study.charts import bars
 from batchnorm.study.declare import Claim, Record, Records, Study, Trial
-from batchnorm.study.shift_measures import distances
 from batchnorm.study.training import batch_norm, digits, error, gaussian, he, perceptron, train
 from batchnorm.torch import BatchNorm1d
 
@@ -115,7 +115,7 @@ def run(trial: Trial) -> Iterator[Record]:
             train(model, batches, EVERY - 1, RATE)
             now = _activations(model, probe)
             for layer, (old, new) in enumerate(zip(activations, now, strict=True), 1):
-                raw, relative = distances(old, new)
+                raw, relative = distances(old.numpy(), new.numpy())
                 found.append(
                     {"step": done + EVERY, "layer": layer, "raw": raw, "relative": relative}
                 )
@@ -215,7 +215,7 @@ STUDY = Study(
             depends_on="the initialization",
         ),
         Claim(
-            text="Noise alone does not help.",
+            text="Noise alone hurts.",
             source="control of this study",
             statistic="test error with noise alone minus without",
             measure=lambda records: errors(records, "noise", "none"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from batchnorm import Moments
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm.moments import Moments
 
 __all__ = ["distances"]
 
 
-def distances(before: Tensor, after: Tensor) -> tuple[float, float]:
+def distances(before: NDArray[Any], after: NDArray[Any]) -> tuple[float, float]:
     """Wasserstein-1 distance of each unit's values, mean over the units.
 
     Parameters
@@ -24,10 +26,9 @@ def distances(before: Tensor, after: Tensor) -> tuple[float, float]:
         In the units of the values, and divided by the standard deviation before and after (the root
         of their mean variance). Units that are constant at both moments count in neither.
     """
-    moved = (before.sort(0).values - after.sort(0).values).abs().mean(0).double()
-    variances = [Moments.of(values.numpy()).var(ddof=1) for values in (before, after)]
-    spread = torch.from_numpy(sum(variances) / 2).sqrt()
+    moved = np.abs(np.sort(before, 0) - np.sort(after, 0)).mean(0, dtype=np.float64)
+    spread = np.sqrt((Moments.of(before).var(ddof=1) + Moments.of(after).var(ddof=1)) / 2)
     alive = spread > 0
-    if not bool(alive.any()):
+    if not alive.any():
         return 0.0, 0.0
-    return float(moved[alive].mean()), float(torch.mean(moved[alive] / spread[alive]))
+    return float(moved[alive].mean()), float((moved[alive] / spread[alive]).mean())
