@@ -99,6 +99,16 @@ def test_rooms_kinds_of_data_know_nothing_of_what_is_done_with_them(path):
     assert inside <= {"sources", "files", "extras"}
 
 
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if _room(p) in ("diagnose", "report")], ids=str
+)
+def test_rooms_findings_know_no_framework(path):
+    modules = {m for m, _ in _imports(path)}
+    assert not {m.split(".")[0] for m in modules} & (FRAMEWORKS - {"pyarrow"})
+    inside = {m.split(".")[1] for m in modules if m.startswith("batchnorm.")}
+    assert inside <= {"diagnose", "report", "moments", "errors", "atomic", "extras", "_version"}
+
+
 # ---- circles ------------------------------------------------------------------------------------
 
 

@@ -19,6 +19,8 @@ from .contract import NonFiniteError as NonFiniteError
 from .convert import convert as convert
 from .convert import explain as explain
 from .convert import revert as revert
+from .diagnose import check as check
+from .diagnose import watch as watch
 from .freeze import freeze as freeze
 from .freeze import unfreeze as unfreeze
 from .modules import BatchNorm1d as BatchNorm1d
@@ -41,6 +43,7 @@ __all__ = [
     "SyncBatchNorm",
     "SynchronizationError",
     "accumulate",
+    "check",
     "convert",
     "explain",
     "freeze",
@@ -50,4 +53,5 @@ __all__ = [
     "register_adapter",
     "revert",
     "unfreeze",
+    "watch",
 ]

@@ -1,0 +1,65 @@
+"""Batches that are too small, or tell too much."""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+
+from ..records import Network
+from .rule import Found, many, numbers, rule
+
+#: Values per channel, and examples, that statistics need at least.
+VALUES, EXAMPLES = 16, 4
+#: The share of batches with one class alone.
+ALONE = 0.5
+
+
+@rule(
+    "BN301",
+    "too few examples in a batch",
+    fix="larger batches; accumulate, or synchronize over processes; or freeze the statistics",
+)
+def small(network: Network) -> Found:
+    """Layers that normalize by a handful of values."""
+    for layer in network.layers:
+        if layer.training is False or layer.frozen or not layer.batches:
+            continue
+        examples = statistics.median(batch.examples for batch in layer.batches)
+        values = statistics.median(float(np.min(batch.moments.count)) for batch in layer.batches)
+        if values < VALUES or examples < EXAMPLES:
+            yield (
+                layer.name,
+                f"it normalizes by {examples:g} examples, {values:g} values of each channel; the "
+                f"mean of so few is off by {1 / np.sqrt(max(examples, 1)):.0%} of a standard "
+                "deviation",
+                numbers(examples=examples, values=values),
+            )
+
+
+@rule(
+    "BN302",
+    "a last batch of one example",
+    fix='drop_last=True in the loader, or layers with on_single="population"',
+)
+def last(network: Network) -> Found:
+    """The batch at the end of an epoch that fails, or normalizes an example by itself."""
+    if network.remainder == 1 and any(layer.training is not False for layer in network.layers):
+        yield "", "the last batch of each epoch has one example", numbers(examples=1)
+
+
+@rule(
+    "BN303",
+    "batches of one class",
+    fix="shuffle, so that a batch is a random choice of the data",
+)
+def one_class(network: Network) -> Found:
+    """Batches whose statistics tell the label."""
+    count, total = network.single_class, network.label_batches
+    if network.classes > 1 and total > 1 and count >= ALONE * total:
+        yield (
+            "",
+            f"{count} of {total} batches hold one of {many(network.classes, 'label')} alone, so "
+            "their statistics tell it",
+            numbers(batches=count, of=total, classes=network.classes),
+        )

@@ -1,0 +1,181 @@
+"""Look for what is wrong with the batch norms of a model, and mend what is safe to mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...diagnose import Finding, Findings, Network, examine
+from ...errors import ArgumentError
+from ...progress import bar
+from ..convert import convert, explain
+from ..freeze import freeze
+from ..parameters import parameter_groups
+from ..population import recalibrate
+from ..population.layers import unwrapped
+from . import wiring
+from .records import Forward, observe, record_layers
+
+__all__ = ["check"]
+
+
+def check(
+    model: nn.Module,
+    data: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    recording: Any = None,
+    *,
+    forward: Forward | None = None,
+    fix: bool = False,
+    select: Iterable[str] | None = None,
+    ignore: Iterable[str] | None = None,
+    progress: bool = True,
+) -> Findings:
+    """Look for what is wrong with the batch norms of a model.
+
+    The model and the optimizer are as before afterwards, unless `fix` is set.
+
+    Parameters
+    ----------
+    model : Module
+        With batch norms of this package, of torch, or subclasses of these.
+    data : iterable of batches, optional
+        As the model is trained on, such as its DataLoader; the first 32 batches are run, in
+        evaluation and with batch statistics. Without it, only what parameters, buffers and the
+        wiring show is found.
+    optimizer : Optimizer, optional
+        To look at weight decay.
+    recording : Recording, optional
+        Of `watch`; what it shows about training is looked at, too.
+    forward : function of model and batch, optional
+        Calls the model; by default with the first item of the batch.
+    fix : bool
+        Mend what is safe, and say so in ``.fixed``: frozen layers and parameter groups without
+        weight decay; with data, `convert` where layers lose digits, store half precision or count
+        twice, and `recalibrate` where statistics are wrong.
+    select, ignore : codes, or beginnings of codes, as in "BN1"
+    progress : bool
+        Show a bar if there is a terminal.
+
+    Returns
+    -------
+    Findings
+        A sequence of `Finding`, empty for a healthy network; prints as text.
+
+    Raises
+    ------
+    ArgumentError
+        `model` is not a Module or has no batch norms, `data` gives no batches, or a code does not
+        exist.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from batchnorm.torch import check
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
+    >>> for finding in check(net, [torch.randn(32, 4)]):
+    ...     print(finding)
+    BN401 1: the bias of '0' is subtracted again with the mean
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"check takes a torch.nn.Module, got {type(model).__name__}.")
+    found, network = _look(model, data, optimizer, recording, forward, select, ignore, progress)
+    if not network.layers:
+        raise ArgumentError(
+            "check takes a model with batch norms, got one without any. convert and check know "
+            "torch's BatchNorm1d, 2d, 3d, SyncBatchNorm and subclasses of them."
+        )
+    if not fix:
+        return found
+    fixed = _mend(model, found, data, optimizer, forward)
+    if not fixed:
+        return found
+    again, _ = _look(model, data, optimizer, None, forward, select, ignore, progress)
+    return Findings(again, fixed=fixed, skipped=again.skipped)
+
+
+def _look(
+    model: nn.Module,
+    data: Any,
+    optimizer: torch.optim.Optimizer | None,
+    recording: Any,
+    forward: Forward | None,
+    select: Iterable[str] | None,
+    ignore: Iterable[str] | None,
+    progress: bool,
+) -> tuple[Findings, Any]:
+    examine(Network(), select, ignore)  # raises for unknown codes before the work
+    network = record_layers(model, optimizer)
+    skipped: list[str] = []
+    if data is None:
+        network.operations = wiring.by_tracing(unwrapped(model))
+        skipped.append("what only data show (no data given)")
+    elif network.layers:
+        if progress:
+            with bar() as show:
+                observe(model, network, data, forward, show)
+        else:
+            observe(model, network, data, forward)
+    found = examine(network, select, ignore)
+    if recording is not None:
+        of_training = examine(recording.network(), select, ignore)
+        known = {(finding.code, finding.layer) for finding in found}
+        found += [f for f in of_training if (f.code, f.layer) not in known]
+        found.sort(key=lambda finding: finding.code)
+    return Findings(found, skipped=skipped), network
+
+
+#: Findings that these functions mend; the last two need data, for they change what a model returns.
+_FREEZE, _GROUPS = {"BN407"}, {"BN410"}
+_CONVERT = {"BN107", "BN206", "BN406"}
+_RECALIBRATE = {"BN101", "BN102", "BN103", "BN104", "BN105", "BN109"}
+
+
+def _mend(
+    model: nn.Module,
+    found: Iterable[Finding],
+    data: Any,
+    optimizer: torch.optim.Optimizer | None,
+    forward: Forward | None,
+) -> list[str]:
+    codes = {finding.code: finding for finding in found}
+    fixed: list[str] = []
+
+    def done(wanted: set[str], text: str) -> None:
+        fixed.append(f"{text} ({', '.join(sorted(wanted & codes.keys()))})")
+
+    convertible = bool(explain(model).pending) or not explain(model).skipped
+    if codes.keys() & _CONVERT and convertible:
+        convert(model)
+        done(_CONVERT, "convert(model)")
+    if codes.keys() & _FREEZE and convertible:
+        convert(model)
+        layers = dict(unwrapped(model).named_modules())
+        for finding in found:
+            if finding.code in _FREEZE:
+                freeze(layers[finding.layer])
+        done(_FREEZE, "freeze of the layers whose parameters are frozen")
+    if optimizer is not None and codes.keys() & _GROUPS:
+        _without_decay(unwrapped(model), optimizer)
+        done(_GROUPS, "γ and β without weight decay, in groups of their own")
+    if data is not None and codes.keys() & _RECALIBRATE:
+        recalibrate(model, data, forward=forward, progress=False)
+        done(_RECALIBRATE, "recalibrate(model, data)")
+    return fixed
+
+
+def _without_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Divide each group of the optimizer; its state, by parameter, stays."""
+    exempt = {id(p) for p in parameter_groups(model, 0.0)[1]["params"]}
+    for group in list(optimizer.param_groups):
+        if not group.get("weight_decay"):
+            continue
+        moved = [p for p in group["params"] if id(p) in exempt]
+        if moved:
+            group["params"] = [p for p in group["params"] if id(p) not in exempt]
+            settings = {k: v for k, v in group.items() if k not in ("params", "weight_decay")}
+            optimizer.add_param_group({"params": moved, **settings, "weight_decay": 0.0})

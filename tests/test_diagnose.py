@@ -1,0 +1,296 @@
+"""check: every sick network of the zoo by its code, nothing on the healthy ones."""
+
+import warnings
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from torch import nn  # noqa: E402
+
+import zoo  # noqa: E402
+from batchnorm.diagnose import RULES, Batch, Layer, Network, examine  # noqa: E402
+from batchnorm.errors import ArgumentError  # noqa: E402
+from batchnorm.moments import Moments  # noqa: E402
+from batchnorm.torch import check, convert, freeze  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_num_threads(threads)
+
+
+def _codes(findings):
+    return {finding.code for finding in findings}
+
+
+@pytest.mark.parametrize("name", zoo.SICK)
+def test_sick_network_is_found_by_its_code(name):
+    case = zoo.SICK[name]()
+    found = check(case.model, case.data, case.optimizer, progress=False)
+    assert case.code in _codes(found), str(found)
+    assert _codes(found) <= {case.code, *case.also}, str(found)
+    if case.layers is not None:
+        assert {f.layer for f in found if f.code == case.code} == set(case.layers)
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["torch", "batchnorm"])
+@pytest.mark.parametrize("name", zoo.HEALTHY)
+def test_healthy_network_has_no_findings(name, ours):
+    make, of = zoo.HEALTHY[name]
+    model, data = make(), zoo.loader(*of())
+    if ours:
+        convert(model)
+    assert not check(model, data, progress=False)
+    zoo.train(model, data, 5)
+    assert not check(model, data, progress=False)
+    zoo.train(model, data, 80)
+    optimizer = zoo.cured_optimizer(model)
+    assert not check(model, data, optimizer, progress=False)
+    assert not check(model.eval(), data, progress=False)
+    assert not check(model.eval(), progress=False)
+
+
+def test_averaged_weights_with_measured_statistics_have_no_findings():
+    model, data = zoo.averaged_and_measured()
+    assert not check(model, data, progress=False)
+
+
+@pytest.mark.parametrize("name", ["checkpointed", "last_batch_of_one", "dropout_before"])
+def test_check_leaves_the_model_as_it_was(name):
+    case = zoo.SICK[name]()
+    before = zoo.state_of(case.model)
+    check(case.model, case.data, progress=False)
+    after = zoo.state_of(case.model)
+    for (key, one), other in zip(before[0].items(), after[0].values(), strict=True):
+        assert torch.equal(one, other), key
+    assert before[1] == after[1]
+    assert [g is None for g in before[2]] == [g is None for g in after[2]]
+    assert before[3] == after[3]
+    assert torch.equal(before[4], after[4])
+
+
+def test_check_leaves_the_model_as_it_was_when_its_forward_raises():
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.calls = nn.BatchNorm1d(20), 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == 12:
+                raise RuntimeError("no more")
+            return self.norm(x)
+
+    model = Fails()
+    before = zoo.state_of(model)
+    with pytest.raises(RuntimeError, match="no more"):
+        check(model, zoo.loader(*zoo.rows()), progress=False)
+    after = zoo.state_of(model)
+    assert before[1] == after[1]
+    assert before[3] == after[3]
+    assert all(map(torch.equal, before[0].values(), after[0].values()))
+
+
+# ---- what it returns ----------------------------------------------------------------------------
+
+
+def test_finding_has_code_layer_message_evidence_fix_and_page():
+    case = zoo.SICK["few_steps_at_a_small_momentum"]()
+    finding = check(case.model, case.data, progress=False)[0]
+    assert (finding.code, finding.layer) == ("BN105", "1")
+    assert finding.evidence == {"left": 0.999**150, "updates": 150, "momentum": 0.001}
+    assert "86%" in finding.message
+    assert finding.fix
+    assert finding.url.endswith("BN105.md")
+
+
+def test_findings_print_a_paragraph_for_each_code_with_five_layers():
+    model = nn.Sequential(*(m for _ in range(8) for m in (nn.Linear(4, 4), nn.BatchNorm1d(4))))
+    text = str(check(model, progress=False))
+    assert text.count("BN401 bias before a batch norm") == 1
+    assert text.count("is subtracted again") == 5
+    assert "and 3 more: 11, 13, 15" in text
+    assert "8 findings" in text
+
+
+def test_no_findings_say_so():
+    model, data = zoo.mlp(), zoo.loader(*zoo.rows())
+    found = check(model, data, progress=False)
+    assert len(found) == 0
+    assert str(found) == "no findings: batch norm is healthy"
+
+
+def test_select_and_ignore_take_beginnings_of_codes():
+    case = zoo.SICK["weights_changed_after_training"]()
+    everything = check(case.model, case.data, progress=False)
+    assert _codes(everything) == {"BN102", "BN103"}
+    assert _codes(check(case.model, case.data, select=["BN102"], progress=False)) == {"BN102"}
+    assert not check(case.model, case.data, ignore="BN1", progress=False)
+
+
+@pytest.mark.parametrize("argument", ["select", "ignore"])
+def test_unknown_code_is_refused_before_the_work(argument):
+    def never():
+        raise AssertionError("the data were used")
+        yield
+
+    with pytest.raises(ArgumentError, match="got 'BN9'. The codes are BN101"):
+        check(zoo.mlp(), never(), **{argument: ["BN9"]})
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ("net", None, "takes a torch.nn.Module, got str"),
+        (nn.Linear(2, 2), None, "a model with batch norms, got one without"),
+        (nn.BatchNorm1d(2), [], "at least one batch, got none"),
+        (nn.BatchNorm1d(2), 3, "an iterable of batches, such as a DataLoader, got int"),
+    ],
+)
+def test_unusable_arguments_are_refused(model, data, message):
+    with pytest.raises(ArgumentError, match=message):
+        check(model, data)
+
+
+# ---- what it mends ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "never_trained_in_evaluation", "other_data_at_test_time", "outputs_apart",
+        "nan_in_the_statistics", "far_from_zero", "checkpointed",
+        "frozen_parameters_in_training", "weight_decay", "averaged_weights",
+        "half_precision_statistics",
+    ],
+)  # fmt: skip
+def test_fix_mends_what_is_safe_and_says_so(name):
+    case = zoo.SICK[name]()
+    found = check(case.model, case.data, case.optimizer, fix=True, progress=False)
+    assert case.code not in _codes(found), str(found)
+    assert any(case.code in text for text in found.fixed)
+
+
+def test_fix_leaves_the_rest():
+    case = zoo.SICK["biases_before"]()
+    found = check(case.model, case.data, fix=True, progress=False)
+    assert _codes(found) == {"BN401"}
+    assert not found.fixed
+
+
+def test_fix_keeps_the_state_of_the_optimizer():
+    case = zoo.SICK["weight_decay"]()
+    model, optimizer = case.model, case.optimizer
+    x, y = zoo.rows(32)
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    moments = {id(p): s["exp_avg"].clone() for p, s in optimizer.state.items()}
+    check(model, optimizer=optimizer, fix=True, progress=False)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(decays) == len(list(model.parameters()))
+    assert decays[id(model[1].weight)] == 0
+    assert decays[id(model[0].weight)] == 0.05
+    assert all(
+        torch.equal(optimizer.state[p]["exp_avg"], moments[id(p)]) for p in model.parameters()
+    )
+
+
+# ---- rules on plain records ---------------------------------------------------------------------
+
+
+def test_rules_have_codes_of_their_own_in_bands():
+    codes = [rule.code for rule in RULES]
+    assert len(set(codes)) == len(codes) >= 30
+    assert codes == sorted(codes)
+
+
+def test_nothing_is_found_where_nothing_is_known():
+    assert not examine(Network())
+    assert not examine(Network(layers=[Layer(name="a", channels=3)]))
+
+
+def _batch(examples):
+    count = np.full(3, 100.0 * examples)
+    return Batch(Moments(count, np.zeros(3), count), examples)
+
+
+def _layer(**known):
+    ones = np.ones(3)
+    return Layer(name="a", channels=3, mean=0 * ones, var=ones, updates=500, **known)
+
+
+def test_processes_with_different_statistics_are_found():
+    ranks = [{"a": (np.zeros(3), np.ones(3))}, {"a": (np.array([0.0, 0.9, 0.0]), np.ones(3))}]
+    found = examine(Network(layers=[_layer()], ranks=ranks))
+    assert _codes(found) == {"BN108"}
+    assert found[0].evidence["largest_shift"] == pytest.approx(0.9, rel=1e-4)
+    near = [ranks[0], {"a": (np.full(3, 0.1), np.full(3, 1.2))}]
+    assert not examine(Network(layers=[_layer()], ranks=near))
+
+
+@pytest.mark.parametrize(
+    ("known", "wrong"),
+    [
+        ({}, True),
+        ({"synchronized": True}, False),
+        ({"frozen": True}, False),
+        ({"batches": (_batch(32),)}, False),
+    ],
+)
+def test_processes_that_do_not_share_statistics_are_found_if_batches_are_small(known, wrong):
+    network = Network(layers=[_layer(training=True, **known)], processes=4)
+    assert _codes(examine(network)) == ({"BN409"} if wrong else set())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shift=st.floats(-0.4, 0.4),
+    factor=st.floats(0.75, 1.35),
+    examples=st.integers(4, 10_000),
+    offset=st.floats(-1e3, 1e3),
+    scale=st.floats(0.1, 1e3),
+)
+def test_statistics_near_the_data_are_no_finding_at_any_scale(
+    shift, factor, examples, offset, scale
+):
+    count = np.full(3, float(examples))
+    population = Moments(count, np.full(3, offset), count * scale**2)
+    layer = Layer(
+        name="a", channels=3, updates=500, population=population, examples=examples, training=False,
+        mean=np.full(3, offset + shift * scale), var=np.full(3, (factor * scale) ** 2), exact=True,
+    )  # fmt: skip
+    assert not examine(Network(layers=[layer]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shift=st.floats(1.3, 50),
+    sign=st.sampled_from([-1, 1]),
+    examples=st.integers(64, 10_000),
+    scale=st.floats(0.1, 1e3),
+)
+def test_statistics_far_from_the_data_are_found_at_any_scale(shift, sign, examples, scale):
+    count = np.full(3, float(examples))
+    population = Moments(count, np.zeros(3), count * scale**2)
+    layer = Layer(
+        name="a", channels=3, updates=500, population=population, examples=examples, training=False,
+        mean=np.full(3, sign * shift * scale), var=np.full(3, scale**2),
+    )  # fmt: skip
+    assert "BN102" in _codes(examine(Network(layers=[layer])))
+
+
+def test_frozen_layers_of_ours_are_no_finding():
+    model, data = zoo.mlp(), zoo.loader(*zoo.rows())
+    zoo.train(model, data)
+    freeze(convert(model), affine=True)
+    assert not check(model, data, progress=False)
