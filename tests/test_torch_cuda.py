@@ -13,15 +13,18 @@ from torch import nn  # noqa: E402
 from torch.func import grad, jvp, vmap  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+import zoo  # noqa: E402
 from batchnorm.torch import (  # noqa: E402
     BatchNorm2d,
     NonFiniteError,
     SyncBatchNorm,
     accumulate,
+    check,
     convert,
     freeze,
     recalibrate,
     revert,
+    watch,
 )
 from batchnorm.torch.functional import batch_norm  # noqa: E402
 
@@ -145,6 +148,7 @@ def test_synchronized_layer_equals_plain(randn, reproducible, tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which torch calls
 @modes
 def test_transforms_equal_torchs(randn, training):
     x, t = randn(4, 5, 3, 3), randn(4, 5, 3, 3)
@@ -181,6 +185,8 @@ def test_batch_that_cannot_be_taken_up_raises_when_asked(randn):
     torch.testing.assert_close(_state(layer), before, rtol=0, atol=0)
 
 
+# torch warns that the mode is a prototype.
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_running_update_does_not_wait_for_the_gpu(randn):
     layer, _ = _pair(True)
     x = randn(8, 5, 7, 9)
@@ -250,3 +256,55 @@ def test_compiled_layer_equals_eager(randn):
     y = torch.compile(layer, fullgraph=True)(x)
     torch.testing.assert_close(y, eager(x), **CLOSE)
     torch.testing.assert_close(_state(layer), _state(eager), **CLOSE)
+
+
+# ---- check and watch ----------------------------------------------------------------------------
+
+
+def _on_gpu(data):
+    return [(x.cuda(), y.cuda()) for x, y in data]
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["torch", "batchnorm"])
+def test_watch_records_what_the_layer_has_seen(randn, ours):
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)).cuda()
+    if ours:
+        convert(net)
+    x = randn(16, 3, 9, 9)
+    inputs = net[0](x).detach().double()
+    with watch(net, every=1, probe=x) as recording:
+        for _ in range(2):
+            net.zero_grad()
+            net(x).square().mean().backward()
+    assert recording.steps == [0, 1]
+    for snapshot in recording.snapshots:
+        assert snapshot.values == 16 * 49
+        mean, var = inputs.mean((0, 2, 3)).cpu(), inputs.var((0, 2, 3), unbiased=False).cpu()
+        torch.testing.assert_close(torch.tensor(snapshot.mean).double(), mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(snapshot.var).double(), var, rtol=1e-4, atol=1e-6)
+    expected = float(net[1].weight.grad.norm())
+    assert recording.snapshots[-1].gradient_weight == pytest.approx(expected, rel=1e-4)
+    assert recording.snapshots[-1].moved == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet", "mlp"])
+def test_healthy_network_has_no_findings(name):
+    torch.manual_seed(0)
+    make, of = zoo.HEALTHY[name]
+    model, data = make().cuda(), _on_gpu(zoo.loader(*of()))
+    assert not check(model, data, progress=False)
+    zoo.train(model, data, 80)
+    assert not check(model, data, progress=False)
+    assert not check(model.eval(), data, progress=False)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["other_data_at_test_time", "dead_channels", "checkpointed", "biased_variance", "two_images"],
+)
+def test_sick_network_is_found_by_its_code(name):
+    torch.manual_seed(0)
+    case = zoo.SICK[name]()
+    found = check(case.model.cuda(), _on_gpu(case.data), progress=False)
+    assert case.code in {finding.code for finding in found}, str(found)
+    assert {finding.code for finding in found} <= {case.code, *case.also}, str(found)
