@@ -24,6 +24,16 @@ if TYPE_CHECKING:
     from batchnorm.dataset import Statistics
 
 
+class Format(str, enum.Enum):
+    """How `check` prints what it has found."""
+
+    rich = "rich"
+    text = "text"
+    json = "json"
+    sarif = "sarif"
+    github = "github"
+
+
 class Missing(str, enum.Enum):
     """How `stats` handles NaN and null."""
 
@@ -47,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         The exit status.
     """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):  # what an encoding lacks becomes a question mark
+            stream.reconfigure(errors="replace")
     try:
         import rich  # noqa: F401  # the subcommands need it
         import typer
@@ -273,19 +289,19 @@ def _study(app: "typer.Typer") -> None:
         ] = [],  # noqa: B006  # typer needs a list
         listed: Annotated[bool, typer.Option("--list", help="List the studies and exit.")] = False,
         quick: Annotated[
-            bool, typer.Option("--quick", help="A tour of a few seconds; its verdicts mean little.")
+            bool, typer.Option("--quick", help="A tour of some minutes; its verdicts mean little.")
         ] = False,
         seeds: Annotated[
             int | None,
             typer.Option(help="Repetitions; 5 by default."),
         ] = None,
         out: Annotated[
-            Path,
+            Path | None,
             typer.Option(
-                help="Folder for the results, NAME.json each. Seeds that are finished there are "
-                "not repeated."
+                help="Folder for the results, NAME.json each; studies or, for a quick tour, "
+                "studies/quick, if left out. Seeds that are finished there are not repeated."
             ),
-        ] = Path("studies"),
+        ] = None,
     ) -> None:
         """Run the literature's claims about batch norm as experiments with verdicts.
 
@@ -305,22 +321,163 @@ def _study(app: "typer.Typer") -> None:
                 f"study needs a name: one of {', '.join(studies.names())}, or all of them by 'all'."
             )
         chosen = studies.choose(names)
+        folder = out or (Path("studies") / "quick" if quick else Path("studies"))
+        pipe = [console]
+
+        def finished(study: Any, results: Any) -> None:
+            try:
+                for place in pipe:
+                    show(study, results, place)
+            except BrokenPipeError:  # its reader has enough; the studies go on
+                pipe.clear()
+                _drop_output()
+
         try:
             with bar() as progress:
                 studies.run(
                     chosen,
-                    out,
+                    folder,
                     quick=quick,
                     seeds=seeds,
                     show=progress,
-                    finished=lambda study, results: show(study, results, console),
+                    finished=finished,
                 )
         except KeyboardInterrupt:
-            _note(f"finished seeds are in {out}; the same command runs the others")
+            _note(f"finished seeds are in {folder}; the same command runs the others")
             raise
         for study in chosen:
-            path = studies.place(study, out)
-            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+            path = studies.place(study, folder)
+            console.print(f"results in {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check(app: "typer.Typer") -> None:
+    import typer
+
+    @app.command()
+    def check(
+        targets: Annotated[
+            list[str],
+            typer.Argument(
+                help="package.module:factory of a model; a file of weights (.pt, .pth, "
+                ".safetensors), .onnx, a recording (.parquet), or a program (.py), which is read "
+                "and not run.",
+                metavar="TARGET",
+            ),
+        ] = [],  # noqa: B006  # typer needs a list
+        weights: Annotated[
+            Path | None, typer.Option(help="State dict for the model that the factory makes.")
+        ] = None,
+        data: Annotated[
+            str | None,
+            typer.Option(
+                help="package.module:factory of batches as the model is trained on.",
+                metavar="FACTORY",
+            ),
+        ] = None,
+        select: Annotated[
+            str | None,
+            typer.Option(help="Codes to look for, or their beginnings.", metavar="BN1,BN203"),
+        ] = None,
+        ignore: Annotated[
+            str | None, typer.Option(help="Codes to leave out.", metavar="BN4,BN205")
+        ] = None,
+        form: Annotated[
+            Format, typer.Option("--format", help="How to print what is found.")
+        ] = Format.rich,
+        fix: Annotated[
+            bool, typer.Option("--fix", help="Mend what is safe; with --out, save the weights.")
+        ] = False,
+        out: Annotated[
+            Path | None, typer.Option(help="Where --fix saves the state dict of the mended model.")
+        ] = None,
+        allow_none: Annotated[
+            bool, typer.Option("--allow-none", help="A program without batch norms is no error.")
+        ] = False,
+        explain: Annotated[
+            str | None, typer.Option(help="Say what a code means, and exit.", metavar="CODE")
+        ] = None,
+    ) -> int:
+        """Look for what is wrong with the batch norms of a model; exit with 1 if there is anything.
+
+        For example: batchnorm check mypackage.models:make_net --weights net.pt
+        """
+        from batchnorm import targets as looking
+
+        console = _console(highlight=False, markup=False)
+        if explain is not None:
+            console.print(looking.explain(explain))
+            return DONE
+        if not targets:
+            raise BatchNormError(
+                "check needs a target: package.module:factory, or a file of weights, ONNX, a "
+                "recording or a program. 'batchnorm check --help' says more."
+            )
+        if (fix or weights or data) and (len(targets) > 1 or ":" not in targets[0]):
+            raise BatchNormError(
+                "--fix, --weights and --data go with one model, as package.module:factory; a file "
+                f"is looked at as it is. Got {', '.join(targets)}."
+            )
+        if out is not None:
+            from batchnorm.atomic import check_place
+
+            if not fix:
+                raise BatchNormError("--out saves what --fix has mended: pass --fix as well.")
+            check_place(out, "a file of weights", "fixed.pt")
+        found = looking.check(
+            targets,
+            weights=weights,
+            data=data,
+            select=_names(select),
+            ignore=_names(ignore),
+            fix=fix,
+            out=out,
+            allow_none=allow_none,
+        )
+        if form is Format.rich:
+            console.print(str(found), soft_wrap=True)
+        else:
+            from batchnorm.diagnose.formats import render
+
+            text = render(found, ", ".join(targets), form.value)
+            if text:
+                print(text)
+        return FOUND_WRONG if found else DONE
+
+
+def _report(app: "typer.Typer") -> None:
+    import typer
+
+    @app.command()
+    def report(
+        recording: Annotated[
+            Path, typer.Argument(help="A recording of batchnorm.torch.watch, .parquet.")
+        ],
+        other: Annotated[
+            Path | None, typer.Argument(help="Another, to be shown beside it.")
+        ] = None,
+        out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+        terminal: Annotated[
+            bool, typer.Option("--terminal", help="Show a table here instead.")
+        ] = False,
+    ) -> None:
+        """Show a recording: findings, and every layer over training, in one page.
+
+        For example: batchnorm report run.parquet --out report.html
+        """
+        from batchnorm.diagnose.recording import Recording
+
+        first = Recording.load(recording)
+        second = None if other is None else Recording.load(other)
+        console = _console(highlight=False, markup=False)
+        if terminal:
+            from batchnorm.report.terminal import show
+
+            for shown in (first, second):
+                if shown is not None:
+                    show(shown, console)
+            return
+        first.report(out, second)
+        console.print(f"wrote {out}", soft_wrap=True)
 
 
 def _stats(app: "typer.Typer") -> None:
@@ -492,4 +649,4 @@ def _many(number: int, what: str) -> str:
 #: The maximum number of features that `stats` prints.
 SHOWN = 20
 
-SUBCOMMANDS = (_demo, _study, _bench, _stats, _normalize)
+SUBCOMMANDS = (_demo, _study, _bench, _check, _report, _stats, _normalize)

@@ -1,0 +1,116 @@
+"""Findings as text that other programs read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+from batchnorm._version import __version__
+
+from .findings import Finding
+from .rules import RULES
+
+__all__ = ["FORMATS", "render"]
+
+
+def _json(findings: Sequence[Finding], target: str) -> str:
+    return json.dumps(
+        {
+            "target": target,
+            "findings": [
+                {
+                    "code": f.code,
+                    "title": f.title,
+                    "layer": f.layer,
+                    "message": f.message,
+                    "evidence": f.evidence,
+                    "fix": f.fix,
+                    "url": f.url,
+                    "file": f.where[0] if f.where else None,
+                    "line": f.where[1] if f.where else None,
+                }
+                for f in findings
+            ],
+        },
+        indent=2,
+        ensure_ascii=False,
+    )
+
+
+def _text(findings: Sequence[Finding], target: str) -> str:
+    lines = []
+    for f in findings:
+        place = f"{f.where[0]}:{f.where[1]}" if f.where else target
+        lines.append(f"{place}: {f.code} {f.layer + ': ' if f.layer else ''}{f.message}")
+    return "\n".join(lines)
+
+
+def _github(findings: Sequence[Finding], target: str) -> str:
+    def escaped(text: str) -> str:
+        return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+    lines = []
+    for f in findings:
+        place = f"file={f.where[0]},line={f.where[1]}," if f.where else ""
+        title = escaped(f"{f.code} {f.title}").replace(":", "%3A").replace(",", "%2C")
+        message = escaped(f"{f.layer + ': ' if f.layer else ''}{f.message}. {f.fix}")
+        lines.append(f"::warning {place}title={title}::{message}")
+    return "\n".join(lines)
+
+
+def _sarif(findings: Sequence[Finding], target: str) -> str:
+    codes = {f.code for f in findings}
+    rules = [
+        {
+            "id": rule.code,
+            "shortDescription": {"text": rule.title},
+            "fullDescription": {"text": (rule.look.__doc__ or rule.title).strip()},
+            "help": {"text": rule.fix},
+        }
+        for rule in RULES
+        if rule.code in codes
+    ]
+    results = []
+    for f in findings:
+        file, line = f.where or (target, 1)
+        results.append(
+            {
+                "ruleId": f.code,
+                "level": "warning",
+                "message": {"text": f"{f.layer + ': ' if f.layer else ''}{f.message}"},
+                "locations": [
+                    {
+                        "physicalLocation": {
+                            "artifactLocation": {"uri": file.replace("\\", "/")},
+                            "region": {"startLine": line},
+                        },
+                        "logicalLocations": [{"fullyQualifiedName": f.layer}],
+                    }
+                ],
+                "properties": {"evidence": f.evidence},
+            }
+        )
+    driver = {"name": "batchnorm", "version": __version__, "rules": rules}
+    return json.dumps(
+        {
+            "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
+            "version": "2.1.0",
+            "runs": [{"tool": {"driver": driver}, "results": results}],
+        },
+        indent=2,
+        ensure_ascii=False,
+    )
+
+
+#: By name; each takes the findings and what was looked at.
+FORMATS: dict[str, Callable[[Sequence[Finding], str], str]] = {
+    "text": _text,
+    "json": _json,
+    "sarif": _sarif,
+    "github": _github,
+}
+
+
+def render(findings: Sequence[Finding], target: str, form: str) -> str:
+    """Findings in one of `FORMATS`."""
+    return FORMATS[form](findings, target)

@@ -1,0 +1,135 @@
+"""Models and weights that a command names."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...diagnose.records import Network
+from ...diagnose.weights import from_weights
+from ...errors import ArgumentError, BatchNormError
+from .records import numpy_of
+
+__all__ = ["load_batches", "load_model", "load_weights", "network_of_weights"]
+
+
+def load_model(target: str, weights: Path | None = None) -> nn.Module:
+    """Import ``package.module:factory`` and call the factory; a Module is taken as it is.
+
+    Raises
+    ------
+    ArgumentError
+        It cannot be imported, or is no model, or the weights do not fit.
+    """
+    model = _made(target, "a model", nn.Module)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{target}: must return a torch.nn.Module, got {type(model).__name__}.")
+    if weights is not None:
+        try:
+            model.load_state_dict(load_weights(weights))
+        except (RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, BatchNormError):
+                raise
+            first = str(error).strip().splitlines()
+            raise ArgumentError(
+                f"{weights}: must hold the weights of {target}, but they do not fit: "
+                f"{' '.join(first[:3])[:300]}. Name the file that was saved from this model."
+            ) from error
+    return model
+
+
+def load_batches(target: str) -> Any:
+    """Import ``package.module:factory``, and call it for batches if it is a function.
+
+    Raises
+    ------
+    ArgumentError
+        It cannot be imported, or gives nothing to iterate over.
+    """
+    found = _made(target, "batches", Tensor)
+    if not hasattr(found, "__iter__") and not hasattr(found, "__getitem__"):
+        raise ArgumentError(
+            f"{target}: must return batches, such as a DataLoader, got {type(found).__name__}."
+        )
+    return found
+
+
+def _made(target: str, what: str, kind: type) -> Any:
+    place, _, name = target.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(place)
+        for part in name.split("."):
+            found = getattr(found, part)
+        return found() if callable(found) and not isinstance(found, kind) else found
+    except BatchNormError:
+        raise
+    except Exception as error:  # whatever the module or the factory does
+        raise ArgumentError(
+            f"{target}: must name a function without arguments that returns {what}, but "
+            f"{type(error).__name__}: {error}. Run the command where 'import {place}' works."
+        ) from error
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from a file of torch or safetensors; no code in it is run.
+
+    Raises
+    ------
+    ArgumentError
+        It cannot be read, or holds something else.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise ArgumentError(
+            f"{path}: reading it needs safetensors, which is not installed. Install it with: "
+            "pip install safetensors"
+        ) from error
+    except Exception as error:  # torch raises all kinds for damaged files
+        why = "there is no such file" if not path.exists() else _first_line(error)
+        raise ArgumentError(
+            f"{path}: must be a state dict saved by torch.save or safetensors, but {why}. Files "
+            "that hold more than tensors are never unpickled: save model.state_dict()."
+        ) from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping):
+        raise ArgumentError(
+            f"{path}: must hold a state dict, got {type(found).__name__}. Save model.state_dict()."
+        )
+    return {str(name): t for name, t in found.items() if isinstance(t, Tensor)}
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    if "Unsupported global" in str(error):
+        return "it holds objects that are not tensors"
+    return f"it cannot be read ({(text or [type(error).__name__])[0][:160]})"
+
+
+def network_of_weights(path: Path) -> Network:
+    """Records of the batch norms in a file of weights."""
+    weights = load_weights(path)
+    dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in weights.items()}
+    arrays = {name: numpy_of(t) for name, t in weights.items() if _matters(name)}
+    return from_weights(arrays, str(path), dtypes)
+
+
+def _matters(name: str) -> bool:
+    return name.rpartition(".")[2] in (
+        "running_mean", "running_var", "weight", "bias", "num_batches_tracked",
+    )  # fmt: skip

@@ -1,0 +1,336 @@
+"""batchnorm check and batchnorm report on the command line."""
+
+import json
+import textwrap
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("typer")
+pytest.importorskip("pyarrow")
+
+from torch import nn  # noqa: E402
+
+from batchnorm import cli  # noqa: E402
+from batchnorm.diagnose import RULES  # noqa: E402
+from batchnorm.pytest_plugin import assert_healthy  # noqa: E402
+from batchnorm.torch import watch  # noqa: E402
+
+PROGRAM = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3)
+        self.bn1 = nn.BatchNorm2d(8, momentum=0.99)
+        self.drop = nn.Dropout(0.3)
+        self.conv2 = nn.Conv2d(8, 8, 3, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.tail = nn.Sequential(
+            nn.Linear(8, 8, bias=False),
+            nn.BatchNorm1d(8),
+            nn.BatchNorm1d(8),
+        )
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.drop(x)
+        x = F.relu(self.bn2(self.conv2(x)))
+        return self.tail(x.mean((2, 3)))
+
+
+def make():
+    torch.manual_seed(0)
+    return Net()
+
+
+def good():
+    return nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3))
+
+
+def batches():
+    return [torch.randn(16, 3, 12, 12) for _ in range(3)]
+
+
+def broken():
+    raise RuntimeError("no such thing")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "zoo_program.py").write_text(PROGRAM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def _run(*arguments):
+    return cli.main(["check", *arguments])
+
+
+WANTED = [("BN110", 11), ("BN401", 11), ("BN402", 14), ("BN404", 18)]
+
+
+def test_program_is_read_and_not_run(folder, capsys):
+    (folder / "zoo_program.py").write_text(PROGRAM + "\nraise SystemExit('it was run')\n")
+    assert _run("zoo_program.py", "--format", "json") == 1
+    found = json.loads(capsys.readouterr().out)["findings"]
+    assert [(f["code"], f["line"]) for f in found] == WANTED
+    assert found[0]["layer"] == "Net.bn1"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3))",
+        "nn.Sequential(nn.Linear(4, 3, bias=flag), nn.BatchNorm1d(3))",
+        "nn.Sequential(nn.Linear(4, 3, **options), nn.BatchNorm1d(3))",
+        "nn.Sequential(nn.Linear(4, 3), *more, nn.BatchNorm1d(3))",
+        "nn.Sequential(nn.Dropout(0.0), nn.BatchNorm1d(3))",
+        "nn.Sequential(nn.BatchNorm1d(3, momentum=m), nn.ReLU())",
+    ],
+)
+def test_what_the_text_leaves_open_is_no_finding(folder, body, capsys):
+    (folder / "open.py").write_text(f"from torch import nn\nnet = {body}\n")
+    assert _run("open.py") == 0
+    assert "no findings" in capsys.readouterr().out
+
+
+def test_branches_and_loops_are_unknown(folder, capsys):
+    program = """
+    from torch import nn
+    class Net(nn.Module):
+        def __init__(self):
+            self.fc, self.other = nn.Linear(3, 3), 1
+            self.norm = nn.BatchNorm1d(3)
+        def forward(self, x, again=False):
+            x = self.fc(x)
+            if again:
+                x = x * 2
+            for _ in range(3):
+                x = x + 1
+            return self.norm(x)
+    """
+    (folder / "branch.py").write_text(textwrap.dedent(program))
+    assert _run("branch.py") == 0
+
+
+def test_model_and_its_data(folder, capsys):
+    assert _run("zoo_program:make", "--data", "zoo_program:batches", "--format", "text") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1].split(" ")[0] for line in lines] == [c for c, _ in WANTED]
+    assert lines[0].startswith("zoo_program:make: BN110 bn1: momentum 0.99")
+
+
+def test_healthy_model_ends_with_0(folder, capsys):
+    assert _run("zoo_program:good") == 0
+    assert "no findings: batch norm is healthy" in capsys.readouterr().out
+
+
+def test_fix_saves_the_mended_weights(folder, capsys):
+    net = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3))
+    torch.save(net.state_dict(), "good.pt")
+    (folder / "fixing.py").write_text(
+        "import torch\nfrom zoo_program import good\n"
+        "def data(): return [torch.randn(64, 4) for _ in range(4)]\n"
+    )
+    arguments = ["zoo_program:good", "--weights", "good.pt", "--data", "fixing:data"]
+    assert _run(*arguments) == 1
+    assert _run(*arguments, "--fix", "--out", "fixed.pt") == 0
+    assert "fixed: recalibrate(model, data) (BN101" in capsys.readouterr().out
+    fixed = torch.load("fixed.pt", weights_only=True)
+    assert not torch.equal(fixed["1.running_var"], torch.ones(3))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_weights_alone(folder, suffix, capsys):
+    net = nn.Sequential(nn.BatchNorm1d(3)).train()
+    net(torch.randn(64, 3))
+    net[0].running_var[1] = -1.0
+    if suffix == ".pt":
+        torch.save({"state_dict": net.state_dict()}, "w.pt")
+    else:
+        pytest.importorskip("safetensors.torch").save_file(net.state_dict(), "w.safetensors")
+    assert _run(f"w{suffix}", "--select", "BN104", "--format", "text") == 1
+    assert "1 of 3 channels negative" in capsys.readouterr().out
+
+
+def test_onnx_file(folder, capsys):
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper
+
+    ones = [1.0, 1.0]
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["h"], name="conv"),
+        helper.make_node("Dropout", ["h"], ["d"], name="drop"),
+        helper.make_node(
+            "BatchNormalization", ["d", "s", "z", "m", "v"], ["y"], name="norm", training_mode=0
+        ),
+    ]
+    given = {"w": ([2, 2, 1, 1], ones * 2), "b": ([2], ones), "s": ([2], ones)}
+    given |= {"z": ([2], ones), "m": ([2], ones), "v": ([2], [1.0, float("nan")])}
+    tensors = [
+        helper.make_tensor(name, TensorProto.FLOAT, dims, values)
+        for name, (dims, values) in given.items()
+    ]
+    shape = [1, 2, 4, 4]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        tensors,
+    )
+    onnx.save(helper.make_model(graph), "net.onnx")
+    assert _run("net.onnx", "--format", "text") == 1
+    out = capsys.readouterr().out
+    assert "BN104 norm" in out
+    assert "BN402 norm" in out
+    assert "BN401" not in out
+
+
+def test_recording_and_its_report(folder, capsys):
+    net = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3, momentum=0.001))
+    with watch(net, "run.parquet", every=10):
+        for _ in range(120):
+            net(torch.randn(32, 4) + 1).square().mean().backward()
+    assert _run("run.parquet") == 1
+    assert "BN105" in capsys.readouterr().out
+    pytest.importorskip("vl_convert")
+    assert cli.main(["report", "run.parquet", "--out", "page.html"]) == 0
+    assert "wrote page.html" in capsys.readouterr().out
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    assert "BN105" in page
+    assert 'id="layer-1"' in page
+    assert len(page) < 3_000_000
+    assert cli.main(["report", "run.parquet", "run.parquet", "--terminal"]) == 0
+    assert capsys.readouterr().out.count("mean off") >= 2
+
+
+def test_github_annotations_and_sarif(folder, capsys):
+    assert _run("zoo_program.py", "--format", "github") == 1
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("::warning file=zoo_program.py,line=11,title=BN110 momentum")
+    assert _run("zoo_program.py", "--format", "sarif") == 1
+    run = json.loads(capsys.readouterr().out)["runs"][0]
+    assert [r["ruleId"] for r in run["results"]] == [code for code, _ in WANTED]
+    assert {r["id"] for r in run["tool"]["driver"]["rules"]} == {code for code, _ in WANTED}
+    place = run["results"][0]["locations"][0]["physicalLocation"]
+    assert place["region"]["startLine"] == 11
+
+
+def test_several_programs_and_those_without_batch_norm(folder, capsys):
+    (folder / "other.py").write_text("x = 1\n")
+    assert _run("other.py") == 2
+    assert "must hold a model with batch norms" in capsys.readouterr().err
+    assert _run("other.py", "--allow-none") == 0
+    assert _run("zoo_program.py", "other.py", "--allow-none") == 1
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.code)
+def test_every_code_is_explained_and_has_a_page(rule, capsys):
+    assert _run("--explain", rule.code) == 0
+    text = capsys.readouterr().out
+    assert rule.title in text
+    page = (cli_docs() / f"{rule.code}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {rule.code}: ")
+    assert rule.title.lower() in page.splitlines()[0].lower()
+
+
+def cli_docs():
+    from pathlib import Path
+
+    return Path(__file__).resolve().parent.parent / "docs" / "findings"
+
+
+def test_every_page_is_of_a_code():
+    pages = {path.stem for path in cli_docs().glob("BN*.md")}
+    assert pages == {rule.code for rule in RULES}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "check needs a target"),
+        (["foo"], "must be package.module:factory, alone, or a file that ends in"),
+        (["nothing_here:make"], "No module named 'nothing_here'"),
+        (["zoo_program:nope"], "has no attribute 'nope'"),
+        (["zoo_program:broken"], "RuntimeError: no such thing"),
+        (["zoo_program:batches"], "must return a torch.nn.Module, got list"),
+        (["zoo_program:make", "--data", "zoo_program:nope"], "has no attribute 'nope'"),
+        (["zoo_program:make", "--weights", "missing.pt"], "there is no such file"),
+        (["zoo_program:make", "--weights", "other.pt"], "they do not fit"),
+        (["zoo_program:make", "--weights", "whole.pt"], "objects that are not tensors"),
+        (["whole.pt"], "Files that hold more than tensors are never unpickled"),
+        (["damaged.pt"], "it cannot be read"),
+        (["damaged.safetensors"], "it cannot be read"),
+        (["missing.onnx"], "there is no such file"),
+        (["damaged.onnx"], "must be an ONNX file, but it cannot be read"),
+        (["damaged.parquet"], "it is damaged"),
+        (["damaged.py"], "must be a readable Python file"),
+        (["missing.py"], "No such file"),
+        (["other.pt"], "must hold batch norms"),
+        (["zoo_program:make", "--select", "BN9"], "got 'BN9'. The codes are"),
+        (["zoo_program.py", "--fix"], "go with one model"),
+        (["zoo_program:make", "--out", "x.pt"], "pass --fix as well"),
+        (["zoo_program:make", "--fix", "--out", "/nowhere/x.pt"], "'/nowhere' is not one"),
+        (["--explain", "BN999"], "got 'BN999'"),
+        (["zoo_program:make", "--format", "xml"], "xml"),
+    ],
+)
+def test_unusable_input_is_one_line(folder, arguments, message, capsys):
+    if any("onnx" in argument for argument in arguments):
+        pytest.importorskip("onnx")
+    if any("safetensors" in argument for argument in arguments):
+        pytest.importorskip("safetensors")
+    torch.save(nn.Linear(2, 2).state_dict(), "other.pt")
+    torch.save(nn.Sequential(nn.BatchNorm1d(2)), "whole.pt")
+    for suffix in ("pt", "safetensors", "onnx", "parquet"):
+        (folder / f"damaged.{suffix}").write_bytes(b"\x00\xff nonsense" * 9)
+    (folder / "damaged.py").write_text("def (:\n")
+    before = sorted(path.name for path in folder.iterdir())
+    assert _run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    after = sorted(p.name for p in folder.iterdir() if p.name != "__pycache__")
+    assert after == [name for name in before if name != "__pycache__"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.parquet"], "there is no such file"),
+        (["damaged.parquet"], "it is damaged"),
+        (["run.parquet", "--out", "/nowhere/page.html"], "'/nowhere' is not one"),
+        (["empty.parquet"], "at least one step, got one without"),
+    ],
+)
+def test_unusable_recordings_are_one_line(folder, arguments, message, capsys):
+    pytest.importorskip("vl_convert")
+    net = nn.Sequential(nn.BatchNorm1d(3))
+    with watch(net, "empty.parquet"):
+        pass
+    with watch(net, "run.parquet"):
+        net(torch.randn(8, 3))
+    (folder / "damaged.parquet").write_bytes(b"PAR1nonsense")
+    assert cli.main(["report", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not (folder / "report.html").exists()
+
+
+def test_assert_healthy_fails_with_the_findings():
+    healthy = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3))
+    assert_healthy(healthy, [torch.randn(32, 4)])
+    sick = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    with pytest.raises(AssertionError, match="BN401 bias before a batch norm"):
+        assert_healthy(sick)
+    assert_healthy(sick, ignore=["BN401"])
