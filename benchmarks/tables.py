@@ -374,6 +374,38 @@ def gpu_step() -> str:
     )
 
 
+def watch_cost() -> str:
+    """What watching costs: `benchmarks/watch_cost.py`."""
+    lines = []
+    machines = []
+    for device in ("cpu", "cuda"):
+        about = read_about(f"watch_cost_{device}")
+        machine = about.get("gpu") or f"{about['cpu']}, {about['torch_threads']} threads"
+        machines.append(f"{machine}: PyTorch {about['versions']['torch']}")
+        for (case,), found in by(read(f"watch_cost_{device}"), "case").items():
+            plain = found["not watched"]
+            lines.append(
+                [
+                    f"{case.replace('x', '×')}",
+                    machine,
+                    f"{plain.p50_ms / 20:.3g}",
+                    *(
+                        f"{100 * (row.ratio - 1):+.1f} % "
+                        f"({100 * (row.ratio_low - 1):+.1f} to {100 * (row.ratio_high - 1):+.1f})"
+                        for provider, row in found.items()
+                        if provider != "not watched"
+                    ),
+                ]
+            )
+    return markdown(
+        "Time that watching adds to 20 training steps, in parentheses its 95 % interval. "
+        f"{'; '.join(machines)}.",
+        ["", "on", "ms per step", "none recorded", "every 20th recorded"],
+        lines,
+        words=2,
+    )
+
+
 #: Name of a table to the page that holds it and what makes it.
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "speed": ("README.md", speed),
@@ -382,6 +414,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "network_profile": ("docs/torch.md", network_profile),
     "small_calls": ("docs/torch.md", small_calls),
     "gpu_step": ("docs/torch.md", gpu_step),
+    "watch_cost_cpu": ("docs/watch.md", watch_cost),
     "sync_step": ("docs/howto/distributed.md", sync_step),
     "recalibrate": ("docs/statistics.md", recalibrate),
     "recalibrate_errors": ("docs/statistics.md", recalibrate_errors),

@@ -38,6 +38,8 @@ TORCH_MODULES = [
             "freeze",
             "accumulate",
             "parameters",
+            "diagnose.check",
+            "diagnose.watch",
         )
     ),
 ]
@@ -82,7 +84,8 @@ def run_doctest(test: doctest.DocTest) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_page_code_gives_the_output_shown(page):
+def test_page_code_gives_the_output_shown(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where pages may write
     source, _ = python_blocks(page.read_text(encoding="utf-8"))
     if re.search(r"^>>> (import torch|from torch |from batchnorm\.torch )", source, re.MULTILINE):
         pytest.importorskip("torch")

@@ -15,6 +15,8 @@ import latex2mathml.converter
 from mkdocs.structure.files import File, Files
 from mkdocs.utils import get_relative_url
 
+from batchnorm.diagnose import RULES
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 import gallery
@@ -52,6 +54,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         markdown,
         flags=re.MULTILINE,
     )
+    if "<!-- findings -->" in markdown:
+        rows = [f"| [{r.code}]({r.code}.md) | {r.title} | {r.fix} |" for r in RULES]
+        table = "\n".join(["| code | what is wrong | what to do |", "|:--|:--|:--|", *rows])
+        markdown = markdown.replace("<!-- findings -->", table)
     if "<!-- slides -->" in markdown:
         markdown = markdown.replace("<!-- slides -->", slides.explained())
     return re.sub(
@@ -84,5 +90,6 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
 
 
 def on_post_template(output: str, template_name: str, config: Any) -> str:
-    """Nor on the page for addresses that are not there."""
-    return output.replace(SHIM, COPY)
+    """Nor on the page for addresses that are not there, which may be opened from disk."""
+    output = output.replace(SHIM, COPY)
+    return re.sub(r'(href|src)="/(?!/)', r'\1="', output)
