@@ -10,6 +10,7 @@ import numpy as np
 
 from batchnorm.demo.results import DemoResult, TrainingRun
 from batchnorm.demo.training import BINS
+from batchnorm.report.charts import fan, step_axis
 
 WITH, WITHOUT, BEFORE = "#1f6fb4", "#d9620f", "#7d8794"
 # One hue for each kind of network; the darker, the larger the learning rate.
@@ -45,7 +46,7 @@ def accuracy_chart(result: DemoResult) -> Chart:
         name="hovered", fields=["step", "run"], nearest=True, on="pointerover", empty=False
     )
     base = alt.Chart(alt.InlineData(values=records)).encode(
-        x=_step_axis(),
+        x=step_axis("training step", tickCount=10),
         y=alt.Y(
             "accuracy:Q",
             title="test accuracy",
@@ -199,40 +200,20 @@ def percentile_chart(result: DemoResult, *, batch_norm: bool) -> Chart:
     base = (
         alt.Chart(alt.InlineData(values=records))
         .transform_filter("datum.rate == rate")
-        .encode(x=_step_axis(ticks=5))
+        .encode(x=step_axis("training step", tickCount=5))
     )
-    tooltip = [
-        alt.Tooltip("step:Q", title="step", format=","),
-        alt.Tooltip("p85:Q", title="85th percentile", format=".2f"),
-        alt.Tooltip("p50:Q", title="median", format=".2f"),
-        alt.Tooltip("p15:Q", title="15th percentile", format=".2f"),
-    ]
-    band = base.mark_area(color=color, opacity=0.16).encode(
-        y=alt.Y("p15:Q", title="input of the sigmoid"), y2="p85:Q", tooltip=tooltip
+    layers = fan(
+        base.encode(color=alt.value(color)), "p15", "p50", "p85", title="input of the sigmoid"
     )
-    edges = [
-        base.mark_line(color=color, strokeWidth=1.2).encode(y=alt.Y(f"{name}:Q"), tooltip=tooltip)
-        for name in ("p15", "p85")
-    ]
-    median = base.mark_line(color=color, strokeWidth=2.4).encode(y="p50:Q", tooltip=tooltip)
     shared_axis = (
         alt.Chart(alt.InlineData(values=limits))
         .transform_filter("datum.rate == rate")
         .mark_point(opacity=0, tooltip=None)
         .encode(y="limit:Q")
     )
-    layers = alt.layer(band, *edges, median, shared_axis).add_params(rate_param)
-    sized: Chart = layers.properties(height=280)
+    chart = alt.layer(*layers, shared_axis).add_params(rate_param)
+    sized: Chart = chart.properties(height=280)
     return sized
-
-
-def _step_axis(ticks: int = 10) -> alt.X:
-    return alt.X(
-        "step:Q",
-        title="training step",
-        scale=alt.Scale(nice=False),
-        axis=alt.Axis(tickCount=ticks, format=",d"),
-    )
 
 
 def themed(chart: Chart) -> Chart:

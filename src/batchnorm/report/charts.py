@@ -6,12 +6,38 @@ from typing import Any
 
 import altair as alt
 
-__all__ = ["COLORS", "specs"]
+__all__ = ["COLORS", "fan", "specs", "step_axis"]
 
 #: Hues that people with any colour vision tell apart (Okabe & Ito).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 ROWS = alt.NamedData(name="rows")
-STEP = alt.X("step:Q", title="step", scale=alt.Scale(nice=False), axis=alt.Axis(format=",d"))
+
+
+def step_axis(title: str = "step", **axis: Any) -> alt.X:
+    """Training steps on the horizontal axis."""
+    return alt.X(
+        "step:Q", title=title, scale=alt.Scale(nice=False), axis=alt.Axis(format=",d", **axis)
+    )
+
+
+def fan(base: Any, low: str, middle: str, high: str, **encodings: Any) -> Any:
+    """A band from `low` to `high`, and the line of `middle`; both also in the tooltip.
+
+    `encodings` are those of the line alone, such as its dashes.
+    """
+    title = encodings.pop("title", None)
+    tooltip = [
+        *encodings.pop("tooltip", ()),
+        alt.Tooltip("step:Q", format=","),
+        *(alt.Tooltip(f"{name}:Q", format=".3g") for name in (high, middle, low)),
+    ]
+    band = base.mark_area(opacity=0.18).encode(
+        y=alt.Y(f"{low}:Q", title=title), y2=f"{high}:Q", tooltip=tooltip
+    )
+    line = base.mark_line(strokeWidth=2.2).encode(
+        y=alt.Y(f"{middle}:Q", title=title), tooltip=tooltip, **encodings
+    )
+    return band, line
 
 
 def specs(recordings: list[str], layers: int) -> dict[str, Any]:
@@ -115,20 +141,11 @@ def _dash(recordings: list[str]) -> Any:
 
 def _bands(recordings: list[str]) -> Any:
     """Medians over the channels, and the 15th to 85th percentile."""
-    base = alt.Chart(ROWS).encode(x=STEP, color=_color())
-    band = base.mark_area(opacity=0.18).encode(
-        y=alt.Y("low:Q", title=None), y2="high:Q", detail="recording:N"
+    base = alt.Chart(ROWS).encode(x=step_axis(), color=_color(), detail="recording:N")
+    layers = fan(
+        base, "low", "mid", "high", strokeDash=_dash(recordings), tooltip=[alt.Tooltip("what:N")]
     )
-    line = base.mark_line().encode(
-        y=alt.Y("mid:Q", title=None),
-        strokeDash=_dash(recordings),
-        tooltip=[
-            alt.Tooltip("what:N"),
-            alt.Tooltip("step:Q", format=","),
-            *(alt.Tooltip(f"{name}:Q", format=".3g") for name in ("mid", "low", "high")),
-        ],
-    )
-    return alt.layer(band, line).properties(width="container", height=180)
+    return alt.layer(*layers).properties(width="container", height=180)
 
 
 def _lines(recordings: list[str], title: str, *, log: bool = False) -> Any:
@@ -136,7 +153,7 @@ def _lines(recordings: list[str], title: str, *, log: bool = False) -> Any:
         alt.Chart(ROWS)
         .mark_line()
         .encode(
-            x=STEP,
+            x=step_axis(),
             y=alt.Y("mid:Q", title=title, scale=alt.Scale(type="log" if log else "linear")),
             color=_color(),
             strokeDash=_dash(recordings),

@@ -20,8 +20,9 @@ class WatchCallback(Callback):
 
     Parameters
     ----------
-    path, every, probe, log
-        As in `batchnorm.torch.watch`; a step is a training batch.
+    path, every, probe, log, forward
+        As in `batchnorm.torch.watch`; a step is a training batch. A module without a forward of its
+        own needs `forward` for the probe, as in ``lambda module, batch: module.net(batch)``.
 
     Attributes
     ----------
@@ -30,9 +31,17 @@ class WatchCallback(Callback):
     """
 
     def __init__(
-        self, path: str | Path | None = None, every: int = 20, probe: Any = None, *, log: Any = ()
+        self,
+        path: str | Path | None = None,
+        every: int = 20,
+        probe: Any = None,
+        *,
+        log: Any = (),
+        forward: Any = None,
     ) -> None:
-        self._options = {"path": path, "every": every, "probe": probe, "log": log}
+        self._options: dict[str, Any] = {
+            "path": path, "every": every, "probe": probe, "log": log, "forward": forward,
+        }  # fmt: skip
         self._watch: Watch | None = None
         self.recording: Any = None
 
