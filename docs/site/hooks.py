@@ -15,8 +15,6 @@ import latex2mathml.converter
 from mkdocs.structure.files import File, Files
 from mkdocs.utils import get_relative_url
 
-from batchnorm.diagnose import RULES
-
 sys.path.insert(0, str(Path(__file__).parent))
 
 import gallery
@@ -54,10 +52,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         markdown,
         flags=re.MULTILINE,
     )
-    if "<!-- findings -->" in markdown:
-        rows = [f"| [{r.code}]({r.code}.md) | {r.title} | {r.fix} |" for r in RULES]
-        table = "\n".join(["| code | what is wrong | what to do |", "|:--|:--|:--|", *rows])
-        markdown = markdown.replace("<!-- findings -->", table)
     if "<!-- slides -->" in markdown:
         markdown = markdown.replace("<!-- slides -->", slides.explained())
     return re.sub(

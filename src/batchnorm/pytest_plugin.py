@@ -32,7 +32,8 @@ def assert_healthy(
 
     __tracebackhide__ = True
     found = check(model, data, optimizer, select=select, ignore=ignore, progress=False)
-    assert not found, f"batch norm is not healthy\n{found}"
+    if found:
+        raise AssertionError(f"batch norm is not healthy\n{found}")
 
 
 try:

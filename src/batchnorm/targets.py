@@ -52,7 +52,7 @@ def _check_file(
         from batchnorm.diagnose.source import check_source
 
         found = check_source(path, select, ignore, allow_none=allow_none)
-        return Findings(found, skipped=["what only running the program shows"])
+        return Findings(found, skipped=["problems that show only when the model runs"])
     if suffix == ".parquet":
         from batchnorm.diagnose.recording import Recording
 
@@ -66,7 +66,7 @@ def _check_file(
         from batchnorm.torch.diagnose.targets import network_of_weights
 
         found = examine(network_of_weights(path), select, ignore)
-        return Findings(found, skipped=["wiring and ε, which a file of weights does not say"])
+        return Findings(found, skipped=["wiring, ε, momentum, and problems that show only on data"])
     raise ArgumentError(
         f"{target}: must be package.module:factory, alone, or a file that ends in .py, .onnx, "
         f".parquet, {', '.join(WEIGHTS)}. Give the name of one of these."

@@ -109,13 +109,9 @@ class Findings(Sequence[Finding]):
                 lines.append(f"  and {len(group) - 5} more: {others}")
             lines += [f"  fix: {first.fix}", f"  see {first.url}", ""]
         count = len(self._findings)
-        lines.append(
-            f"{count} finding{'s' * (count != 1)}"
-            if count
-            else "no findings: batch norm is healthy"
-        )
+        lines.append(f"{count} finding{'s' * (count != 1)}" if count else "no findings")
         lines += [f"fixed: {text}" for text in self.fixed]
-        lines += [f"not looked at: {text}" for text in self.skipped]
+        lines += [f"not checked: {text}" for text in self.skipped]
         return "\n".join(lines)
 
 

@@ -47,9 +47,9 @@ class Snapshot:
     mean, var : (C,)
         Of the batch; the variance is the biased one, which normalizes.
     running_mean, running_var, weight, bias : (C,)
-        After the step's forward; empty where the layer has none.
+        Before the step; empty where the layer has none.
     updates
-        Of the running statistics so far.
+        Of the running statistics before the step.
     gradient, gradient_weight, gradient_bias
         Norms of the gradients of output, γ and β.
     channels, before, after : lists
@@ -149,6 +149,7 @@ class Recording:
         self.snapshots: list[Snapshot] = list(snapshots)
         #: Running statistics of each process, by layer, if their files lay beside the one loaded.
         self.ranks: list[dict[str, tuple[Any, Any]]] = []
+        self.name = ""  # of the file
         self._stride = 1  # of the older steps, in recorded steps
         self._recorded = 0
         self._numbers: dict[int, int] = {}  # step → number among the recorded ones
@@ -261,6 +262,7 @@ class Recording:
                 f"({type(error).__name__})."
             ) from error
         loaded = cls(about, rank=rank, processes=processes, snapshots=snapshots)
+        loaded.name = path.stem
         if rank == 0 and processes > 1:
             loaded.ranks = [
                 loaded.statistics(),

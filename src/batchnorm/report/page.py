@@ -33,19 +33,21 @@ STEPS = 48
 MANY = 5
 #: What the overview can show: name → title.
 MEASURES = {
-    "running_shift": "running mean beside the batch's, in standard deviations",
-    "running_factor": "running standard deviation beside the batch's, factor",
+    "running_shift": "|running mean − batch mean|, in standard deviations",
+    "running_factor": "running over batch standard deviation, or the inverse",
     "ratio": "|mean| of the input, in standard deviations",
     "std": "standard deviation of the input",
     "gradient": "norm of the output's gradient",
-    "moved_relative": "distance that the input has moved on the probe ÷ spread",
+    "moved_relative": "how far the input has moved on the probe, in standard deviations",
 }
 
 
 def render(recording: Recording, other: Recording | None = None) -> str:
     """The page, a complete HTML document."""
     shown = [recording] if other is None else [recording, other]
-    names = ["this"] if other is None else ["first", "second"]
+    names = [r.name for r in shown]
+    if len(set(names)) < len(names) or not all(names):
+        names = ["first", "second"][: len(shown)]
     found = [examine(r.network()) for r in shown]
     layers = list(dict.fromkeys(name for r in shown for name in r.layers))
     data: dict[str, Any] = {
@@ -187,7 +189,7 @@ def _summary(shown: list[Recording], names: list[str]) -> str:
 def _findings(findings: list[Finding], name: str) -> str:
     title = f"<h3>{name}</h3>" if name else ""
     if not findings:
-        text = "No findings: batch norm is healthy as far as this shows."
+        text = "No findings in what was recorded; labels, data and the optimizer are not."
         return f'{title}<p class="healthy">{text}</p>'
     groups: dict[str, list[Finding]] = {}
     for finding in findings:

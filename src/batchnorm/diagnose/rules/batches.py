@@ -7,7 +7,7 @@ import statistics
 import numpy as np
 
 from ..records import Network
-from .rule import Found, many, numbers, rule
+from .rule import Found, numbers, rule
 
 #: Values per channel, and examples, that statistics need at least.
 VALUES, EXAMPLES = 16, 4
@@ -23,16 +23,15 @@ ALONE = 0.5
 def small(network: Network) -> Found:
     """Layers that normalize by a handful of values."""
     for layer in network.layers:
-        if layer.training is False or layer.frozen or not layer.batches:
+        if layer.frozen or not layer.batches:
             continue
         examples = statistics.median(batch.examples for batch in layer.batches)
         values = statistics.median(float(np.min(batch.moments.count)) for batch in layer.batches)
         if values < VALUES or examples < EXAMPLES:
             yield (
                 layer.name,
-                f"it normalizes by {examples:g} examples, {values:g} values of each channel; the "
-                f"mean of so few is off by {1 / np.sqrt(max(examples, 1)):.0%} of a standard "
-                "deviation",
+                f"a batch gives it {values:g} values per channel, of {examples:g} examples; their "
+                f"mean is off by {1 / np.sqrt(max(examples, 1)):.0%} of a standard deviation",
                 numbers(examples=examples, values=values),
             )
 
@@ -40,11 +39,11 @@ def small(network: Network) -> Found:
 @rule(
     "BN302",
     "a last batch of one example",
-    fix='drop_last=True in the loader, or layers with on_single="population"',
+    fix='drop_last=True in the loader, or convert(model, on_single="population")',
 )
 def last(network: Network) -> Found:
     """The batch at the end of an epoch that fails, or normalizes an example by itself."""
-    if network.remainder == 1 and any(layer.training is not False for layer in network.layers):
+    if network.remainder == 1 and any(not layer.frozen for layer in network.layers):
         yield "", "the last batch of each epoch has one example", numbers(examples=1)
 
 
@@ -59,7 +58,7 @@ def one_class(network: Network) -> Found:
     if network.classes > 1 and total > 1 and count >= ALONE * total:
         yield (
             "",
-            f"{count} of {total} batches hold one of {many(network.classes, 'label')} alone, so "
-            "their statistics tell it",
+            f"{count} of {total} batches contain a single class of {network.classes}, so their "
+            "statistics reveal it",
             numbers(batches=count, of=total, classes=network.classes),
         )

@@ -54,8 +54,8 @@ def dead(network: Network) -> Found:
         if count:
             yield (
                 layer.name,
-                f"{many(count, 'channel', layer.channels)} never above zero, so the ReLU behind "
-                f"gives nothing but zeros, on {many(layer.examples, 'example')}",
+                f"{many(count, 'channel', layer.channels)} never above zero, so the ReLU "
+                f"after it outputs only zeros, on {many(layer.examples, 'example')}",
                 numbers(channels=count, of=layer.channels, examples=layer.examples),
             )
 
@@ -76,7 +76,7 @@ def constant(network: Network) -> Found:
         if count:
             yield (
                 layer.name,
-                f"{many(count, 'channel', layer.channels)} without variance: the output is β",
+                f"{many(count, 'channel', layer.channels)} constant: the output is always β",
                 numbers(channels=count, of=layer.channels, smallest=float(np.min(var))),
             )
 

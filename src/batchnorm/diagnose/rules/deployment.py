@@ -15,4 +15,8 @@ def training_mode(network: Network) -> Found:
     """A file for inference that normalizes by the batch."""
     for layer in network.layers:
         if network.exported and layer.training:
-            yield layer.name, "the file normalizes by the batch, and answers depend on it", {}
+            yield (
+                layer.name,
+                "the file normalizes by the batch: an answer depends on the others",
+                {},
+            )

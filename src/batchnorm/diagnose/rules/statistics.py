@@ -71,9 +71,19 @@ def _left(layer: Layer) -> float:
     return float((1 - layer.momentum) ** layer.updates)
 
 
+def _may_hold_initial(layer: Layer, left: float) -> bool:
+    """Whether no variance is smaller than what must be left of the initial 1."""
+    return layer.var is not None and bool((layer.var >= 0.999 * left).all())
+
+
 def _begins(layer: Layer) -> bool:
     """Whether it is in training, and its statistics have not had the time to follow."""
-    return bool(layer.training) and not layer.frozen and _left(layer) > REMAINDER
+    return (
+        bool(layer.training)
+        and not layer.frozen
+        and _left(layer) > REMAINDER
+        and (layer.updates or 0) < MANY_UPDATES
+    )
 
 
 @rule(
@@ -106,7 +116,7 @@ def never_updated(network: Network) -> Found:
 
 @rule(
     "BN102",
-    "running statistics apart from those of the data",
+    "running statistics do not match the data",
     fix="recalibrate(model, data) measures them exactly",
 )
 def apart(network: Network) -> Found:
@@ -119,9 +129,9 @@ def apart(network: Network) -> Found:
             continue
         yield (
             layer.name,
-            f"{many(found.apart, 'channel', layer.channels)} apart; the worst mean is "
-            f"{found.shift:.2g} standard deviations off, the worst standard deviation by a factor "
-            f"of {found.factor:.2g}",
+            f"{many(found.apart, 'channel', layer.channels)} off; the worst mean by "
+            f"{found.shift:.2g} standard deviations, the worst standard deviation by a factor of "
+            f"{found.factor:.2g}",
             numbers(
                 channels=found.apart,
                 of=layer.channels,
@@ -134,7 +144,7 @@ def apart(network: Network) -> Found:
 
 @rule(
     "BN103",
-    "outputs of training and evaluation apart",
+    "training and evaluation give different outputs",
     fix="recalibrate(model, data); if that does not help, batches are too small or of one kind",
 )
 def outputs_apart(network: Network) -> Found:
@@ -186,6 +196,8 @@ def remainder(network: Network) -> Found:
         if layer.averaged or (distance(layer) is not None and not _is_apart(layer)):
             continue
         left = _left(layer)
+        if not _may_hold_initial(layer, left):
+            continue  # they were measured
         if left > REMAINDER and (layer.training is False or layer.updates >= MANY_UPDATES):
             yield (
                 layer.name,
@@ -275,7 +287,7 @@ def _range(means: Array, variances: Array, eps: float) -> tuple[float, float]:
 
 @rule(
     "BN109",
-    "averaged weights with statistics of others",
+    "averaged weights with statistics of another model",
     fix="recalibrate the averaged model on training data: its layers see other inputs",
 )
 def stale(network: Network) -> Found:
@@ -297,7 +309,7 @@ def stale(network: Network) -> Found:
 @rule(
     "BN110",
     "momentum of another framework",
-    fix="momentum is the weight of the new value here: Keras' 0.99 is 0.01",
+    fix="momentum is the weight of the new value here: write 0.01 for Keras' 0.99",
 )
 def large_momentum(network: Network) -> Found:
     """Running statistics that are those of the last batch or two."""
@@ -306,7 +318,6 @@ def large_momentum(network: Network) -> Found:
         if layer.tracks and momentum is not None and LARGE_MOMENTUM <= momentum <= 1:
             yield (
                 layer.name,
-                f"momentum {momentum:g} is the weight of the new value: running statistics hold "
-                f"{1 - momentum:.0%} of what they were",
+                f"momentum {momentum:g} keeps {1 - momentum:.0%} of the old statistics per step",
                 numbers(momentum=momentum),
             )

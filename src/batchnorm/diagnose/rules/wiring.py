@@ -38,7 +38,7 @@ def bias(network: Network) -> Found:
         if before.kind in ("convolution", "linear") and before.bias and alone:
             yield (
                 operation.name,
-                f"the bias of {before.name!r} is subtracted again with the mean",
+                f"the bias of {before.name!r} has no effect: batch norm subtracts it",
                 {},
             )
 
@@ -70,7 +70,7 @@ def _real_readers(network: Network, number: int) -> list[int]:
 @rule(
     "BN402",
     "dropout before a batch norm",
-    fix="put dropout behind the last batch norm",
+    fix="put dropout after the last batch norm; in a trained network, recalibrate",
 )
 def dropout(network: Network) -> Found:
     """Dropout, which changes the variance in training alone, in front of a batch norm."""
@@ -79,8 +79,8 @@ def dropout(network: Network) -> Found:
         if before is not None and before.kind == "dropout":
             yield (
                 operation.name,
-                f"{before.name!r} makes the variance larger in training than in evaluation, and "
-                "the running variance is that of training",
+                f"{before.name!r} makes the variance of its input larger in training than in "
+                "evaluation",
                 {},
             )
 
@@ -180,7 +180,7 @@ def moving(network: Network) -> Found:
 @rule(
     "BN408",
     "a layer in evaluation mode in a network that trains",
-    fix="freeze(model, affine=...) says it for good: model.train() undoes .eval() on a layer",
+    fix="freeze(model, affine=...) makes it permanent: model.train() undoes .eval() on a layer",
 )
 def standing(network: Network) -> Found:
     """A layer that was put into evaluation mode by hand, with parameters that are trained."""

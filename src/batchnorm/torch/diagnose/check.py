@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...diagnose import Finding, Findings, Network, examine
-from ...errors import ArgumentError
+from ...diagnose import Finding, Findings, Network, Recording, examine
+from ...errors import ArgumentError, BatchNormError
 from ...progress import bar
 from ..convert import convert, explain
 from ..freeze import freeze
@@ -48,14 +49,14 @@ def check(
         wiring show is found.
     optimizer : Optimizer, optional
         To look at weight decay.
-    recording : Recording, optional
+    recording : Recording or its file, optional
         Of `watch`; what it shows about training is looked at, too.
     forward : function of model and batch, optional
         Calls the model; by default with the first item of the batch.
     fix : bool
-        Mend what is safe, and say so in ``.fixed``: frozen layers and parameter groups without
-        weight decay; with data, `convert` where layers lose digits, store half precision or count
-        twice, and `recalibrate` where statistics are wrong.
+        Mend what is safe: parameter groups without weight decay; `freeze`; `convert` where layers
+        lose digits, store half precision or count twice; with data, `recalibrate` on all of them
+        where statistics are wrong. ``.fixed`` says what was done, ``.skipped`` what could not be.
     select, ignore : codes, or beginnings of codes, as in "BN1"
     progress : bool
         Show a bar if there is a terminal.
@@ -79,10 +80,20 @@ def check(
     >>> net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
     >>> for finding in check(net, [torch.randn(32, 4)]):
     ...     print(finding)
-    BN401 1: the bias of '0' is subtracted again with the mean
+    BN401 1: the bias of '0' has no effect: batch norm subtracts it
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"check takes a torch.nn.Module, got {type(model).__name__}.")
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise ArgumentError(
+            f"optimizer must be one of torch.optim, got {type(optimizer).__name__}."
+        )
+    if isinstance(recording, (str, Path)):
+        recording = Recording.load(recording)
+    if recording is not None and not isinstance(recording, Recording):
+        raise ArgumentError(
+            f"recording must be one of watch, or its file, got {type(recording).__name__}."
+        )
     found, network = _look(model, data, optimizer, recording, forward, select, ignore, progress)
     if not network.layers:
         raise ArgumentError(
@@ -91,11 +102,12 @@ def check(
         )
     if not fix:
         return found
-    fixed = _mend(model, found, data, optimizer, forward)
-    if not fixed:
-        return found
-    again, _ = _look(model, data, optimizer, None, forward, select, ignore, progress)
-    return Findings(again, fixed=fixed, skipped=again.skipped)
+    fixed, failed = _mend(model, found, data, optimizer, forward, progress)
+    if fixed:
+        found, _ = _look(model, data, optimizer, None, forward, select, ignore, progress)
+    elif found:
+        failed.append("nothing was mended: the findings need data, or a change of the program")
+    return Findings(found, fixed=fixed, skipped=[*failed, *found.skipped])
 
 
 def _look(
@@ -113,7 +125,7 @@ def _look(
     skipped: list[str] = []
     if data is None:
         network.operations = wiring.by_tracing(unwrapped(model))
-        skipped.append("what only data show (no data given)")
+        skipped.append("problems that show only on data (pass data=)")
     elif network.layers:
         if progress:
             with bar() as show:
@@ -141,9 +153,12 @@ def _mend(
     data: Any,
     optimizer: torch.optim.Optimizer | None,
     forward: Forward | None,
-) -> list[str]:
+    progress: bool,
+) -> tuple[list[str], list[str]]:
+    """What was done, and what could not be."""
     codes = {finding.code: finding for finding in found}
     fixed: list[str] = []
+    failed: list[str] = []
 
     def done(wanted: set[str], text: str) -> None:
         fixed.append(f"{text} ({', '.join(sorted(wanted & codes.keys()))})")
@@ -153,7 +168,9 @@ def _mend(
         convert(model)
         done(_CONVERT, "convert(model)")
     if codes.keys() & _FREEZE and convertible:
-        convert(model)
+        if explain(model).pending:
+            convert(model)
+            fixed.append("convert(model), which freeze needs")
         layers = dict(unwrapped(model).named_modules())
         for finding in found:
             if finding.code in _FREEZE:
@@ -163,9 +180,13 @@ def _mend(
         _without_decay(unwrapped(model), optimizer)
         done(_GROUPS, "γ and β without weight decay, in groups of their own")
     if data is not None and codes.keys() & _RECALIBRATE:
-        recalibrate(model, data, forward=forward, progress=False)
-        done(_RECALIBRATE, "recalibrate(model, data)")
-    return fixed
+        try:
+            recalibrate(model, data, method="exact", forward=forward, progress=progress)
+        except BatchNormError as error:
+            failed.append(f"recalibrate: {error}")
+        else:
+            done(_RECALIBRATE, "recalibrate(model, data)")
+    return fixed, failed
 
 
 def _without_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

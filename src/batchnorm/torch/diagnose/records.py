@@ -7,7 +7,7 @@ random numbers.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -243,7 +243,7 @@ def _in_evaluation(
     batches: list[Any],
     run: Forward,
     show: Any,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """By running statistics: moments of the inputs."""
     found: dict[str, list[Moments]] = {}
 
@@ -251,7 +251,7 @@ def _in_evaluation(
         found.setdefault(layer.name, []).append(moments_of(x))
         layer.examples += x.shape[0]
 
-    outputs = []
+    outputs: list[Tensor | None] = []
     with _watching(records, see), torch.no_grad():
         for number, batch in enumerate(batches):
             show("evaluation", number, len(batches))
@@ -259,7 +259,7 @@ def _in_evaluation(
     for layer in records.values():
         if layer.name in found:
             layer.population = Moments.merge(found[layer.name])
-    return [t for t in outputs if t is not None]
+    return outputs
 
 
 def _first(value: Any) -> Tensor | None:
@@ -274,7 +274,7 @@ def _in_training(
     run: Forward,
     relu: set[str],
     show: Any,
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """By batch statistics, everything else in evaluation.
 
     What each batch is normalized by, and the largest outputs before a ReLU.
@@ -295,7 +295,7 @@ def _in_training(
             layer.highest = highest if before is None else np.maximum(before, highest)
 
     seen: dict[str, list[Batch]] = {}
-    outputs = []
+    outputs: list[Tensor | None] = []
     with _by_batch(records), _watching(records, see), torch.no_grad():
         for number, batch in enumerate(batches):
             show("training", number, len(batches))
@@ -308,7 +308,7 @@ def _in_training(
                 outputs.append(None)
     for layer in records.values():
         layer.batches = tuple(seen.get(layer.name, ()))
-    return [t for t in outputs if t is not None]
+    return outputs
 
 
 @contextmanager
@@ -324,17 +324,17 @@ def _by_batch(records: Iterable[Any]) -> Iterator[None]:
             module.training = False
 
 
-def _gap(by_running: list[Tensor], by_batch: list[Tensor]) -> float | None:
+def _gap(by_running: Sequence[Tensor | None], by_batch: Sequence[Tensor | None]) -> float | None:
     """Root mean square difference of the outputs, over how much they vary."""
-    if not by_running or len(by_running) != len(by_batch):
+    pairs = [
+        (one.double().reshape(len(one), -1), other.double().reshape(len(other), -1))
+        for one, other in zip(by_running, by_batch, strict=True)
+        if one is not None and other is not None and one.dim() and one.shape == other.shape
+    ]
+    if len({one.shape[1] for one, _ in pairs}) != 1:
         return None
-    one = torch.cat(
-        [t.double().reshape(len(t), -1) if t.dim() else t.reshape(1, 1) for t in by_running]
-    )
-    other = torch.cat(
-        [t.double().reshape(len(t), -1) if t.dim() else t.reshape(1, 1) for t in by_batch]
-    )
-    if one.shape != other.shape or len(one) < 2:
+    one, other = (torch.cat(outputs) for outputs in zip(*pairs, strict=True))
+    if len(one) < 2:
         return None
     spread = float((other - other.mean(0)).square().mean().sqrt())
     difference = float((one - other).square().mean().sqrt())

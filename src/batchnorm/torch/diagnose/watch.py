@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -54,11 +55,11 @@ def watch(
 ) -> Iterator[Recording]:
     """Record what the batch norms of `model` do while the block trains it.
 
-    A step is a forward of `model` in training mode. At every `every`-th step, each layer's batch
-    and running statistics, γ, β, norms of gradients, and quantiles and histograms of some channels
-    before and after normalization are recorded; the other steps cost one hook. Memory is bounded:
-    the latest 64 recorded steps are kept, older ones are thinned evenly (at most 192 in all, fewer
-    for large models).
+    A step is a forward of `model` in training mode, with gradients. At every `every`-th step, each
+    layer's batch and running statistics, γ, β, norms of gradients, and quantiles and histograms of
+    some channels before and after normalization are recorded; the other steps cost two hooks.
+    Memory is bounded: the latest 64 recorded steps are kept, older ones are thinned evenly (at most
+    192 in all, fewer for large models).
 
     Parameters
     ----------
@@ -136,6 +137,12 @@ class Watch:
         self._model, self._every, self._probe = model, every, probe
         self._forward = forward or call_with_first_item
         self._logs = tuple(log) if isinstance(log, (list, tuple)) else (log,)
+        for each in self._logs:
+            if not callable(each) and not hasattr(each, "add_scalar"):
+                raise ArgumentError(
+                    "log must be a function that takes numbers by name and step=, or a "
+                    f"SummaryWriter, got {type(each).__name__}."
+                )
         rank, processes = _processes()
         self._path = None if path is None else of_rank(Path(path), rank)
         if self._path is not None:
@@ -147,6 +154,7 @@ class Watch:
         self._pending: list[Snapshot] = []  # of the last recorded one, whose gradients come
         # Arrays that wait for their device, and what takes them over.
         self._waiting: list[tuple[Tensor, Callable[[Any], None]]] = []
+        self._state: list[tuple[Tensor, list[tuple[int, str, str]]]] = []
         self._samples: list[tuple[Tensor, Snapshot, str]] = []
         self._unused: list[list[Any]] = []  # hooks of parameters that may not have run
         self._hooks: list[Any] = []
@@ -159,17 +167,22 @@ class Watch:
         """Hooks of the model that begin and end each step."""
 
         def before(module: nn.Module, *_: Any) -> None:
-            if module.training and not self._busy and not is_recomputing():
+            if self._is_step(module):
                 self.begin()
 
         def after(module: nn.Module, *_: Any) -> None:
-            if module.training and not self._busy and not is_recomputing():
+            if self._is_step(module):
                 self.end()
 
         return [
             self._model.register_forward_pre_hook(before),
             self._model.register_forward_hook(after, always_call=True),
         ]
+
+    def _is_step(self, module: nn.Module) -> bool:
+        """In training mode, with gradients, and no repetition by checkpointing."""
+        training = module.training and torch.is_grad_enabled()
+        return training and not self._busy and not is_recomputing()
 
     # ---- steps
 
@@ -180,6 +193,7 @@ class Watch:
             self._end_hooks()
             if self._probe is not None:
                 self._run_probe()
+            self._measure_state()
             calls: dict[str, int] = {}
             for name, module in self._layers.items():
                 self._hooks.append(
@@ -192,7 +206,11 @@ class Watch:
         """End a step: after the forward. Gradients may still come."""
         self._end_hooks()
         if self._open:
-            self._measure_state()
+            of_layer: dict[str, list[Snapshot]] = {}
+            for snapshot in self._open:
+                of_layer.setdefault(snapshot.layer, []).append(snapshot)
+            for joined, parts in self._state:
+                self._waiting.append((joined, partial(_put_state, parts, of_layer)))
             self._pending, self._open = self._open, []
         self.step += 1
 
@@ -237,11 +255,19 @@ class Watch:
             for name, value in s.metrics().items()
         }
         for log in self._logs:
-            if hasattr(log, "add_scalar"):
-                for name, value in metrics.items():
-                    log.add_scalar(name, value, snapshots[0].step)
-            else:
-                log(metrics, step=snapshots[0].step)
+            try:
+                if hasattr(log, "add_scalar"):
+                    for name, value in metrics.items():
+                        log.add_scalar(name, value, snapshots[0].step)
+                else:
+                    log(metrics, step=snapshots[0].step)
+            except Exception as error:  # a training must not end for want of a plot
+                self._logs = tuple(other for other in self._logs if other is not log)
+                warnings.warn(
+                    f"watch no longer logs to {log!r}: {type(error).__name__}: {error}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
 
     # ---- one layer
 
@@ -285,28 +311,19 @@ class Watch:
         )
 
     def _measure_state(self) -> None:
-        """Running statistics, γ and β of all layers that were seen, as one array for each type."""
-        groups: dict[Any, list[tuple[Tensor, Callable[[Any], None]]]] = {}
-        for snapshot in self._open:
-            module: Any = self._layers[snapshot.layer]
+        """Running statistics, γ and β of all layers before the step, one copy for each type."""
+        groups: dict[Any, list[tuple[Tensor, str, str]]] = {}
+        for layer, module in self._layers.items():
             for name in ("running_mean", "running_var", "weight", "bias", "num_batches_tracked"):
                 t = getattr(module, name, None)
-                if t is not None:
-                    tracked = name == "num_batches_tracked"
-                    put = (
-                        partial(_put_count, snapshot)
-                        if tracked
-                        else partial(_put_array, snapshot, name)
-                    )
-                    groups.setdefault((t.device, t.dtype), []).append((t, put))
+                if isinstance(t, Tensor):
+                    groups.setdefault((t.device, t.dtype), []).append((t, layer, name))
+        self._state = []
         with torch.no_grad():
             for group in groups.values():
-                joined = torch.cat(
-                    [t.reshape(-1) for t, _ in group]
-                )  # later updates change no copy
+                joined = torch.cat([t.reshape(-1) for t, _, _ in group])
                 joined = joined.float() if joined.is_floating_point() else joined
-                parts = [(t.numel(), put) for t, put in group]
-                self._waiting.append((joined, partial(_put_parts, parts)))
+                self._state.append((joined, [(t.numel(), layer, name) for t, layer, name in group]))
 
     def _receive(self) -> None:
         """Take over what waits: one transfer for each device and type."""
@@ -439,8 +456,18 @@ def _put_array(snapshot: Snapshot, name: str, values: Any) -> None:
     setattr(snapshot, name, values.copy())
 
 
-def _put_count(snapshot: Snapshot, values: Any) -> None:
-    snapshot.updates = int(values[0])
+def _put_state(
+    parts: list[tuple[int, str, str]], of_layer: dict[str, list[Snapshot]], values: Any
+) -> None:
+    begin = 0
+    for size, layer, name in parts:
+        part = values[begin : begin + size]
+        begin += size
+        for snapshot in of_layer.get(layer, ()):
+            if name == "num_batches_tracked":
+                snapshot.updates = int(part[0])
+            else:
+                setattr(snapshot, name, part.copy())
 
 
 def _put_number(snapshot: Snapshot, name: str, values: Any) -> None:

@@ -32,6 +32,10 @@ def by_running(model: nn.Module, run: Callable[[], Any]) -> list[Operation]:
     recorder = _Recorder(model)
     with ExitStack() as stack:
         for name, module in model.named_modules():
+            if not any(True for _ in module.children()):  # for the names of what has no weights
+                push, pop = recorder.inside(name)
+                stack.callback(module.register_forward_pre_hook(push).remove)
+                stack.callback(module.register_forward_hook(pop).remove)
             if is_batch_norm(module):
                 enter, leave = recorder.around(name, module)
                 stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
@@ -50,6 +54,7 @@ class _Recorder(TorchFunctionMode):
         self._made: dict[int, int] = {}  # id of a tensor → the operation that made it
         self._kept: list[Any] = []  # so that no id is used again
         self._inside = 0
+        self._leaf = ""
         self._owners = {
             id(parameter): name.rpartition(".")[0] for name, parameter in model.named_parameters()
         }
@@ -63,6 +68,17 @@ class _Recorder(TorchFunctionMode):
         self._kept.append(result)
         for tensor in tensors_in(result):
             self._made[id(tensor)] = len(self.operations) - 1
+
+    def inside(self, name: str) -> tuple[Any, Any]:
+        """Hooks that tell which module without children runs."""
+
+        def push(_module: nn.Module, _args: Any) -> None:
+            self._leaf = name
+
+        def pop(_module: nn.Module, _args: Any, _result: Any) -> None:
+            self._leaf = ""
+
+        return push, pop
 
     def around(self, name: str, module: nn.Module) -> tuple[Any, Any]:
         """Hooks that make one operation of a batch norm."""
@@ -95,6 +111,7 @@ class _Recorder(TorchFunctionMode):
         if kind == "dropout" and not _rate(func, args, kwargs):
             kind = "reshape"
         owner, bias = self._owner([args, kwargs]), _bias(func, args, kwargs)
+        owner = owner or (self._leaf if kind != "activation" else "")
         self._add(Operation(kind, owner or name, inputs, bias), result)
         return result
 
