@@ -38,6 +38,7 @@ def check(
     if len(targets) == 1 and ":" in targets[0] and not os.path.exists(targets[0]):
         require("A model", "torch", "torch")
         return _check_model(targets[0], weights, data, select, ignore, fix, out)
+    allow_none = allow_none or len(targets) > 1
     found = [_check_file(target, select, ignore, allow_none) for target in targets]
     skipped = dict.fromkeys(text for findings in found for text in findings.skipped)
     return Findings(itertools.chain(*found), skipped=list(skipped))

@@ -52,8 +52,9 @@ def check_source(
             found.append(replace(finding, where=(str(path), line)))
     if not any_layer and not allow_none:
         raise ArgumentError(
-            f"{path}: must hold a model with batch norms whose layers its text names, got none. "
-            "Name the model as package.module:factory, and it is run."
+            f"{path}: no batch norm found in the text of this program. If its layers are made in a "
+            "loop or elsewhere, check the model itself: package.module:factory. --allow-none makes "
+            "this no error."
         )
     unique = {(f.code, f.where, f.layer): f for f in found}
     return sorted(unique.values(), key=lambda f: (f.where or ("", 0), f.code))

@@ -117,8 +117,10 @@ def _histogram(recordings: list[str]) -> Any:
     if len(recordings) == 1:
         sized = chart.properties(data=ROWS, width="container", height=220)
     else:
-        sized = chart.properties(width=380, height=200).facet(
-            column=alt.Column("recording:N", sort=None, title=None), data=ROWS
+        sized = (
+            chart.properties(width=380, height=200)
+            .facet(column=alt.Column("recording:N", sort=None, title=None), data=ROWS)
+            .resolve_scale(y="independent")
         )
     return sized.add_params(alt.param(name="extent", value=[-4, 4]))
 

@@ -132,6 +132,7 @@ async function draw() {
   document.body.dataset.ready = "true";
 }
 
+$("layer").value = data.first;
 $("step").max = shown().length - 1;
 $("step").value = shown().length - 1;
 if (many) {

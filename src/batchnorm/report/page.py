@@ -55,6 +55,7 @@ def render(recording: Recording, other: Recording | None = None) -> str:
         "layers": layers,
         "measures": _measures(shown),
         "recordings": [_data(r) for r in shown],
+        "first": next((f.layer for f in found[0] if f.layer in layers), layers[0]),
     }
     return Template(_file("page.html")).substitute(
         style=_file("page.css"),
