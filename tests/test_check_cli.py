@@ -92,6 +92,7 @@ def test_program_is_read_and_not_run(folder, capsys):
         "nn.Sequential(nn.Linear(4, 3, **options), nn.BatchNorm1d(3))",
         "nn.Sequential(nn.Linear(4, 3), *more, nn.BatchNorm1d(3))",
         "nn.Sequential(nn.Dropout(0.0), nn.BatchNorm1d(3))",
+        "nn.Sequential(nn.Dropout(p=0.0), nn.BatchNorm1d(3))",
         "nn.Sequential(nn.BatchNorm1d(3, momentum=m), nn.ReLU())",
     ],
 )
@@ -99,6 +100,31 @@ def test_what_the_text_leaves_open_is_no_finding(folder, body, capsys):
     (folder / "open.py").write_text(f"from torch import nn\nnet = {body}\n")
     assert _run("open.py") == 0
     assert "no findings" in capsys.readouterr().out
+
+
+def test_other_frameworks_have_other_defaults(folder, capsys):
+    (folder / "keras_model.py").write_text(
+        "import keras\nm = keras.Sequential([keras.layers.BatchNormalization(momentum=0.99)])\n"
+    )
+    assert _run("keras_model.py", "--allow-none") == 0
+
+
+def test_programs_in_other_encodings_are_read(folder):
+    program = "from torch import nn\nn = nn.Sequential(nn.BatchNorm1d(3)) # é\n"
+    text = f"# -*- coding: latin-1 -*-\n{program}"
+    (folder / "latin.py").write_bytes(text.encode("latin-1"))
+    (folder / "bom.py").write_bytes(b"\xef\xbb\xbf" + text.split("\n", 1)[1].encode())
+    assert _run("latin.py", "bom.py") == 0
+
+
+def test_target_that_prints_or_exits(folder, capsys):
+    (folder / "loud.py").write_text(
+        "import sys\nfrom zoo_program import good\nprint('hello')\ndef ex(): sys.exit(0)\n"
+    )
+    assert _run("loud:good", "--format", "json") == 0
+    assert json.loads(capsys.readouterr().out)["findings"] == []
+    assert _run("loud:ex") == 2
+    assert "SystemExit" in capsys.readouterr().err
 
 
 def test_branches_and_loops_are_unknown(folder, capsys):
@@ -269,6 +295,7 @@ def test_every_page_is_of_a_code():
         (["zoo_program:broken"], "RuntimeError: no such thing"),
         (["zoo_program:batches"], "must return a torch.nn.Module, got list"),
         (["zoo_program:make", "--data", "zoo_program:nope"], "has no attribute 'nope'"),
+        (["zoo_program:good", "--data", "zoo_program:batches"], "cannot be run on"),
         (["zoo_program:make", "--weights", "missing.pt"], "there is no such file"),
         (["zoo_program:make", "--weights", "other.pt"], "they do not fit"),
         (["zoo_program:make", "--weights", "whole.pt"], "objects that are not tensors"),
@@ -321,7 +348,7 @@ def test_unusable_input_is_one_line(folder, arguments, message, capsys):
 def test_unusable_recordings_are_one_line(folder, arguments, message, capsys):
     pytest.importorskip("vl_convert")
     net = nn.Sequential(nn.BatchNorm1d(3))
-    with watch(net, "empty.parquet"):
+    with pytest.warns(RuntimeWarning, match="watch saw no step"), watch(net, "empty.parquet"):
         pass
     with watch(net, "run.parquet"):
         net(torch.randn(8, 3))

@@ -15,7 +15,7 @@ import zoo  # noqa: E402
 from batchnorm.diagnose import RULES, Batch, Layer, Network, examine  # noqa: E402
 from batchnorm.errors import ArgumentError  # noqa: E402
 from batchnorm.moments import Moments  # noqa: E402
-from batchnorm.torch import check, convert, freeze  # noqa: E402
+from batchnorm.torch import check, convert, freeze, recalibrate  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +101,113 @@ def test_check_leaves_the_model_as_it_was_when_its_forward_raises():
     assert all(map(torch.equal, before[0].values(), after[0].values()))
 
 
+def test_check_runs_no_optimizer_that_waits_in_hooks_of_parameters():
+    model, data = zoo.mlp(), zoo.loader(*zoo.rows())
+    optimizers = {p: torch.optim.SGD([p], 0.1) for p in model.parameters()}
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+    before = zoo.state_of(model)[0]
+    found = check(model, data, progress=False)
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
+    assert any("hooks of parameters" in text for text in found.skipped)
+
+
+def test_masked_values_do_not_count():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = convert(nn.BatchNorm1d(4))
+
+        def forward(self, x):
+            mask = torch.arange(10) < 3
+            return self.norm(torch.where(mask, x, 100.0), mask=mask)
+
+    model = Masked()
+    data = [torch.randn(32, 4, 10) for _ in range(60)]
+    with torch.no_grad():
+        for x in data:
+            model(x)
+    assert not check(model, data, progress=False)
+    assert not check(model.eval(), data, progress=False)
+
+
+@pytest.mark.parametrize("compiled", [lambda m: m.compile(backend="eager"), lambda m: m[1].compile(
+    backend="eager")], ids=["all", "layer"])  # fmt: skip
+def test_compiled_models_are_looked_at_uncompiled(compiled):
+    model, data = zoo.mlp(), zoo.loader(*zoo.rows())
+    compiled(model)
+    assert not check(model, data, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda m: m[1].weight.data.__setitem__(0, float("nan")), "BN104"),
+        (lambda m: m[4].bias.data.__setitem__(2, float("inf")), "BN104"),
+    ],
+)
+def test_parameters_that_are_not_finite_are_found(change, code):
+    model = zoo.mlp()
+    change(model)
+    assert _codes(check(model, progress=False)) == {code}
+
+
+def test_data_that_are_not_finite_are_said():
+    found = check(zoo.mlp(), [torch.full((32, 20), float("nan"))], progress=False)
+    assert any("not finite" in text for text in found.skipped)
+
+
+def test_batches_of_one_are_found():
+    model = zoo.train(zoo.mlp(), zoo.loader(*zoo.rows()))
+    assert "BN301" in _codes(check(model, [torch.randn(1, 20)] * 20, progress=False))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(4, 12), nn.Unflatten(1, (3, 4)), nn.BatchNorm1d(3)),
+        nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(10)),
+    ],
+)
+def test_bias_of_another_axis_is_no_finding(model):
+    x = torch.randn(64, 4) if len(model) == 3 else torch.randn(64, 10, 4)
+    assert not check(model, [x], progress=False)
+
+
+def test_models_that_return_their_loss_have_no_outputs_to_compare():
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = zoo.mlp()
+
+        def forward(self, x):
+            return {"loss": self.body(x).square().mean()}
+
+    model, data = Loss(), zoo.loader(*zoo.rows())
+    zoo.train(model.body, data)
+    assert not check(model.eval(), data, progress=False)
+
+
+def test_lazy_layers_are_named():
+    with pytest.raises(ArgumentError, match="the batch norm '1' has uninitialized tensors"):
+        check(nn.Sequential(nn.LazyLinear(8, bias=False), nn.LazyBatchNorm1d()))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_mode_does_not_decide_what_is_found(mode):
+    case = zoo.SICK["few_steps_at_a_small_momentum"]()
+    found = check(getattr(case.model, mode)(), case.data, progress=False)
+    assert {"BN102", "BN103", "BN105"} <= _codes(found)
+
+
+def test_measured_statistics_hold_nothing_of_the_initial_ones():
+    model, data = zoo.mlp(lambda n: nn.BatchNorm1d(n, momentum=0.001)), zoo.loader(*zoo.rows())
+    with torch.no_grad():
+        model[0].weight.mul_(0.3)
+    recalibrate(model, data, progress=False)
+    assert not check(model.eval(), progress=False)
+
+
 # ---- what it returns ----------------------------------------------------------------------------
 
 
@@ -182,11 +289,39 @@ def test_fix_mends_what_is_safe_and_says_so(name):
     assert any(case.code in text for text in found.fixed)
 
 
+def test_fix_reports_what_it_cannot_do():
+    class Mine(nn.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x) * 1.0
+
+    model = nn.Sequential(nn.BatchNorm1d(4), Mine(4)).requires_grad_(False)
+    model(torch.randn(32, 4))
+    found = check(model, fix=True)
+    assert model[0].stats_frozen
+    assert any("Mine cannot be converted" in text for text in found.skipped)
+    fresh = check(zoo.mlp().requires_grad_(False), fix=True)
+    assert any("never been measured" in text for text in fresh.skipped)
+
+
+def test_fix_with_a_last_batch_of_one():
+    data = zoo.loader(*zoo.rows(257), drop_last=False, shuffle=False)
+    model = zoo.mlp().eval()
+    found = check(model, data, fix=True, progress=False)
+    assert "BN101" not in _codes(found)
+    assert found.fixed
+
+
+def test_fix_refuses_data_that_can_be_read_once():
+    with pytest.raises(ArgumentError, match="runs data several times, got an iterator"):
+        check(zoo.mlp(), iter([torch.randn(32, 20)]), fix=True)
+
+
 def test_fix_leaves_the_rest():
     case = zoo.SICK["biases_before"]()
     found = check(case.model, case.data, fix=True, progress=False)
     assert _codes(found) == {"BN401"}
     assert not found.fixed
+    assert any("nothing was mended" in text for text in found.skipped)
 
 
 def test_fix_keeps_the_state_of_the_optimizer():

@@ -124,6 +124,14 @@ def test_sparkline(values, bars):
     assert sparkline(values) == bars
 
 
+def test_recording_without_any_number_has_a_page(tmp_path):
+    nothing = np.full(3, np.nan, np.float32)
+    recording = Recording({"model": "Net", "layers": {}})
+    recording.add([Snapshot(0, "100%", mean=nothing, var=nothing)])
+    recording.report(tmp_path / "page.html")
+    assert 'value="running_shift"' in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 # ---- in a browser -------------------------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
 """watch: what it records, what it leaves alone, and the file."""
 
+import copy
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -218,12 +220,101 @@ def test_callback_gets_numbers_and_step():
         (("net",), "takes a torch.nn.Module, got str"),
         ((nn.Linear(2, 2),), "a model with batch norms, got one without"),
         ((nn.BatchNorm1d(2), None, 0), "every must be a positive number of steps, got 0"),
+        ((nn.BatchNorm1d(2), None, True), "got True"),
         ((nn.BatchNorm1d(2), "/nowhere/run.parquet"), "'/nowhere' is not one"),
     ],
 )
 def test_unusable_arguments_are_refused(arguments, message):
     with pytest.raises(ArgumentError, match=message), watch(*arguments):
         pass
+
+
+def test_masked_values_do_not_count():
+    layer = BatchNorm1d(4)
+    mask = torch.arange(10) < 3
+    x = torch.where(mask, torch.randn(8, 4, 10), 100.0)
+    with watch(layer) as recording:
+        layer(x, mask=mask)
+    (found,) = recording.snapshots
+    assert found.values == 24
+    np.testing.assert_allclose(found.mean, x[:, :, :3].mean((0, 2)), rtol=1e-4, atol=1e-6)
+
+
+def test_forwards_without_gradients_are_no_steps():
+    with watch(net := _net(), every=1) as recording:
+        _steps(net, 2)
+        with torch.no_grad():
+            net(torch.randn(16, 5))
+    assert recording.steps == [0, 1]
+
+
+def test_model_that_is_never_called_is_named():
+    net = _net()
+    said = "watch saw no step: no forward of this Sequential"
+    with pytest.warns(RuntimeWarning, match=said), watch(nn.Sequential(net)):
+        _steps(net, 2)
+
+
+def test_model_compiled_in_place_is_refused():
+    net = _net()
+    net.compile(backend="eager")
+    with pytest.raises(ArgumentError, match="not compiled in place"), watch(net):
+        pass
+
+
+def test_copies_made_while_watching_are_free():
+    with watch(net := _net(), every=1) as recording:
+        _steps(net, 1)
+        copied = copy.deepcopy(net)
+        pickled = pickle.loads(pickle.dumps(net))
+        _steps(copied, 3)
+        _steps(pickled, 3)
+        _steps(net, 1)
+    assert recording.steps == [0, 1]
+
+
+def test_log_that_raises_ends_no_training():
+    def log(metrics, step):
+        raise OSError("no network")
+
+    with (
+        pytest.warns(RuntimeWarning, match="no longer logs to .*: OSError: no network"),
+        watch(net := _net(), every=1, log=log) as recording,
+    ):
+        _steps(net, 4)
+    assert len(recording.steps) == 4
+
+
+def test_file_that_cannot_be_written_meanwhile_ends_no_training(tmp_path, monkeypatch):
+    path = tmp_path / "run.parquet"
+    save, fails = Recording.save, [True]
+
+    def full(self, place):
+        if fails[0]:
+            raise ArgumentError("no space left")
+        save(self, place)
+
+    monkeypatch.setattr(Recording, "save", full)
+    with (  # noqa: PT031
+        pytest.warns(RuntimeWarning, match="no space left"),
+        watch(net := _net(), path, every=1) as recording,
+    ):
+        _steps(net, 4)
+        fails[0] = False
+    assert Recording.load(path).steps == recording.steps == [0, 1, 2, 3]
+
+
+def test_layers_in_evaluation_mode_are_recorded_as_such():
+    net = nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4))
+    net(torch.randn(64, 5))
+    net[0].requires_grad_(False)
+    with watch(net, every=1) as recording:
+        for _k in range(40):
+            net.train()
+            net[0].eval()
+            net(torch.randn(64, 5)).square().mean().backward()
+    assert not [s for s in recording.snapshots if s.training and s.layer == "0"]
+    assert not check(net, recording=recording, select=["BN407", "BN301", "BN202"])
 
 
 # ---- bounds -------------------------------------------------------------------------------------

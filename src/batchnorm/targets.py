@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.diagnose import RULES, Findings, examine
-from batchnorm.errors import ArgumentError
+from batchnorm.errors import ArgumentError, BatchNormError
 from batchnorm.extras import require
 
 __all__ = ["check", "explain"]
@@ -93,7 +93,15 @@ def _check_model(
     batches: Any = None if data is None else load_batches(data)
     if weights is not None:
         model.eval()  # it is finished
-    found = face.check(model, batches, select=select, ignore=ignore, fix=fix)
+    try:
+        found = face.check(model, batches, select=select, ignore=ignore, fix=fix)
+    except BatchNormError:
+        raise
+    except Exception as error:  # whatever the model does on the data
+        raise BatchNormError(
+            f"{target}: the model cannot be run on {data or 'nothing'}: {type(error).__name__}: "
+            f"{error}."
+        ) from error
     if out is not None:
         with explain_write_errors(out), replacing(out) as beside:
             torch.save(model.state_dict(), beside)

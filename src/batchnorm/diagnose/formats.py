@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from urllib.parse import quote
 
 from batchnorm._version import __version__
 
@@ -49,10 +50,13 @@ def _github(findings: Sequence[Finding], target: str) -> str:
     def escaped(text: str) -> str:
         return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
+    def part(text: str) -> str:
+        return escaped(text).replace(":", "%3A").replace(",", "%2C")
+
     lines = []
     for f in findings:
-        place = f"file={f.where[0]},line={f.where[1]}," if f.where else ""
-        title = escaped(f"{f.code} {f.title}").replace(":", "%3A").replace(",", "%2C")
+        place = f"file={part(f.where[0])},line={f.where[1]}," if f.where else ""
+        title = part(f"{f.code} {f.title}")
         message = escaped(f"{f.layer + ': ' if f.layer else ''}{f.message}. {f.fix}")
         lines.append(f"::warning {place}title={title}::{message}")
     return "\n".join(lines)
@@ -81,7 +85,7 @@ def _sarif(findings: Sequence[Finding], target: str) -> str:
                 "locations": [
                     {
                         "physicalLocation": {
-                            "artifactLocation": {"uri": file.replace("\\", "/")},
+                            "artifactLocation": {"uri": quote(file.replace("\\", "/"))},
                             "region": {"startLine": line},
                         },
                         "logicalLocations": [{"fullyQualifiedName": f.layer}],

@@ -14,10 +14,12 @@ _WORDS = {
     "pool": ("pool", "interpolate", "upsample", "pad", "resize"),
     "add": ("add", "add_", "__add__", "__radd__", "__iadd__", "iadd", "sub", "__sub__"),
     "concat": ("cat", "concat", "stack"),
-    "reshape": (
-        "view", "reshape", "flatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
-        "to", "float", "half", "bfloat16", "clone", "unflatten", "identity", "requires_grad_",
+    "identity": (
+        "contiguous", "to", "float", "half", "bfloat16", "clone", "identity", "requires_grad_",
         "cast",
+    ),
+    "reshape": (
+        "view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "unflatten",
     ),
     "activation": (
         "relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "leakyrelu", "prelu", "rrelu",

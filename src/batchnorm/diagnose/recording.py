@@ -50,6 +50,8 @@ class Snapshot:
         Before the step; empty where the layer has none.
     updates
         Of the running statistics before the step.
+    training
+        Whether the layer normalized by the batch.
     gradient, gradient_weight, gradient_bias
         Norms of the gradients of output, γ and β.
     channels, before, after : lists
@@ -74,6 +76,7 @@ class Snapshot:
     weight: Values = field(default_factory=lambda: np.empty(0, np.float32))
     bias: Values = field(default_factory=lambda: np.empty(0, np.float32))
     updates: int = -1
+    training: bool = True
     gradient: float = NAN
     gradient_weight: float = NAN
     gradient_bias: float = NAN
@@ -335,7 +338,7 @@ def _layer(name: str, seen: list[Snapshot], about: dict[str, Any]) -> Layer:
             s.call,
         )
         for s in seen[-8:]
-        if s.values and np.isfinite(s.mean).all() and np.isfinite(s.var).all()
+        if s.training and s.values and np.isfinite(s.mean).all() and np.isfinite(s.var).all()
     ]
     tracks = len(last.running_mean) > 0
     stood = tracks and last.updates == first.updates == 0
@@ -345,7 +348,7 @@ def _layer(name: str, seen: list[Snapshot], about: dict[str, Any]) -> Layer:
         channels=len(last.mean),
         eps=about.get("eps", 1e-5),
         momentum=about.get("momentum", 0.1),
-        training=True,
+        training=last.training,
         frozen=about.get("frozen", False),
         tracks=tracks,
         exact=about.get("exact", False),
@@ -381,7 +384,10 @@ def _column(values: list[Any], kind: str) -> Any:
 
     if not _is_list(kind):
         return pa.array(
-            values, {"int": pa.int64(), "float": pa.float64(), "str": pa.string()}[kind]
+            values,
+            {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}[
+                kind
+            ],
         )
     dtype = np.float32 if kind == "Values" else np.int64
     offsets = np.concatenate([[0], np.cumsum([len(v) for v in values])])

@@ -137,8 +137,8 @@ class Operation:
     Attributes
     ----------
     kind
-        "batch norm", "convolution", "linear", "activation", "dropout", "pool", "reshape" (the same
-        values in another shape or type), "add", "concat", "input" or "other".
+        "batch norm", "convolution", "linear", "activation", "dropout", "pool", "identity" (the same
+        values, perhaps in another type), "reshape", "add", "concat", "input" or "other".
     name
         The path of the layer, or the name of the function.
     inputs
@@ -174,6 +174,8 @@ class Network:
     gap
         Root mean square difference of the outputs by running and by batch statistics, over the
         spread of the outputs.
+    refused
+        Batches that training refuses, for a channel has one value in them.
     ranks
         For each process, running mean and variance of each layer by name.
     steps
@@ -191,6 +193,7 @@ class Network:
     label_batches: int = 0
     classes: int = 0
     gap: float | None = None
+    refused: int = 0
     ranks: Sequence[dict[str, tuple[Array, Array]]] = ()
     steps: int = 0
     exported: bool = False

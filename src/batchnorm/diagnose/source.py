@@ -37,8 +37,8 @@ def check_source(
         It cannot be read, is no Python, or holds no batch norm and `allow_none` is not set.
     """
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    except (OSError, SyntaxError, ValueError, RecursionError) as error:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         why = getattr(error, "strerror", None) or getattr(error, "msg", None) or error
         raise ArgumentError(
             f"{path}: must be a readable Python file, but: {why}. Name another file."
@@ -62,6 +62,8 @@ def check_source(
 
 def networks(tree: ast.Module) -> Iterator[tuple[Network, dict[str, int]]]:
     """Each model in a program, and the lines of its layers."""
+    if not _imports_torch(tree):
+        return  # batch norm of another framework, with other defaults
     inside: set[ast.AST] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
@@ -76,6 +78,17 @@ def networks(tree: ast.Module) -> Iterator[tuple[Network, dict[str, int]]]:
             if alone.network.layers:
                 yield alone.network, alone.lines
                 inside |= {n for n in ast.walk(node) if _is_sequential(n)}
+
+
+def _imports_torch(tree: ast.Module) -> bool:
+    names = [
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    ]
+    names += [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    return any(name.split(".")[0] in ("torch", "batchnorm") for name in names)
 
 
 def _is_sequential(node: ast.AST) -> bool:
@@ -126,8 +139,9 @@ class _Reader:
             unpacked = None in keywords or any(isinstance(a, ast.Starred) for a in call.args)
             bias = not unpacked and (given is None or _constant(given) is True)
             bias = bias and _callee(call).lower().startswith(("conv", "linear"))
-        if kind == "dropout" and call.args and _constant(call.args[0]) == 0:
-            kind = "reshape"
+        rate = call.args[0] if call.args else keywords.get("p")
+        if kind == "dropout" and rate is not None and _constant(rate) == 0:
+            kind = "identity"
         return self.add(kind, name, inputs, bias)
 
     def _layer(self, call: ast.Call, name: str, keywords: dict[str | None, ast.expr]) -> None:
@@ -167,12 +181,16 @@ class _Class(_Reader):
         functions = {f.name: f for f in node.body if isinstance(f, ast.FunctionDef)}
         self.forward = functions.get("forward")
         self._made: dict[str, ast.Call] = {}
+        twice: set[str] = set()  # in two branches, perhaps
         for statement in ast.walk(functions.get("__init__", ast.Module([], []))):
             if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call):
                 for target in statement.targets:
                     if _of_self(target):
                         assert isinstance(target, ast.Attribute)
+                        twice.update({target.attr} & self._made.keys())
                         self._made[target.attr] = statement.value
+        for attribute in twice:
+            del self._made[attribute]
         self._values: dict[str, int] = {}
         self._seen: set[str] = set()
         if self.forward is not None:

@@ -50,7 +50,8 @@ function bars(layer, channel, position) {
   });
   return [rows, low < high ? [low, high] : [low - 1, low + 1]];
 }
-const shown = () => data.recordings[0].shown;
+const longest = data.recordings.reduce((a, b) => b.shown[b.shown.length - 1] > a.shown[a.shown.length - 1] ? b : a);
+const shown = () => longest.shown;
 function nearest(recording, position) {
   const step = shown()[position];
   return recording.shown.reduce((best, s) => Math.abs(s - step) < Math.abs(best - step) ? s : best, recording.shown[0]);
@@ -122,7 +123,9 @@ function choose(layer, step) {
   return true;
 }
 function fromAddress() {
-  const found = decodeURIComponent(location.hash).match(/^#layer-(.*)$/);
+  let address = location.hash;
+  try { address = decodeURIComponent(address); } catch { return; }
+  const found = address.match(/^#layer-(.*)$/s);
   if (found && choose(found[1])) $("detail").scrollIntoView();
 }
 

@@ -12,6 +12,7 @@ import math
 from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 import vl_convert
@@ -101,8 +102,9 @@ def _measure(snapshot: Snapshot, name: str) -> float:
 
 def _measures(shown: list[Recording]) -> list[str]:
     """Those that are known."""
-    snapshots = [s for r in shown for s in r.snapshots[-200:]]
-    return [n for n in MEASURES if any(math.isfinite(_measure(s, n)) for s in snapshots)]
+    snapshots = [s for r in shown for s in r.snapshots]
+    known = [n for n in MEASURES if any(math.isfinite(_measure(s, n)) for s in snapshots)]
+    return known or ["running_shift"]
 
 
 def _data(recording: Recording) -> dict[str, Any]:
@@ -170,7 +172,7 @@ def anchor(layer: str) -> str:
 
 def _link(layer: str) -> str:
     name = html.escape(layer)
-    return f'<a href="#{anchor(name)}" data-layer="{name}">{name or "the network"}</a>'
+    return f'<a href="#{quote(anchor(layer))}" data-layer="{name}">{name or "the network"}</a>'
 
 
 def _summary(shown: list[Recording], names: list[str]) -> str:

@@ -22,6 +22,12 @@ ALONE = 0.5
 )
 def small(network: Network) -> Found:
     """Layers that normalize by a handful of values."""
+    if network.refused and network.remainder != 1:  # which has a code of its own
+        yield (
+            "",
+            f"batches with one value per channel, which training refuses: {network.refused}",
+            numbers(batches=network.refused),
+        )
     for layer in network.layers:
         if layer.frozen or not layer.batches:
             continue

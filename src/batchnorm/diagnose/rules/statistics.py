@@ -12,6 +12,8 @@ from .rule import Found, many, numbers, rule
 #: A channel is apart if its mean differs by so many standard deviations, or its standard deviation
 #: by such a factor, beyond what the number of examples explains.
 SHIFT, FACTOR = 0.5, 1.5
+#: Examples without which nothing is said of the population.
+FEWEST_EXAMPLES = 16
 #: The share of channels that must be apart.
 CHANNELS = 0.05
 #: Outputs are apart if they differ by as much as they vary.
@@ -46,7 +48,7 @@ class Distance(NamedTuple):
 def distance(layer: Layer) -> Distance | None:
     """How far the running statistics are from the population's; None if that is not known."""
     population, mean, var = layer.population, layer.mean, layer.var
-    if population is None or mean is None or var is None or layer.examples < 2:
+    if population is None or mean is None or var is None or layer.examples < FEWEST_EXAMPLES:
         return None
     if not np.isfinite(population.mean).all() or not np.isfinite(mean).all():
         return None
@@ -162,7 +164,7 @@ def outputs_apart(network: Network) -> Found:
 
 @rule(
     "BN104",
-    "running statistics not finite, or a negative variance",
+    "values that are not finite, or a negative variance",
     fix="recalibrate(model, data); batchnorm's layers do not let such a batch in",
 )
 def not_finite(network: Network) -> Found:
@@ -181,6 +183,15 @@ def not_finite(network: Network) -> Found:
                 f"{channel} has mean {layer.mean[channel]:.4g}, variance {layer.var[channel]:.4g}",
                 numbers(channels=int((bad | negative).sum()), first=channel),
             )
+            continue
+        for name, values in (("γ", layer.weight), ("β", layer.bias)):
+            if values is not None and not np.isfinite(values).all():
+                count = int((~np.isfinite(values)).sum())
+                yield (
+                    layer.name,
+                    f"{name} is not finite in {many(count, 'channel')}",
+                    numbers(channels=count),
+                )
 
 
 @rule(

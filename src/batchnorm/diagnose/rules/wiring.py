@@ -10,9 +10,9 @@ from ..records import Network
 from .rule import Found, many, numbers, rule
 
 #: What passes values on without changing their distribution.
-PASSIVE = ("reshape",)
+PASSIVE = ("identity", "reshape")
 #: What lies between a dropout and the batch norm that it disturbs.
-BETWEEN = ("reshape", "activation", "convolution", "linear", "pool")
+BETWEEN = ("identity", "reshape", "activation", "convolution", "linear", "pool")
 #: Inputs of one layer are different if their means are so many standard deviations apart.
 DIFFERENT = 1.0
 #: Examples per process from which statistics need not be synchronized.
@@ -30,7 +30,7 @@ def bias(network: Network) -> Found:
         layer = network.layer(operation.name)
         if layer is not None and (layer.frozen or layer.trainable is False):
             continue  # with constant statistics, a bias does something
-        source = _source(network, number)
+        source = _source(network, number, "identity")  # a reshape may move the channels
         if source is None:
             continue
         before = network.operations[source]
@@ -43,14 +43,14 @@ def bias(network: Network) -> Found:
             )
 
 
-def _source(network: Network, number: int) -> int | None:
-    """The operation that makes the input, past reshapes."""
+def _source(network: Network, number: int, *through: str) -> int | None:
+    """The operation that makes the input, past the kinds `through`."""
     while True:
         inputs = network.operations[number].inputs
         if len(inputs) != 1:
             return None
         number = inputs[0]
-        if network.operations[number].kind not in PASSIVE:
+        if network.operations[number].kind not in through:
             return number
 
 

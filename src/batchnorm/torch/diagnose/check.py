@@ -14,6 +14,7 @@ from ...errors import ArgumentError, BatchNormError
 from ...progress import bar
 from ..convert import convert, explain
 from ..freeze import freeze
+from ..modules import Layer as OurLayer
 from ..parameters import parameter_groups
 from ..population import recalibrate
 from ..population.layers import unwrapped
@@ -88,6 +89,10 @@ def check(
         raise ArgumentError(
             f"optimizer must be one of torch.optim, got {type(optimizer).__name__}."
         )
+    if fix and data is not None and iter(data) is data:
+        raise ArgumentError(
+            "fix runs data several times, got an iterator. Pass the loader itself, or a list."
+        )
     if isinstance(recording, (str, Path)):
         recording = Recording.load(recording)
     if recording is not None and not isinstance(recording, Recording):
@@ -129,9 +134,9 @@ def _look(
     elif network.layers:
         if progress:
             with bar() as show:
-                observe(model, network, data, forward, show)
+                skipped += observe(model, network, data, forward, show)
         else:
-            observe(model, network, data, forward)
+            skipped += observe(model, network, data, forward)
     found = examine(network, select, ignore)
     if recording is not None:
         of_training = examine(recording.network(), select, ignore)
@@ -163,22 +168,9 @@ def _mend(
     def done(wanted: set[str], text: str) -> None:
         fixed.append(f"{text} ({', '.join(sorted(wanted & codes.keys()))})")
 
-    convertible = bool(explain(model).pending) or not explain(model).skipped
-    if codes.keys() & _CONVERT and convertible:
+    if codes.keys() & _CONVERT and explain(model).pending:
         convert(model)
         done(_CONVERT, "convert(model)")
-    if codes.keys() & _FREEZE and convertible:
-        if explain(model).pending:
-            convert(model)
-            fixed.append("convert(model), which freeze needs")
-        layers = dict(unwrapped(model).named_modules())
-        for finding in found:
-            if finding.code in _FREEZE:
-                freeze(layers[finding.layer])
-        done(_FREEZE, "freeze of the layers whose parameters are frozen")
-    if optimizer is not None and codes.keys() & _GROUPS:
-        _without_decay(unwrapped(model), optimizer)
-        done(_GROUPS, "γ and β without weight decay, in groups of their own")
     if data is not None and codes.keys() & _RECALIBRATE:
         try:
             recalibrate(model, data, method="exact", forward=forward, progress=progress)
@@ -186,7 +178,32 @@ def _mend(
             failed.append(f"recalibrate: {error}")
         else:
             done(_RECALIBRATE, "recalibrate(model, data)")
+    if codes.keys() & _FREEZE:
+        _freeze(model, [f.layer for f in found if f.code in _FREEZE], fixed, failed)
+    if optimizer is not None and codes.keys() & _GROUPS:
+        _without_decay(unwrapped(model), optimizer)
+        done(_GROUPS, "γ and β without weight decay, in groups of their own")
     return fixed, failed
+
+
+def _freeze(model: nn.Module, names: list[str], fixed: list[str], failed: list[str]) -> None:
+    """Freeze layers whose statistics are not the initial ones."""
+    if explain(model).pending:
+        convert(model)
+        fixed.append("convert(model), which freeze needs")
+    layers: dict[str, Any] = dict(unwrapped(model).named_modules())
+    frozen = 0
+    for name in names:
+        layer = layers[name]
+        if not isinstance(layer, OurLayer):
+            failed.append(f"freeze of {name}: {type(layer).__name__} cannot be converted")
+        elif layer.num_batches_tracked is not None and not int(layer.num_batches_tracked):
+            failed.append(f"freeze of {name}: its statistics have never been measured")
+        else:
+            freeze(layer)
+            frozen += 1
+    if frozen:
+        fixed.append(f"freeze of {frozen} layers whose parameters are frozen (BN407)")
 
 
 def _without_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

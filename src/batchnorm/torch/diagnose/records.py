@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from ...diagnose.records import Array, Batch, Layer, Network, Update
 from ...errors import ArgumentError
 from ...moments import Moments
+from ..functional import as_weights
 from ..modules import Layer as OurLayer
 from ..population.batches import call_with_first_item, tensors_in
 from ..population.layers import unwrapped
@@ -30,6 +31,8 @@ __all__ = ["MOST_BATCHES", "numpy_of", "observe", "record_layers"]
 
 #: Batches of the data that are looked at.
 MOST_BATCHES = 32
+#: Numbers in the outputs that are compared.
+MOST_OUTPUTS = 2**24
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -73,10 +76,16 @@ def record_layers(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
         processes = torch.distributed.get_world_size(model.process_group)
     elif isinstance(model, DataParallel):
         processes = len(model.device_ids)
-    return Network(layers=layers, training=model.training, processes=processes)
+    return Network(layers=layers, training=unwrapped(model).training, processes=processes)
 
 
 def _record(name: str, module: Any, decays: dict[int, float], averaged: bool) -> Layer:
+    for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        if nn.parameter.is_lazy(t) or t.is_meta:
+            raise ArgumentError(
+                f"the batch norm '{name}' has {'meta' if t.is_meta else 'uninitialized'} tensors. "
+                "Load its weights, or run the model once, first."
+            )
     parameters = [p for p in (module.weight, module.bias) if isinstance(p, nn.Parameter)]
     constant = not isinstance(module, nn.modules.batchnorm._BatchNorm)  # by its class
     mean, var = module.running_mean, module.running_var
@@ -118,24 +127,43 @@ def observe(
     data: Any,
     forward: Forward | None = None,
     show: Callable[[str, int, int | None], None] = lambda text, done, total: None,
-) -> None:
-    """Run the model on `data`, and add to `network` what its batch norms do there."""
+) -> list[str]:
+    """Run the model on `data`, and add to `network` what its batch norms do there.
+
+    Returns what could not be looked at, and why.
+    """
     run = forward or call_with_first_item
+    notes: list[str] = []
     batches = _take(data)
     inside = unwrapped(model)
     modules = batch_norms(model)
     records = {modules[layer.name]: layer for layer in network.layers}
     network.remainder = _remainder(data)
     _count_labels(network, batches)
-    with unchanged(inside, data):
+    with unchanged(inside, data), eagerly():
         inside.eval()
         network.operations = wiring.by_running(inside, lambda: run(inside, batches[0]))
         relu = wiring.followed_by_relu(network.operations)
         by_running = _in_evaluation(inside, records, batches, run, show)
-        by_batch = _in_training(inside, records, batches, run, relu, show)
+        by_batch = _in_training(inside, network, records, batches, run, relu, show)
         network.gap = _gap(by_running, by_batch)
-        if not isinstance(model, DistributedDataParallel):
+        if isinstance(model, DistributedDataParallel) or _has_hooks(inside):
+            notes.append("a training step, for hooks of parameters would run")
+        else:
             _one_step(inside, records, batches[0], run)
+    for layer in network.layers:
+        if layer.population is not None and not np.isfinite(layer.population.mean).all():
+            notes.append(f"{layer.name}, for its input on the data is not finite")
+            break
+    return notes
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether a backward pass would run hooks of parameters, which may be an optimizer's."""
+    return any(
+        p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)
+        for p in model.parameters()
+    )
 
 
 def _take(data: Any) -> list[Any]:
@@ -156,10 +184,11 @@ def _remainder(data: Any) -> int | None:
     """Examples in the last batch of a loader, if it is smaller than the others."""
     size, drop = getattr(data, "batch_size", None), getattr(data, "drop_last", True)
     dataset = getattr(data, "dataset", None)
+    sampler = getattr(data, "sampler", None)
     if not isinstance(size, int) or size < 2 or drop or dataset is None:
         return None
     try:
-        return len(dataset) % size or None
+        return len(dataset if sampler is None else sampler) % size or None
     except TypeError:
         return None
 
@@ -215,23 +244,43 @@ def unchanged(model: nn.Module, data: Any = None) -> Iterator[None]:
         rng.restore()
 
 
-def moments_of(x: Tensor) -> Moments:
-    """Of the input of a layer."""
-    return Moments.of(np.ascontiguousarray(numpy_of(x)))
+def moments_of(x: Tensor, weights: Tensor | None = None) -> Moments:
+    """Of the input of a layer, with the weights of its mask."""
+    given = None if weights is None else numpy_of(weights)
+    return Moments.of(np.ascontiguousarray(numpy_of(x)), weights=given)
+
+
+def weights_of(module: Any, x: Tensor, args: Any, kwargs: Any) -> Tensor | None:
+    """The weights (N, *S) of a layer of ours that was given a mask."""
+    mask = kwargs.get("mask", args[2] if len(args) > 2 else None)
+    if mask is None or not isinstance(module, OurLayer):
+        return None
+    return as_weights(mask, x)
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Run compiled functions uncompiled, if torch can do that."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    if set_stance is None:
+        yield
+        return
+    with set_stance("force_eager"):
+        yield
 
 
 @contextmanager
 def _watching(
-    records: dict[Any, Layer], see: Callable[[Layer, Any, Tensor, Tensor], None]
+    records: dict[Any, Layer], see: Callable[[Layer, Any, Tensor, Tensor, Tensor | None], None]
 ) -> Iterator[None]:
-    """Call `see` with layer, module, input and output at each forward of a batch norm."""
+    """Call `see` with layer, module, input, output and weights at each forward of a batch norm."""
     with ExitStack() as stack:
         for module, layer in records.items():
 
             def hook(m: Any, args: Any, kwargs: Any, y: Any, layer: Layer = layer) -> None:
                 x = args[0] if args else next(iter(kwargs.values()))
                 if isinstance(x, Tensor) and x.dim() >= 2 and x.shape[0]:
-                    see(layer, m, x, y)
+                    see(layer, m, x, y, weights_of(m, x, args, kwargs))
 
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
@@ -247,15 +296,18 @@ def _in_evaluation(
     """By running statistics: moments of the inputs."""
     found: dict[str, list[Moments]] = {}
 
-    def see(layer: Layer, module: Any, x: Tensor, y: Tensor) -> None:
-        found.setdefault(layer.name, []).append(moments_of(x))
+    def see(layer: Layer, module: Any, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
+        found.setdefault(layer.name, []).append(moments_of(x, weights))
         layer.examples += x.shape[0]
 
     outputs: list[Tensor | None] = []
+    kept = 0
     with _watching(records, see), torch.no_grad():
         for number, batch in enumerate(batches):
             show("evaluation", number, len(batches))
-            outputs.append(_first(run(model, batch)))
+            output = _first(run(model, batch))
+            kept += 0 if output is None else output.numel()
+            outputs.append(output if kept < MOST_OUTPUTS else None)
     for layer in records.values():
         if layer.name in found:
             layer.population = Moments.merge(found[layer.name])
@@ -269,6 +321,7 @@ def _first(value: Any) -> Tensor | None:
 
 def _in_training(
     model: nn.Module,
+    network: Network,
     records: dict[Any, Layer],
     batches: list[Any],
     run: Forward,
@@ -281,12 +334,15 @@ def _in_training(
     """
     calls: dict[str, int] = {}
 
-    def see(layer: Layer, module: Any, x: Tensor, y: Tensor) -> None:
+    def see(layer: Layer, module: Any, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
         call = calls.get(layer.name, 0)
         calls[layer.name] = call + 1
         size = getattr(module, "group_size", None) or x.shape[0]
-        for part in x.split(size):  # type: ignore[no-untyped-call]
-            seen.setdefault(layer.name, []).append(Batch(moments_of(part), len(part), call))
+        parts = x.split(size)  # type: ignore[no-untyped-call]
+        for k, part in enumerate(parts):
+            begin = sum(len(p) for p in parts[:k])
+            share = None if weights is None else weights[begin : begin + len(part)]
+            seen.setdefault(layer.name, []).append(Batch(moments_of(part, share), len(part), call))
         fused = getattr(module, "activation", None)
         if layer.name in relu and not layer.frozen and not isinstance(fused, str):
             axes = [k for k in range(y.dim()) if k != 1]
@@ -296,15 +352,19 @@ def _in_training(
 
     seen: dict[str, list[Batch]] = {}
     outputs: list[Tensor | None] = []
+    kept = 0
     with _by_batch(records), _watching(records, see), torch.no_grad():
         for number, batch in enumerate(batches):
             show("training", number, len(batches))
             calls.clear()
             try:
-                outputs.append(_first(run(model, batch)))
+                output = _first(run(model, batch))
+                kept += 0 if output is None else output.numel()
+                outputs.append(output if kept < MOST_OUTPUTS else None)
             except ValueError as error:  # one value per channel, which the loader's rule names
                 if "more than 1 value" not in str(error):
                     raise
+                network.refused += 1
                 outputs.append(None)
     for layer in records.values():
         layer.batches = tuple(seen.get(layer.name, ()))

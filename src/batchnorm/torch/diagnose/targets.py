@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -66,13 +67,15 @@ def _made(target: str, what: str, kind: type) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(place)
+        with contextlib.redirect_stdout(sys.stderr):
+            found: Any = importlib.import_module(place)
         for part in name.split("."):
             found = getattr(found, part)
-        return found() if callable(found) and not isinstance(found, kind) else found
+        with contextlib.redirect_stdout(sys.stderr):  # what they print is no finding
+            return found() if callable(found) and not isinstance(found, kind) else found
     except BatchNormError:
         raise
-    except Exception as error:  # whatever the module or the factory does
+    except (Exception, SystemExit) as error:  # whatever the module or the factory does
         raise ArgumentError(
             f"{target}: must name a function without arguments that returns {what}, but "
             f"{type(error).__name__}: {error}. Run the command where 'import {place}' works."

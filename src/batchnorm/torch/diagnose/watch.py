@@ -21,14 +21,14 @@ from ...atomic import check_place
 from ...diagnose.recording import Recording, Snapshot, of_rank
 from ...diagnose.records import BINS, QUANTILES
 from ...diagnose.shift import distances
-from ...errors import ArgumentError
+from ...errors import ArgumentError, BatchNormError
 from ...extras import require
-from .. import native
+from .. import native, portable
 from ..internals import is_direct, is_recomputing
 from ..modules import Layer as OurLayer
 from ..population.batches import call_with_first_item
 from ..population.layers import unwrapped
-from .records import batch_norms, numpy_of, record_layers, unchanged
+from .records import batch_norms, eagerly, numpy_of, record_layers, unchanged, weights_of
 
 __all__ = ["Watch", "watch"]
 
@@ -132,9 +132,14 @@ class Watch:
         self._layers = batch_norms(model)
         if not self._layers:
             raise ArgumentError("watch takes a model with batch norms, got one without any.")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if any(m._compiled_call_impl is not None for m in unwrapped(model).modules()):
+            raise ArgumentError(
+                "watch takes a model that is not compiled in place, by model.compile(). Use "
+                "torch.compile(model), and watch what it returns."
+            )
+        if isinstance(every, bool) or not isinstance(every, (int, np.integer)) or every < 1:
             raise ArgumentError(f"every must be a positive number of steps, got {every!r}.")
-        self._model, self._every, self._probe = model, every, probe
+        self._model, self._every, self._probe = model, int(every), probe
         self._forward = forward or call_with_first_item
         self._logs = tuple(log) if isinstance(log, (list, tuple)) else (log,)
         for each in self._logs:
@@ -159,7 +164,7 @@ class Watch:
         self._unused: list[list[Any]] = []  # hooks of parameters that may not have run
         self._hooks: list[Any] = []
         self._probed: dict[str, Any] = {}
-        self._busy = False
+        self._busy = self._warned = False
         self._written, self._cost = 0.0, 0.0
         self._uncompiled: Any = None
 
@@ -175,8 +180,8 @@ class Watch:
                 self.end()
 
         return [
-            self._model.register_forward_pre_hook(before),
-            self._model.register_forward_hook(after, always_call=True),
+            self._model.register_forward_pre_hook(_Hook(before)),
+            self._model.register_forward_hook(_Hook(after), always_call=True),
         ]
 
     def _is_step(self, module: nn.Module) -> bool:
@@ -197,10 +202,13 @@ class Watch:
             calls: dict[str, int] = {}
             for name, module in self._layers.items():
                 self._hooks.append(
-                    module.register_forward_hook(self._seer(name, calls), with_kwargs=True)
+                    module.register_forward_hook(
+                        _Hook(self._seer(name, calls)), with_kwargs=True, prepend=True
+                    )
                 )
             if self._model is not unwrapped(self._model):
-                self._uncompiled = _eagerly()
+                self._uncompiled = eagerly()
+                self._uncompiled.__enter__()
 
     def end(self) -> None:
         """End a step: after the forward. Gradients may still come."""
@@ -217,6 +225,13 @@ class Watch:
     def close(self) -> None:
         """Finish the recording, and write it."""
         self._end_hooks()
+        if not self.step:
+            warnings.warn(
+                f"watch saw no step: no forward of this {type(self._model).__name__} itself in "
+                "training mode, with gradients. Watch what your loop calls.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         self._flush(last=True)
 
     def _end_hooks(self) -> None:
@@ -241,7 +256,14 @@ class Watch:
         now = time.perf_counter()
         due = self._written == 0 or (now - self._written) * WRITING > self._cost
         if self._path is not None and (last or (done and due)):
-            self.recording.save(self._path)
+            try:
+                self.recording.save(self._path)
+            except BatchNormError as error:
+                if last:
+                    raise
+                if not self._warned:  # a full disk must not end a training; it may get room
+                    warnings.warn(str(error), RuntimeWarning, stacklevel=2)
+                self._warned = True
             self._written = time.perf_counter()
             self._cost = self._written - now
 
@@ -280,19 +302,27 @@ class Watch:
             calls[name] = call + 1
             moved, relative = self._probed.get(name, (np.nan, np.nan))[-2:]
             snapshot = Snapshot(self.step, name, call, moved=moved, moved_relative=relative)
+            frozen = getattr(module, "stats_frozen", False)
+            snapshot.training = bool(module.training and not frozen)
             size = min(getattr(module, "group_size", None) or x.shape[0], x.shape[0])
             snapshot.examples = size
             with torch.no_grad():
-                self._measure(snapshot, x.detach()[:size], y.detach())
+                weights = weights_of(module, x, args, kwargs)
+                weights = weights if weights is None else weights[:size]
+                self._measure(snapshot, x.detach()[:size], y.detach(), weights)
             self._follow_gradients(snapshot, module, y)
             self._open.append(snapshot)
 
         return see
 
-    def _measure(self, snapshot: Snapshot, x: Tensor, y: Tensor) -> None:
+    def _measure(self, snapshot: Snapshot, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
         # A GPU goes on meanwhile: nothing here waits for it, and few kernels are started.
         if x.is_cpu and is_direct(x):
-            n, mean, _, m2, _ = native.moments(x, None)[0]
+            n, mean, _, m2, _ = native.moments(x, weights)[0]
+            snapshot.values = float(n.min())
+            snapshot.mean, snapshot.var = _f32(mean), _f32(m2 / np.maximum(n, 1))
+        elif weights is not None:
+            n, mean, _, m2, _ = numpy_of(portable.moments(x, weights))[0]
             snapshot.values = float(n.min())
             snapshot.mean, snapshot.var = _f32(mean), _f32(m2 / np.maximum(n, 1))
         else:
@@ -397,6 +427,22 @@ def _values(x: Tensor) -> Tensor:
     units = np.unique(np.linspace(0, x.shape[1] - 1, PROBED_UNITS).astype(int))
     flat = x[:, units].transpose(0, 1).flatten(1).t()
     return flat[:: max(1, len(flat) // PROBED_VALUES)]
+
+
+class _Hook:
+    """A hook that does nothing in copies and pickles of the model."""
+
+    def __init__(self, function: Callable[..., Any] | None = None) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self._function is None else self._function(*args)
+
+    def __deepcopy__(self, memo: Any) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> Any:
+        return _Hook, ()
 
 
 def _sample(x: Tensor, apart: int) -> Tensor:
@@ -507,14 +553,3 @@ def _processes() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
-
-
-def _eagerly() -> Any:
-    """Run compiled functions uncompiled until this is left; None if torch cannot do that."""
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    return None if set_stance is None else _entered(set_stance("force_eager"))
-
-
-def _entered(context: Any) -> Any:
-    context.__enter__()
-    return context

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ...diagnose.kinds import kind_of
@@ -109,8 +109,10 @@ class _Recorder(TorchFunctionMode):
         if not inputs and kind == "other":
             return result
         if kind == "dropout" and not _rate(func, args, kwargs):
-            kind = "reshape"
+            kind = "identity"
         owner, bias = self._owner([args, kwargs]), _bias(func, args, kwargs)
+        if kind == "linear" and isinstance(result, Tensor) and result.dim() > 2:
+            bias = False  # of the last axis, which is not that of the channels
         owner = owner or (self._leaf if kind != "activation" else "")
         self._add(Operation(kind, owner or name, inputs, bias), result)
         return result
@@ -165,7 +167,7 @@ def by_tracing(model: nn.Module) -> list[Operation]:
             name = node.target if isinstance(node.target, str) else node.target.__name__
             kind = kind_of(name)
             if kind == "dropout" and not _rate(None, node.args, node.kwargs):
-                kind = "reshape"
+                kind = "identity"
             bias = kind in ("linear", "convolution") and _bias(None, node.args, node.kwargs)
             found.append(Operation(kind, name, inputs, bias))
         numbers[node] = len(found) - 1
@@ -179,7 +181,7 @@ def _append_module(
     if is_batch_norm(module):
         kind = "batch norm"
     elif isinstance(module, nn.Identity) or (kind == "dropout" and not getattr(module, "p", 1)):
-        kind = "reshape"
+        kind = "identity"
     elif kind in ("linear", "convolution"):
         bias = getattr(module, "bias", None) is not None
     elif inspect.getmodule(type(module)) is nn.modules.activation and kind == "other":
