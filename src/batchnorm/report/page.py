@@ -231,8 +231,8 @@ def _table(recording: Recording, findings: list[Finding]) -> str:
         found = ", ".join(dict.fromkeys(codes.get(name, [])))
         mark = f'<span class="sick">{found}</span>' if found else '<span class="well">✓</span>'
         cells = [
-            _link(name), html.escape(kind), str(len(last.mean)), f"{last.values:,.0f}",
-            _text(shift), _text(factor), _text(last.metrics().get("weight", math.nan)), mark,
+            _link(name), mark, html.escape(kind), str(len(last.mean)), f"{last.values:,.0f}",
+            _text(shift), _text(factor), _text(last.metrics().get("weight", math.nan)),
         ]  # fmt: skip
         row = "".join(f"<td>{cell}</td>" for cell in cells)
         rows.append(f'<tr id="{anchor(html.escape(name))}">{row}</tr>')
