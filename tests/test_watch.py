@@ -497,3 +497,20 @@ def test_metadata_says_what_was_watched(tmp_path):
     assert about["schema"] == 1
     assert about["layers"]["1"]["kind"] == "BatchNorm1d"
     assert about["versions"]["torch"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_statistics_are_the_same_where_the_core_cannot_read(monkeypatch, masked):
+    layer, mask = BatchNorm1d(4), torch.arange(10) < (3 if masked else 10)
+    x = torch.randn(8, 4, 10) + 5
+    found = []
+    for direct in (True, False):  # as on another device
+        module = sys.modules["batchnorm.torch.diagnose.watch"]  # the package has the function
+        monkeypatch.setattr(module, "is_direct", lambda x, d=direct: d)
+        with watch(layer) as recording:
+            layer(x, mask=mask if masked else None)
+        found += recording.snapshots
+    one, other = found
+    assert one.values == other.values
+    np.testing.assert_allclose(one.mean, other.mean, rtol=1e-5)
+    np.testing.assert_allclose(one.var, other.var, rtol=1e-4)

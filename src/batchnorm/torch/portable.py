@@ -65,6 +65,13 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.stack([row.expand_as(mean).flatten() for row in rows])[None]
 
 
+def mean_and_var(x: Tensor, correction: int) -> tuple[Tensor, Tensor]:
+    """Mean and m2 / (n - correction) by torch's kernel, in float32 or wider, in one pass."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    var, mean = torch.var_mean(x.to(wide), _all_but_channels(x), correction=correction)
+    return mean, var
+
+
 def given(mean: Tensor, var: Tensor) -> Tensor:
     """Statistics with a given mean and variance, which are constants."""
     mean, var = mean.double(), var.double()
@@ -477,8 +484,7 @@ def _group_by_torch(
     n = x.numel() // max(x.shape[1], 1)
     if is_transformed(x, weight, bias):
         y = F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
-        var, mean = torch.var_mean(x.detach().to(wide), _all_but_channels(x))
-        return y, Measured(torch.stack([mean, var]), n)
+        return y, Measured(torch.stack(mean_and_var(x.detach(), correction=1)), n)
     # With momentum 1, the running statistics become those of the batch.
     both = torch.zeros((2, x.shape[1]), dtype=wide, device=x.device)
     y = F.batch_norm(x, both[0], both[1], weight, bias, True, 1.0, eps)

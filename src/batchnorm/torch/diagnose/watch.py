@@ -317,21 +317,15 @@ class Watch:
 
     def _measure(self, snapshot: Snapshot, x: Tensor, y: Tensor, weights: Tensor | None) -> None:
         # A GPU goes on meanwhile: nothing here waits for it, and few kernels are started.
-        if x.is_cpu and is_direct(x):
-            n, mean, _, m2, _ = native.moments(x, weights)[0]
-            snapshot.values = float(n.min())
-            snapshot.mean, snapshot.var = _f32(mean), _f32(m2 / np.maximum(n, 1))
-        elif weights is not None:
-            n, mean, _, m2, _ = numpy_of(portable.moments(x, weights))[0]
+        direct = x.is_cpu and is_direct(x)
+        if direct or weights is not None:
+            found = native.moments(x, weights) if direct else numpy_of(portable.moments(x, weights))
+            n, mean, _, m2, _ = found[0]
             snapshot.values = float(n.min())
             snapshot.mean, snapshot.var = _f32(mean), _f32(m2 / np.maximum(n, 1))
         else:
-            axes = [k for k in range(x.dim()) if k != 1]
-            wide = x if x.itemsize >= 4 else x.float()
             snapshot.values = x.numel() / x.shape[1]
-            for name, t in zip(
-                ("var", "mean"), torch.var_mean(wide, axes, correction=0), strict=True
-            ):
+            for name, t in zip(("mean", "var"), portable.mean_and_var(x, 0), strict=True):
                 self._waiting.append((t.float(), partial(_put_array, snapshot, name)))
         apart = max(1, -(-x.shape[1] // CHANNELS))
         snapshot.channels = np.arange(0, x.shape[1], apart)
