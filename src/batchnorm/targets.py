@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.diagnose import RULES, Findings, examine
+from batchnorm.diagnose.findings import page_of
 from batchnorm.errors import ArgumentError, BatchNormError
 from batchnorm.extras import require
 
@@ -121,7 +122,7 @@ def explain(code: str) -> str:
             text = (rule.look.__doc__ or "").strip()
             return (
                 f"{rule.code} {rule.title}\n\n{text}\n\nWhat to do: {rule.fix}.\n"
-                f"Page: docs/findings/{rule.code}.md"
+                f"Page: {page_of(rule.code)}"
             )
     raise ArgumentError(
         f"--explain takes the code of a finding, got {code!r}. The codes are "

@@ -11,7 +11,12 @@ from batchnorm.errors import ArgumentError
 
 from .records import Network
 
-__all__ = ["Finding", "Findings", "Rule", "selected"]
+__all__ = ["Finding", "Findings", "Rule", "page_of", "selected"]
+
+
+def page_of(code: str) -> str:
+    """The page of the documentation on a code."""
+    return f"docs/findings/{code}.md"
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Finding:
     @property
     def url(self) -> str:
         """The page of the documentation."""
-        return f"docs/findings/{self.code}.md"
+        return page_of(self.code)
 
     def __str__(self) -> str:
         """One line."""

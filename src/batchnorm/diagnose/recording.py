@@ -34,6 +34,14 @@ Values = NDArray[np.float32]
 NAN = math.nan
 
 
+def _no_floats() -> Values:
+    return np.empty(0, np.float32)
+
+
+def _no_ints() -> NDArray[np.int64]:
+    return np.empty(0, np.int64)
+
+
 @dataclass
 class Snapshot:
     """A layer at a step.
@@ -69,26 +77,26 @@ class Snapshot:
     call: int = 0
     values: float = 0.0
     examples: int = 0
-    mean: Values = field(default_factory=lambda: np.empty(0, np.float32))
-    var: Values = field(default_factory=lambda: np.empty(0, np.float32))
-    running_mean: Values = field(default_factory=lambda: np.empty(0, np.float32))
-    running_var: Values = field(default_factory=lambda: np.empty(0, np.float32))
-    weight: Values = field(default_factory=lambda: np.empty(0, np.float32))
-    bias: Values = field(default_factory=lambda: np.empty(0, np.float32))
+    mean: Values = field(default_factory=_no_floats)
+    var: Values = field(default_factory=_no_floats)
+    running_mean: Values = field(default_factory=_no_floats)
+    running_var: Values = field(default_factory=_no_floats)
+    weight: Values = field(default_factory=_no_floats)
+    bias: Values = field(default_factory=_no_floats)
     updates: int = -1
     training: bool = True
     gradient: float = NAN
     gradient_weight: float = NAN
     gradient_bias: float = NAN
-    channels: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    before: Values = field(default_factory=lambda: np.empty(0, np.float32))
-    after: Values = field(default_factory=lambda: np.empty(0, np.float32))
-    low_before: Values = field(default_factory=lambda: np.empty(0, np.float32))
-    high_before: Values = field(default_factory=lambda: np.empty(0, np.float32))
-    counts_before: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    low_after: Values = field(default_factory=lambda: np.empty(0, np.float32))
-    high_after: Values = field(default_factory=lambda: np.empty(0, np.float32))
-    counts_after: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    channels: NDArray[np.int64] = field(default_factory=_no_ints)
+    before: Values = field(default_factory=_no_floats)
+    after: Values = field(default_factory=_no_floats)
+    low_before: Values = field(default_factory=_no_floats)
+    high_before: Values = field(default_factory=_no_floats)
+    counts_before: NDArray[np.int64] = field(default_factory=_no_ints)
+    low_after: Values = field(default_factory=_no_floats)
+    high_after: Values = field(default_factory=_no_floats)
+    counts_after: NDArray[np.int64] = field(default_factory=_no_ints)
     moved: float = NAN
     moved_relative: float = NAN
 
@@ -383,12 +391,8 @@ def _column(values: list[Any], kind: str) -> Any:
     import pyarrow as pa
 
     if not _is_list(kind):
-        return pa.array(
-            values,
-            {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "str": pa.string()}[
-                kind
-            ],
-        )
+        types = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64()}
+        return pa.array(values, types.get(kind, pa.string()))
     dtype = np.float32 if kind == "Values" else np.int64
     offsets = np.concatenate([[0], np.cumsum([len(v) for v in values])])
     joined = np.concatenate([*values, np.empty(0, dtype)]).astype(dtype)

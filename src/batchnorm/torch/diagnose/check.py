@@ -146,7 +146,7 @@ def _look(
     return Findings(found, skipped=skipped), network
 
 
-#: Findings that these functions mend; the last two need data, for they change what a model returns.
+#: Findings that these functions mend; the last needs data.
 _FREEZE, _GROUPS = {"BN407"}, {"BN410"}
 _CONVERT = {"BN107", "BN206", "BN406"}
 _RECALIBRATE = {"BN101", "BN102", "BN103", "BN104", "BN105", "BN109"}
@@ -161,26 +161,26 @@ def _mend(
     progress: bool,
 ) -> tuple[list[str], list[str]]:
     """What was done, and what could not be."""
-    codes = {finding.code: finding for finding in found}
+    codes = {finding.code for finding in found}
     fixed: list[str] = []
     failed: list[str] = []
 
     def done(wanted: set[str], text: str) -> None:
-        fixed.append(f"{text} ({', '.join(sorted(wanted & codes.keys()))})")
+        fixed.append(f"{text} ({', '.join(sorted(wanted & codes))})")
 
-    if codes.keys() & _CONVERT and explain(model).pending:
+    if codes & _CONVERT and explain(model).pending:
         convert(model)
         done(_CONVERT, "convert(model)")
-    if data is not None and codes.keys() & _RECALIBRATE:
+    if data is not None and codes & _RECALIBRATE:
         try:
             recalibrate(model, data, method="exact", forward=forward, progress=progress)
         except BatchNormError as error:
             failed.append(f"recalibrate: {error}")
         else:
             done(_RECALIBRATE, "recalibrate(model, data)")
-    if codes.keys() & _FREEZE:
+    if codes & _FREEZE:
         _freeze(model, [f.layer for f in found if f.code in _FREEZE], fixed, failed)
-    if optimizer is not None and codes.keys() & _GROUPS:
+    if optimizer is not None and codes & _GROUPS:
         _without_decay(unwrapped(model), optimizer)
         done(_GROUPS, "γ and β without weight decay, in groups of their own")
     return fixed, failed

@@ -301,13 +301,10 @@ def _in_evaluation(
         layer.examples += x.shape[0]
 
     outputs: list[Tensor | None] = []
-    kept = 0
     with _watching(records, see), torch.no_grad():
         for number, batch in enumerate(batches):
             show("evaluation", number, len(batches))
-            output = _first(run(model, batch))
-            kept += 0 if output is None else output.numel()
-            outputs.append(output if kept < MOST_OUTPUTS else None)
+            outputs.append(_within_bounds(_first(run(model, batch)), outputs))
     for layer in records.values():
         if layer.name in found:
             layer.population = Moments.merge(found[layer.name])
@@ -317,6 +314,12 @@ def _in_evaluation(
 def _first(value: Any) -> Tensor | None:
     """The first tensor of real numbers in what a model returns."""
     return next((t.detach() for t in tensors_in(value) if t.is_floating_point()), None)
+
+
+def _within_bounds(output: Tensor | None, others: list[Tensor | None]) -> Tensor | None:
+    """The output, if there is room for it beside the others."""
+    size = sum(t.numel() for t in (output, *others) if t is not None)
+    return output if size < MOST_OUTPUTS else None
 
 
 def _in_training(
@@ -338,10 +341,9 @@ def _in_training(
         call = calls.get(layer.name, 0)
         calls[layer.name] = call + 1
         size = getattr(module, "group_size", None) or x.shape[0]
-        parts = x.split(size)  # type: ignore[no-untyped-call]
-        for k, part in enumerate(parts):
-            begin = sum(len(p) for p in parts[:k])
-            share = None if weights is None else weights[begin : begin + len(part)]
+        for begin in range(0, len(x), size):
+            part = x[begin : begin + size]
+            share = None if weights is None else weights[begin : begin + size]
             seen.setdefault(layer.name, []).append(Batch(moments_of(part, share), len(part), call))
         fused = getattr(module, "activation", None)
         if layer.name in relu and not layer.frozen and not isinstance(fused, str):
@@ -352,15 +354,12 @@ def _in_training(
 
     seen: dict[str, list[Batch]] = {}
     outputs: list[Tensor | None] = []
-    kept = 0
     with _by_batch(records), _watching(records, see), torch.no_grad():
         for number, batch in enumerate(batches):
             show("training", number, len(batches))
             calls.clear()
             try:
-                output = _first(run(model, batch))
-                kept += 0 if output is None else output.numel()
-                outputs.append(output if kept < MOST_OUTPUTS else None)
+                outputs.append(_within_bounds(_first(run(model, batch)), outputs))
             except ValueError as error:  # one value per channel, which the loader's rule names
                 if "more than 1 value" not in str(error):
                     raise
@@ -404,15 +403,11 @@ def _gap(by_running: Sequence[Tensor | None], by_batch: Sequence[Tensor | None])
 def _one_step(model: nn.Module, records: dict[Any, Layer], batch: Any, run: Forward) -> None:
     """One training step: how the running statistics move, forward and backward."""
     before: dict[str, tuple[Array, int]] = {}
-
-    def state(layer: Layer, module: Any) -> None:
+    for module, layer in records.items():
         count = getattr(module, "num_batches_tracked", None)
         var = float64_of(module.running_var)
         if var is not None and count is not None:
             before[layer.name] = var, int(count)
-
-    for module, layer in records.items():
-        state(layer, module)
     for parameter in model.parameters():
         parameter.grad = None
     with _by_batch(records), torch.enable_grad():

@@ -16,7 +16,7 @@ from ...diagnose.records import Operation
 from ..adapters import FrozenLayer
 from ..population.batches import tensors_in
 
-__all__ = ["by_running", "by_tracing", "is_batch_norm"]
+__all__ = ["by_running", "by_tracing", "followed_by_relu", "is_batch_norm"]
 
 _IGNORED = ("__get__", "__set__", "size", "dim", "numel", "stride", "is_contiguous", "__len__")
 
@@ -108,9 +108,9 @@ class _Recorder(TorchFunctionMode):
         inputs = self._inputs([args, kwargs])
         if not inputs and kind == "other":
             return result
-        if kind == "dropout" and not _rate(func, args, kwargs):
+        if kind == "dropout" and not _rate(args, kwargs):
             kind = "identity"
-        owner, bias = self._owner([args, kwargs]), _bias(func, args, kwargs)
+        owner, bias = self._owner([args, kwargs]), _bias(args, kwargs)
         if kind == "linear" and isinstance(result, Tensor) and result.dim() > 2:
             bias = False  # of the last axis, which is not that of the channels
         owner = owner or (self._leaf if kind != "activation" else "")
@@ -129,12 +129,12 @@ def _fused(module: nn.Module) -> str | None:
     return activation if isinstance(activation, str) else None
 
 
-def _rate(func: Any, args: Any, kwargs: Any) -> float:
+def _rate(args: Any, kwargs: Any) -> float:
     rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
     return float(rate) if isinstance(rate, (int, float)) else 1.0
 
 
-def _bias(func: Any, args: Any, kwargs: Any) -> bool:
+def _bias(args: Any, kwargs: Any) -> bool:
     """The third argument of linear layers and convolutions."""
     return kwargs.get("bias", args[2] if len(args) > 2 else None) is not None
 
@@ -166,9 +166,9 @@ def by_tracing(model: nn.Module) -> list[Operation]:
         else:
             name = node.target if isinstance(node.target, str) else node.target.__name__
             kind = kind_of(name)
-            if kind == "dropout" and not _rate(None, node.args, node.kwargs):
+            if kind == "dropout" and not _rate(node.args, node.kwargs):
                 kind = "identity"
-            bias = kind in ("linear", "convolution") and _bias(None, node.args, node.kwargs)
+            bias = kind in ("linear", "convolution") and _bias(node.args, node.kwargs)
             found.append(Operation(kind, name, inputs, bias))
         numbers[node] = len(found) - 1
     return found
