@@ -23,7 +23,7 @@ from ...moments import Moments
 from ..functional import as_weights
 from ..modules import Layer as OurLayer
 from ..population.batches import call_with_first_item, tensors_in
-from ..population.layers import unwrapped
+from ..population.layers import check_values, is_constant, unwrapped
 from ..population.state import RngState, generators_of
 from . import wiring
 
@@ -80,14 +80,9 @@ def record_layers(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
 
 
 def _record(name: str, module: Any, decays: dict[int, float], averaged: bool) -> Layer:
-    for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        if nn.parameter.is_lazy(t) or t.is_meta:
-            raise ArgumentError(
-                f"the batch norm '{name}' has {'meta' if t.is_meta else 'uninitialized'} tensors. "
-                "Load its weights, or run the model once, first."
-            )
+    check_values(module, name, "check or watch")
     parameters = [p for p in (module.weight, module.bias) if isinstance(p, nn.Parameter)]
-    constant = not isinstance(module, nn.modules.batchnorm._BatchNorm)  # by its class
+    constant = is_constant(module)
     mean, var = module.running_mean, module.running_var
     tracked = getattr(module, "num_batches_tracked", None)
     tracks = mean is not None and var is not None

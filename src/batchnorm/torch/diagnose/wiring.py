@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from ...diagnose.kinds import kind_of
 from ...diagnose.records import Operation
-from ..adapters import FrozenLayer
 from ..population.batches import tensors_in
+from ..population.layers import is_constant
 
 __all__ = ["by_running", "by_tracing", "followed_by_relu", "is_batch_norm"]
 
@@ -23,8 +23,7 @@ _IGNORED = ("__get__", "__set__", "size", "dim", "numel", "stride", "is_contiguo
 
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether this is one of torch's batch norms, ours, or one with constant statistics."""
-    frozen = isinstance(module, FrozenLayer) or "FrozenBatchNorm" in type(module).__name__
-    return frozen or isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return is_constant(module) or isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
 def by_running(model: nn.Module, run: Callable[[], Any]) -> list[Operation]:

@@ -34,7 +34,7 @@ def find_targets(model: nn.Module) -> tuple[list[Target], dict[str, str]]:
     found: list[Target] = []
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
-        _check_values(module, name)
+        check_values(module, name, "recalibrate")
         reason = _reason_to_skip(module, name, model)
         if reason:
             skipped[name] = reason
@@ -45,22 +45,28 @@ def find_targets(model: nn.Module) -> tuple[list[Target], dict[str, str]]:
     return found, skipped
 
 
-def _check_values(module: nn.Module, name: str) -> None:
+def check_values(module: nn.Module, name: str, caller: str) -> None:
+    """Raise if a tensor of this module has no values yet."""
     tensors = itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
     for t in tensors:
         lazy = nn.parameter.is_lazy(t)
         if lazy or t.is_meta:
             raise ArgumentError(
-                "recalibrate takes a model whose tensors have values, got one with "
+                f"{caller} takes a model whose tensors have values, got one with "
                 f"{'uninitialized' if lazy else 'meta'} tensors in '{name}'. Load its weights, "
                 "or run it once, first."
             )
 
 
+def is_constant(module: nn.Module) -> bool:
+    """Whether nothing ever changes the statistics of this module, by its class."""
+    named = _FROZEN.intersection(c.__name__ for c in type(module).__mro__)
+    return isinstance(module, FrozenLayer) or bool(named)
+
+
 def _reason_to_skip(module: nn.Module, name: str, model: nn.Module) -> str:
     """Why a batch-norm layer is not measured; "" if it is, and for all other modules."""
-    frozen = isinstance(module, FrozenLayer)
-    if frozen or _FROZEN.intersection(c.__name__ for c in type(module).__mro__):
+    if is_constant(module):
         return "its statistics are frozen"
     if not isinstance(module, _BatchNorm):
         scripted = "BatchNorm" in getattr(module, "original_name", "")
