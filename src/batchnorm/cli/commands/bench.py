@@ -77,9 +77,9 @@ def bench(
 
     with steps(benchmark.steps(plan)) as started:
         results = benchmark.run(plan, started=started)
+    written = [] if out is None else benchmark.write(results, out)
     console = make_console()
     benchmark.show(results, console)
-    if out is not None:
-        for path in benchmark.write(results, out):
-            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    for path in written:
+        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     return FOUND_WRONG if results.troubles else DONE
