@@ -15,6 +15,7 @@ pytest.importorskip("rich")
 
 import batchnorm
 from batchnorm import cli
+from batchnorm.cli import commands
 from batchnorm.errors import ShapeError
 
 BRIEF_BENCH = (
@@ -92,6 +93,14 @@ def test_no_subcommand_shows_help_and_is_unusable(capsys: pytest.CaptureFixture[
     output = capsys.readouterr().out
     assert "bench" in output
     assert "demo" in output
+
+
+def test_every_module_of_commands_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    modules = {path.stem for path in Path(commands.__path__[0]).glob("*.py")} - {"__init__"}
+    cli.main(["--help"])
+    shown = capsys.readouterr().out.split()
+    assert modules >= {"bench", "check", "demo", "normalize", "report", "stats", "study"}
+    assert modules <= set(shown)
 
 
 def test_bench_prints_and_writes_nothing_by_default(

@@ -14,6 +14,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from batchnorm import cli, dataset
+from batchnorm.cli.commands import stats
 from batchnorm.dataset import Statistics, block_moments, journal
 from batchnorm.dataset.sources import array_files, blocks
 
@@ -267,4 +268,4 @@ def test_dask_needs_its_package(folder, monkeypatch, capsys):
 
 
 def test_stats_offers_what_measure_takes():
-    assert tuple(choice.value for choice in cli.Missing) == block_moments.POLICIES
+    assert tuple(choice.value for choice in stats.Missing) == block_moments.POLICIES

@@ -238,7 +238,13 @@ def test_rooms_frameworks_are_imported_in_their_own_room(path):
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_rooms_nothing_but_the_command_line_imports_the_command_line(path):
     if _room(path) not in {"cli", "__main__"}:
-        assert "batchnorm.cli" not in {m for m, _ in _imports(path)}
+        assert not [m for m, _ in _imports(path) if m.startswith("batchnorm.cli")]
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if _room(p) == "cli"], ids=str)
+def test_rooms_commands_import_what_they_need_when_they_run(path):
+    top = {m for m, at_top in _imports(path) if at_top and m.split(".")[0] == "batchnorm"}
+    assert all(m == "batchnorm.errors" or m.startswith("batchnorm.cli") for m in top)
 
 
 @pytest.fixture(scope="module")
