@@ -1,7 +1,9 @@
 """Statistics of files and arrays: exact, whatever the blocks, the layout and what is missing."""
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import zipfile
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from batchnorm import Moments, _core, dataset
 from batchnorm.dataset import Statistics, journal, parts
-from batchnorm.dataset.arguments import as_paths
+from batchnorm.dataset.arguments import as_source
 from batchnorm.dataset.sources import array_files, blocks, prefetch
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 
@@ -384,7 +386,7 @@ def _flagged(byte, value):
         ("x.npz", _two, "must hold one array.*2: a, b"),
         ("x.npz", _damaged, r"must be a valid \.npz file, but is damaged"),
         ("x.npz", lambda p: _damaged(p, np.savez_compressed), "but is damaged or of another kind"),
-        ("x.txt", lambda p: p.write_text("1"), r"must be a \.npy, \.npz, \.csv or \.parquet"),
+        ("x.txt", lambda p: p.write_text("1"), r"must be a \.npy, \.npz, .* or \.tar file"),
         ("x.npy", lambda p: None, "there is no such file"),
         ("x.npy", lambda p: p.mkdir(), "must contain .* got none"),
         ("x.npy", _header_of((0, 10**13)), "at most 10,000,000 features.*channel_axis"),
@@ -442,11 +444,11 @@ def test_measure_says_that_a_file_shrank_while_it_was_read(tmp_path, small_block
     [
         ({"missing": "drop"}, ArgumentError, "'refuse' or 'skip', got 'drop'"),
         ({"channel_axis": 1.0}, ArgumentError, "must be an integer, got 1.0"),
-        ({"columns": []}, ArgumentError, r"list of names, got \[\]"),
+        ({"columns": []}, ArgumentError, r"list of texts, got \[\]"),
         ({"channel_axis": 2}, ShapeError, r"no axis 2, its shape is \(2, 2\)"),
         ({"array": "x"}, ArgumentError, r"\.npz"),
         ({"columns": ["a"]}, ArgumentError, "no named columns"),
-        ({"columns": "a"}, ArgumentError, "must be a list of names"),
+        ({"columns": "a"}, ArgumentError, "must be a list of texts"),
         ({"out": "s.txt"}, ArgumentError, r"\.npz or \.json"),
         ({"out": "none/s.npz"}, ArgumentError, "existing directory"),
     ],
@@ -474,7 +476,7 @@ def test_measure_refuses_for_arrays_in_memory_what_is_about_files(options):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ([], "at least one file or folder"),
+        ([], "at least one file, folder or batch"),
         ("", "empty name.*'\\.'"),
         (["a\0.npy"], "cannot be read"),
     ],
@@ -593,12 +595,19 @@ def test_measure_begins_anew_with_other_options(interrupted):
     assert notes == []
 
 
-def test_measure_ignores_a_line_that_was_torn(interrupted):
+def kept_by(out):
+    """Options, file and numbers of each line that a journal holds."""
+    with contextlib.closing(sqlite3.connect(out.with_name(f"{out.name}.partial"))) as file:
+        lines = file.execute("SELECT options, file, found FROM measured ORDER BY file").fetchall()
+    return [(json.loads(options), json.loads(path)[0], found) for options, path, found in lines]
+
+
+def test_measure_begins_anew_with_a_journal_that_was_cut_short(interrupted):
     folder, out = interrupted
     kept = out.with_name("stats.npz.partial")
-    kept.write_text(kept.read_text()[:-30])
+    kept.write_bytes(kept.read_bytes()[:5000])
     found, read, _ = read_by(folder, out)
-    assert read == ["1.npy", "2.npy"]
+    assert read == ["0.npy", "1.npy", "2.npy"]
     assert found == dataset.measure(folder, missing="skip")
 
 
@@ -611,28 +620,28 @@ def test_measure_ignores_a_journal_that_is_none(content, three_files, tmp_path):
 
 def test_journal_refuses_numbers_that_do_not_fit(interrupted):
     folder, out = interrupted
-    kept = out.with_name("stats.npz.partial")
-    options, first, *rest = kept.read_text().splitlines()
-    identity, seen, count, mean, m2 = first.split("\t")
-    kept.write_text(
-        "\n".join([options, "\t".join([identity, seen, count, mean[:12], m2[:12]]), *rest, ""])
-    )
+    with contextlib.closing(sqlite3.connect(out.with_name("stats.npz.partial"))) as file:
+        file.execute("UPDATE measured SET found = substr(found, 1, 40) WHERE file LIKE '%1.npy%'")
+        file.commit()
     _, read, _ = read_by(folder, out)
-    assert read == ["0.npy", "2.npy"]
+    assert read == ["1.npy", "2.npy"]
 
 
 def test_measure_begins_anew_with_another_instruction_set(interrupted):
     folder, out = interrupted
-    before = _core.instruction_set()
-    kept = out.with_name("stats.npz.partial")
-    assert f'"{before}"' in kept.read_text().splitlines()[0]
-    kept.write_text(kept.read_text().replace(f'"{before}"', '"another"'))
+    assert {options["native"] for options, _, _ in kept_by(out)} == {_core.instruction_set()}
+    with contextlib.closing(sqlite3.connect(out.with_name("stats.npz.partial"))) as file:
+        file.execute(
+            "UPDATE measured SET options = replace(options, ?, 'another')",
+            (_core.instruction_set(),),
+        )
+        file.commit()
     _, read, _ = read_by(folder, out)
     assert len(read) == 3
 
 
-def test_measure_does_not_write_into_the_journal_of_another_run(three_files, tmp_path):
-    """A second run with the same out and other options begins while the first is at work."""
+def test_measure_goes_on_beside_another_run_with_other_options(three_files, tmp_path):
+    """A second run with the same out begins while the first is at work."""
     out = tmp_path / "stats.npz"
     seen = []
 
@@ -641,22 +650,21 @@ def test_measure_does_not_write_into_the_journal_of_another_run(three_files, tmp
             seen.append(label)
             with pytest.raises(KeyboardInterrupt):
                 dataset.measure(
-                    [*sorted(three_files.iterdir())],
+                    three_files,
                     channel_axis=-1,
                     missing="skip",
                     out=out,
                     progress=interrupt_at_the_last,
                 )
+            seen.append(kept_by(out))
 
     def interrupt_at_the_last(label, done, whole):
         if Path(label).name == "2.npy":
             raise KeyboardInterrupt
 
-    (tmp_path / "data" / "3.npy").write_bytes((tmp_path / "data" / "2.npy").read_bytes())
     first = dataset.measure(three_files, missing="skip", out=out, progress=begin_another)
-    kept = out.with_name("stats.npz.partial").read_text().splitlines()
-    assert '"channel_axis": -1' in kept[0]
-    assert [json.loads(line.split("\t")[0])[0][-5:] for line in kept[1:]] == ["0.npy", "1.npy"]
+    kept = [(options["channel_axis"], Path(path).name) for options, path, _ in seen[1]]
+    assert sorted(kept) == [(-1, "0.npy"), (-1, "1.npy"), (1, "0.npy"), (1, "1.npy")]
     assert first == dataset.measure(three_files, missing="skip")
 
 
@@ -682,11 +690,11 @@ def test_measure_keeps_what_is_done_when_the_result_cannot_be_saved(
 
 
 def test_journal_names_itself_when_it_cannot_be_written(three_files, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(*_, **__):
+        raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(journal, "replacing", full)
-    with pytest.raises(ArgumentError, match=r"s\.npz\.partial: cannot be written \(No space"):
+    monkeypatch.setattr(journal.sqlite3, "connect", full)
+    with pytest.raises(ArgumentError, match=r"s\.npz\.partial: cannot be written \(database or"):
         dataset.measure(three_files, missing="skip", out=tmp_path / "s.npz")
 
 
@@ -1019,8 +1027,8 @@ def test_measure_tells_how_far_it_is(tmp_path, small_blocks):
 
 
 def test_paths_and_arrays_are_not_mixed(tmp_path):
-    with pytest.raises(ArgumentError, match="paths or one array"):
-        as_paths([tmp_path, np.ones(3)])
+    with pytest.raises(ArgumentError, match="paths, one array or batches"):
+        as_source([tmp_path, np.ones(3)])
 
 
 # ---- memory -------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_rooms_dataset_imports_the_core_alone(path):
 )
 def test_rooms_kinds_of_data_know_nothing_of_what_is_done_with_them(path):
     inside = {m.split(".")[2] for m, _ in _imports(path) if m.startswith("batchnorm.dataset.")}
-    assert inside <= {"sources", "files", "extras"}
+    assert inside <= {"sources", "addresses", "files", "extras"}
 
 
 @pytest.mark.parametrize(

@@ -19,5 +19,6 @@ array([[-1.225, -1.   ],
 from .measuring import measure as measure
 from .normalizing import normalize as normalize
 from .statistics import Statistics as Statistics
+from .statistics import merge as merge
 
-__all__ = ["Statistics", "measure", "normalize"]
+__all__ = ["Statistics", "measure", "merge", "normalize"]

@@ -15,19 +15,28 @@ from .statistics import Statistics, feature_label
 
 
 class Affine:
-    """(x − mean)/√(var + eps) of each feature, for arrays that hold some of the features.
+    """(x/scale − mean)/√(var + eps) of each feature, for arrays that hold some of the features.
 
     Parameters
     ----------
     statistics
-        Mean and variance of all features. A feature without any present value becomes NaN.
+        Mean, variance and scale of all features. A feature without any present value becomes NaN.
     eps
         Added to the variance; above zero if a feature is constant.
     dtype
         Floating type of the result; None for that of the values.
+    inverse
+        Whether to map y to x instead.
     """
 
-    def __init__(self, statistics: Statistics, eps: float, dtype: DTypeLike | None) -> None:
+    def __init__(
+        self,
+        statistics: Statistics,
+        eps: float,
+        dtype: DTypeLike | None,
+        *,
+        inverse: bool = False,
+    ) -> None:
         seen = statistics.count > 0
         self.statistics = statistics
         self.eps = native.check_eps(eps)
@@ -42,6 +51,11 @@ class Affine:
                 f"eps must be above zero, got 0: {feature_label(constant, statistics.names)} is "
                 "constant. Leave eps out for 1e-5."
             )
+        # In units of x itself, as arguments of `batch_norm_inference`.
+        scale = statistics.scale
+        mean, radicand = self.mean * scale, (self.var + self.eps) * scale * scale
+        one, zero = np.ones_like(mean), np.zeros_like(mean)
+        self._map = (zero, one, np.sqrt(radicand), mean) if inverse else (mean, radicand, one, zero)
 
     def check_features(self, label: str, features: int) -> None:
         """Raise unless the data have as many features as the statistics."""
@@ -66,8 +80,9 @@ class Affine:
             values = values.astype(np.float64)
         elif result.itemsize > values.dtype.itemsize:
             values = values.astype(result)  # before, or the digits asked for would be lost
+        mean, var, gamma, beta = (v[channels] for v in self._map)
         y = functional.batch_norm_inference(
-            values, self.mean[channels], self.var[channels], eps=self.eps, channel_axis=axis
+            values, mean, var, gamma, beta, eps=0.0, channel_axis=axis
         )
         unseen = self.unseen[channels]
         if unseen.any():

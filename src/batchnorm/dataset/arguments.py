@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
+from ..moments import is_dask
 from .sources import FileOptions
 
 
@@ -18,33 +22,47 @@ def as_axis(channel_axis: Any) -> int:
         raise ArgumentError(f"channel_axis must be an integer, got {channel_axis!r}.") from None
 
 
-def as_paths(source: Any) -> list[str | Path]:
-    """Return the paths that `source` consists of, or none if it is an array."""
+def as_source(source: Any) -> tuple[list[str | Path], Iterator[Any] | None]:
+    """Tell paths, batches and a single array apart.
+
+    Returns
+    -------
+    paths : list
+        Paths and addresses; empty if it is something else.
+    batches : iterator, or None
+        Of arrays, if it is an iterator or a list of arrays with two axes or more.
+    """
     if isinstance(source, (str, Path)):
-        return [source]
-    if isinstance(source, (list, tuple)):
-        if not source:
-            raise ArgumentError("source must be at least one file or folder, got none.")
-        if any(isinstance(s, (str, Path)) for s in source):
-            for s in source:
-                if not isinstance(s, (str, Path)):
-                    raise ArgumentError(
-                        f"source must be paths or one array, got {type(s).__name__} beside paths. "
-                        "Save it to a file, or measure it apart."
-                    )
-            return list(source)
-    return []
+        return [source], None
+    several = isinstance(source, (list, tuple))
+    one = hasattr(source, "__array__") or is_dask(source) or not hasattr(source, "__iter__")
+    if not several and one:
+        return [], None
+    items = iter(source)
+    first = list(itertools.islice(items, 1))
+    if not first:
+        raise ArgumentError("source must be at least one file, folder or batch, got none.")
+    items = itertools.chain(first, items)
+    if several and not any(isinstance(s, (str, Path)) for s in source):
+        rows = getattr(first[0], "ndim", 0) < 2  # numbers, or rows of one array
+        return [], None if rows else items
+    if not isinstance(first[0], (str, Path)) and not several:
+        return [], items
+    paths = list(items)
+    for s in paths:
+        if not isinstance(s, (str, Path)):
+            raise ArgumentError(
+                f"source must be paths, one array or batches, got {type(s).__name__} beside "
+                "paths. Save it to a file, or measure it apart."
+            )
+    return paths, None
 
 
-def check_in_memory(options: FileOptions, client: Any = None) -> None:
+def check_in_memory(options: FileOptions, **others: Any) -> None:
     """Raise if an argument is given that does not apply to arrays in memory."""
-    given = {
-        "columns": options.columns is not None,
-        "header": not options.header,
-        "array": options.array is not None,
-        "client": client is not None,
-    }
-    for name in (name for name, is_given in given.items() if is_given):
+    given = {f.name: getattr(options, f.name) for f in fields(options)} | others
+    left_out = {f.name: f.default for f in fields(options)}
+    for name in (name for name, value in given.items() if value != left_out.get(name)):
         raise ArgumentError(
             f"{name} must be left out for arrays in memory: it applies to files"
             f"{' and Dask arrays' if name == 'client' else ''} only."

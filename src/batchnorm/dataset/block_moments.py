@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ArgumentError
 from ..moments import Moments, moments_without_copy
+from ..native import Array, Float64
 from .parts import PairwiseMerge, Part
 from .sources import Block, Source, prefetch
 from .sources.values import to_native
@@ -19,31 +21,43 @@ from .statistics import feature_label
 #: What to do about missing values.
 POLICIES = ("refuse", "skip")
 
+
+@dataclass(frozen=True)
+class How:
+    """What to do about missing values, and whether to look for the extremes of each feature."""
+
+    missing: str = "refuse"
+    extremes: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise unless `missing` is one of the policies."""
+        if self.missing not in POLICIES:
+            raise ArgumentError(f"missing must be 'refuse' or 'skip', got {self.missing!r}.")
+
+
+#: Bytes of a source up to which starting a thread to read ahead costs more than it saves.
+ALONE_BYTES = 1 << 20
+
 #: Bytes of a block that are searched for missing values together, to limit temporary memory.
 SLICE_BYTES = 1 << 22
 
 
-def check_policy(missing: str) -> None:
-    """Raise unless `missing` is one of the policies."""
-    if missing not in POLICIES:
-        raise ArgumentError(f"missing must be 'refuse' or 'skip', got {missing!r}.")
-
-
-def measure_source(
-    source: Source, missing: str, advance: Callable[[int], None] | None = None
-) -> Part:
+def measure_source(source: Source, how: How, advance: Callable[[int], None] | None = None) -> Part:
     """Measure all blocks of a source."""
-    return finish(measure_blocks(source, missing, advance), source)
+    return finish(measure_blocks(source, how, advance), source)
 
 
 def measure_blocks(
-    source: Source, missing: str, advance: Callable[[int], None] | None = None
+    source: Source, how: How, advance: Callable[[int], None] | None = None
 ) -> PairwiseMerge:
     """Measure the blocks of a source that may be a part of another."""
     merge = PairwiseMerge()
-    with contextlib.closing(prefetch(source.blocks())) as blocks:
+    blocks = source.blocks()
+    if source.nbytes > ALONE_BYTES:
+        blocks = prefetch(blocks)
+    with contextlib.closing(blocks):  # type: ignore[type-var]  # a generator
         for block in blocks:
-            part = measure_block(block, missing, label=source.label, names=source.names)
+            part = measure_block(block, how, label=source.label, names=source.names)
             merge.add(block.channels.start, block.number, part)
             if advance is not None:
                 advance(block.nbytes)
@@ -70,7 +84,7 @@ def check_overflow(
 
 
 def measure_block(
-    block: Block, missing: str, *, label: str, names: tuple[str, ...] | None = None
+    block: Block, how: How, *, label: str, names: tuple[str, ...] | None = None
 ) -> Part:
     """Measure one block.
 
@@ -81,8 +95,8 @@ def measure_block(
     ----------
     block
         Some values of a source.
-    missing : {"refuse", "skip"}
-        What to do about NaN.
+    how
+        What to do about NaN, and whether to look for extremes.
     label, names
         The source and its features, for messages.
 
@@ -96,8 +110,9 @@ def measure_block(
     by_feature = np.moveaxis(values, block.axis, 0)
     total = math.prod(by_feature.shape[1:])
     suspect = _not_finite(moments)
+    extremes = _extremes(values, block.axis) if how.extremes else None
     if suspect.size == 0:
-        return Part(moments, total)
+        return Part(moments, total, extremes)
     counts = np.full(moments.mean.shape, moments.count)
     mean, m2 = moments.mean.copy(), moments.m2.copy()
     step = max(1, SLICE_BYTES // max(1, total * values.itemsize))
@@ -105,7 +120,7 @@ def measure_block(
         some = suspect[begin : begin + step]
         rows = np.ascontiguousarray(by_feature[some]).reshape(some.size, -1)  # a row per feature
         present = ~np.isnan(rows)
-        if missing == "refuse" and not present.all():
+        if how.missing == "refuse" and not present.all():
             k = int(np.flatnonzero(~present.all(axis=1))[0])
             place = _place(block, int(some[k]), int(np.argmin(present[k])), names)
             raise ArgumentError(
@@ -131,7 +146,15 @@ def measure_block(
             counts[which], mean[which], m2[which] = n, part.mean, part.m2
     found = moments_without_copy(counts, mean, m2)
     check_overflow(found, label, names, block.channels.start)
-    return Part(found, total)
+    return Part(found, total, extremes)
+
+
+def _extremes(values: Array, axis: int) -> Float64:
+    """Return the least and the greatest value of each feature: (2, C); NaN without any."""
+    others = tuple(k for k in range(values.ndim) if k != axis)
+    if values.size == 0:
+        return np.full((2, values.shape[axis]), np.nan)
+    return np.stack([f.reduce(values, others).astype(np.float64) for f in (np.fmin, np.fmax)])
 
 
 def _place(block: Block, feature: int, flat: int, names: tuple[str, ...] | None) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import ArgumentError, BatchNormError
-from .block_moments import finish, measure_blocks
+from .addresses import UnreadableFile, is_remote
+from .block_moments import How, finish, measure_blocks
 from .extras import first_line, import_extra
-from .files import UnreadableFile
 from .parts import PairwiseMerge, Part
 from .sources import FileSource
 
@@ -74,7 +74,7 @@ def connect(address: str, timeout: float = 10.0) -> Any:
 def measure_files(
     client: Any,
     files: Mapping[int, FileSource],
-    missing: str,
+    how: How,
     advance: Callable[[str, int], None],
     finished: Callable[[int, Part], None],
 ) -> None:
@@ -94,10 +94,11 @@ def measure_files(
     pending: dict[int, int] = {}
     for k, file in files.items():
         # Workers are started in folders of their own.
-        pieces = file.with_path(os.path.abspath(file.path)).split(TASK_BLOCKS)
+        path = file.path if is_remote(file.path) else os.path.abspath(file.path)
+        pieces = file.with_path(path).split(TASK_BLOCKS)
         merges[k], pending[k] = PairwiseMerge(), len(pieces)
         for piece in pieces:
-            tasks[client.submit(measure_blocks, piece, missing, pure=False)] = k
+            tasks[client.submit(measure_blocks, piece, how, pure=False)] = k
     shares = {k: files[k].nbytes // pending[k] for k in files}
     try:
         for task in distributed.as_completed(list(tasks), loop=client.loop):

@@ -9,7 +9,7 @@ import numpy as np
 from ..moments import dask_channel_axis
 from ..native import Array
 from .affine import Affine
-from .block_moments import measure_block
+from .block_moments import How, measure_block
 from .cluster import explain_cluster_errors
 from .extras import import_extra
 from .parts import Part, concatenate, merge_all
@@ -19,7 +19,7 @@ from .sources import Block, check_width
 MERGED_PARTS = 16
 
 
-def measure_array(x: Any, channel_axis: int, missing: str, *, client: Any = None) -> Part:
+def measure_array(x: Any, channel_axis: int, how: How, *, client: Any = None) -> Part:
     """Measure each chunk of a Dask array, and merge in the order of the chunks.
 
     Chunks may be cut along any axis: those of the same features are merged, and the features put
@@ -33,7 +33,7 @@ def measure_array(x: Any, channel_axis: int, missing: str, *, client: Any = None
     columns = []
     for c, first in enumerate(np.cumsum([0, *x.chunks[axis][:-1]]).tolist()):
         indices = np.ndindex(chunks.shape[1:])
-        parts = [measure(chunks[c][index], axis, missing, first, index) for index in indices]
+        parts = [measure(chunks[c][index], axis, how, first, index) for index in indices]
         while len(parts) > 1:
             parts = [merge(parts[k : k + MERGED_PARTS]) for k in range(0, len(parts), MERGED_PARTS)]
         columns += parts
@@ -51,7 +51,7 @@ def _check_axis(x: Any, channel_axis: int) -> int:
     return axis
 
 
-def _measure_chunk(chunk: Any, axis: int, missing: str, first: int, index: tuple[int, ...]) -> Part:
+def _measure_chunk(chunk: Any, axis: int, how: How, first: int, index: tuple[int, ...]) -> Part:
     values: Array = np.asanyarray(chunk)
     place = (*index[:axis], 0, *index[axis:])
     block = Block(
@@ -64,7 +64,7 @@ def _measure_chunk(chunk: Any, axis: int, missing: str, first: int, index: tuple
         ),
         nbytes=values.nbytes,
     )
-    return measure_block(block, missing, label="x")
+    return measure_block(block, how, label="x")
 
 
 def _merge(parts: list[Part]) -> Part:

@@ -1,90 +1,61 @@
-"""Files: which ones a path means, whether they have changed, and errors when reading them."""
+"""Which files a path means, by the kinds of files that can be read."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import stat
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import fnmatch
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
+from .addresses import (
+    file_key,
+    is_folder,
+    is_remote,
+    join,
+    parts_of,
+    suffix_of,
+    walk,
+)
 from .statistics import is_statistics
 
-ARRAYS = (".npy", ".npz")
-TABLES = (".csv", ".parquet")
+#: Kinds of files by their endings. Those of one kind are read, checked and written alike.
+ARRAYS = (".npy", ".npz", ".h5", ".hdf5", ".zarr")
+TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".parquet", ".arrow", ".feather")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+ARCHIVES = (".tar",)
+READABLE = ARRAYS + TABLES + IMAGES + ARCHIVES
 
-#: Path without links, name of the array inside the file, size in bytes, and modification time in
-#: nanoseconds: equal if and only if it is the same file and unchanged.
-Fingerprint = tuple[str, "str | None", int, int]
-
-
-class UnreadableFile(ArgumentError):
-    """The operating system cannot read a file here; another machine may be able to."""
-
-
-@contextlib.contextmanager
-def explain_read_errors(path: Path | str) -> Iterator[None]:
-    """Turn errors of the system and of zip files into one line that names the file."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise UnreadableFile(f"{path}: there is no such file or folder. Check its name.") from error
-    except OSError as error:
-        raise UnreadableFile(
-            f"{path}: cannot be read ({error.strerror or error}). Check its name and permissions."
-        ) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise ArgumentError(
-            f"{path}: must be a valid .npz file, but is damaged or of another kind ({error}). "
-            "Write it with numpy.savez."
-        ) from error
+#: Folders that are one array.
+FOLDERS = (".zarr",)
 
 
-def fingerprint_of(path: str | Path, member: str | None = None) -> Fingerprint:
-    """Fingerprint a file, to tell it from others and from itself after a change."""
-    with explain_read_errors(path):
-        about = os.stat(path)
-        return os.path.realpath(path), member, about.st_size, about.st_mtime_ns
-
-
-def suffix_of(path: str | Path) -> str:
-    """Return the suffix in lower case."""
-    return Path(path).suffix.lower()
-
-
-def file_key(path: str | Path) -> Any:
-    """Return a value that is equal for all paths of one file, whether or not it exists."""
-    try:
-        about = os.stat(path)
-    except (OSError, ValueError):
-        return os.path.realpath(path)
-    return about.st_dev, about.st_ino
-
-
-def check_not_an_input(out: Path, inputs: Mapping[Any, Path]) -> None:
+def check_not_an_input(out: Path, inputs: Mapping[Any, str]) -> None:
     """Raise if `out` is one of the input files, given by their `file_key`."""
     if (path := inputs.get(file_key(out))) is not None:
         raise ArgumentError(
-            f"out must not be one of the input files, got {str(out)!r}, which is {str(path)!r}. "
+            f"out must not be one of the input files, got {str(out)!r}, which is {path!r}. "
             "Choose another path."
         )
 
 
 def find_files(
-    paths: Sequence[str | Path], note: Callable[[str], None] | None = None
-) -> list[Path]:
+    paths: Sequence[str | Path],
+    note: Callable[[str], None] | None = None,
+    *,
+    only: str | None = None,
+) -> list[str]:
     """List the given files and, for folders, all files of a known kind in them, by name.
 
     Parameters
     ----------
     paths
-        In the order in which they are to be read.
+        In the order in which they are to be read; also addresses that fsspec knows.
     note
-        Called with a line for each file of saved statistics that is skipped in a folder.
+        Called with a line about the files that are skipped in a folder.
+    only
+        Pattern of the names of files to take from folders, such as ``*.png``.
 
     Raises
     ------
@@ -92,71 +63,66 @@ def find_files(
         A path does not exist, cannot be read, is of an unknown kind or given twice, or a folder
         contains no data.
     """
-    found: list[Path] = []
+    found: list[str] = []
     for given in paths:
-        if not os.fspath(given):
+        address = given if isinstance(given, str) else str(given)
+        if not address:
             raise ArgumentError(
                 "source must be files or folders, got an empty name. The current folder is '.'."
             )
-        path = Path(given)
-        if is_folder(path):
-            found += _files_inside(path, note)
-        elif suffix_of(path) not in ARRAYS + TABLES:
+        if is_folder(address) and suffix_of(address.rstrip("/")) not in FOLDERS:
+            found += _files_inside(address, note, only)
+        elif suffix_of(address.rstrip("/")) not in READABLE:
             raise ArgumentError(
-                f"{path}: must be a {_kinds()} file or a folder of them, got "
-                f"{path.suffix or 'no suffix'}. Convert it, or rename it if it is one of these."
+                f"{address}: must be a {_kinds()} file or a folder of them, got "
+                f"{suffix_of(address) or 'no suffix'}. Convert it, or rename it if it is one of "
+                "these."
             )
         else:
-            found.append(path)
+            found.append(address)
     seen = set()
-    for path in found:
-        if (key := file_key(path)) in seen:
+    for address in found:
+        if (key := file_key(address)) in seen:
             raise ArgumentError(
-                f"{path}: is named twice, and its values would count twice. Name it once."
+                f"{address}: is named twice, and its values would count twice. Name it once."
             )
         seen.add(key)
     return found
 
 
-def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder; raises unless it is a folder or a regular file."""
-    with explain_read_errors(path):
-        try:
-            mode = os.stat(path).st_mode
-        except ValueError as error:  # a NUL in its name
-            raise OSError(str(error)) from error
-    if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-        # Reading a pipe or a device may never end.
-        raise ArgumentError(
-            f"{path}: must be a file or a folder, got a pipe, socket or device. "
-            "Copy its content to a file."
-        )
-    return stat.S_ISDIR(mode)
-
-
-def _files_inside(folder: Path, note: Callable[[str], None] | None) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        with explain_read_errors(error.filename):
-            raise error
-
-    inside = []
-    for root, folders, names in os.walk(folder, onerror=refuse):
+def _files_inside(folder: str, note: Callable[[str], None] | None, only: str | None) -> list[str]:
+    inside: list[str] = []
+    skipped: list[str] = []
+    for root, folders, names in walk(folder):
         folders[:] = [name for name in folders if name[0] not in "._"]
-        for path in (Path(root, name) for name in names if name[0] not in "._"):
-            if suffix_of(path) not in ARRAYS + TABLES:
+        arrays = [name for name in folders if suffix_of(name) in FOLDERS]
+        folders[:] = [name for name in folders if name not in arrays]
+        for name in [*names, *arrays]:
+            if name[0] in "._" or (only is not None and not fnmatch.fnmatch(name, only)):
                 continue
-            is_folder(path)  # raises for a link to nowhere
-            if not is_statistics(path):
-                inside.append(path)
-            elif note is not None:
-                note(f"skipped {path}: it holds saved statistics, not data")
+            address = join(root, name)
+            if suffix_of(name) not in READABLE:
+                skipped.append(address)
+                continue
+            if not is_remote(address):
+                is_folder(address)  # raises for a link to nowhere
+            if is_statistics(Path(address)):
+                if note is not None:
+                    note(f"skipped {address}: it holds saved statistics, not data")
+            else:
+                inside.append(address)
     if not inside:
         raise ArgumentError(
-            f"{folder}: must contain {_kinds()} files, got none. Name another folder."
+            f"{folder}: must contain {_kinds()} files"
+            f"{'' if only is None else f' called {only}'}, got none. Name another folder."
         )
-    return sorted(inside)
+    if skipped and note is not None:
+        kinds = Counter(suffix_of(name) or "no suffix" for name in skipped)
+        listed = ", ".join(f"{n} of {kind}" for kind, n in kinds.most_common(4))
+        note(f"skipped {len(skipped)} in {folder} of kinds that are not read: {listed}")
+    return sorted(inside, key=parts_of)
 
 
 def _kinds() -> str:
-    *others, last = ARRAYS + TABLES
+    *others, last = READABLE
     return f"{', '.join(others)} or {last}"

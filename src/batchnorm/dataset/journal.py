@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
-import os
+import sqlite3
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from ..atomic import explain_write_errors, replacing
+from ..errors import ArgumentError
 from ..moments import Moments
-from .files import Fingerprint
+from .addresses import Fingerprint
 from .parts import Part
-from .sources import FileSource
-
-FORMAT = "batchnorm journal 2"
 
 
 class Journal:
-    """One line for each file that has been measured, below a line with the options.
+    """A SQLite file of what was measured, by the fingerprints of files and the options.
 
-    A line holds, separated by tabs, the file's fingerprint in JSON, the number of its values, and
-    count, mean and m2 in base64. A file counts as measured if its fingerprint and the options are
-    the same. A last line without its end, from a run that was killed, is ignored.
+    Runs with other options, or at the same time, do not disturb it. The file is made when
+    something is first written down.
 
     Parameters
     ----------
@@ -37,81 +33,90 @@ class Journal:
 
     def __init__(self, out: Path, options: dict[str, Any]) -> None:
         self.path = out.with_name(f"{out.name}.partial")
-        self._first = json.dumps({"format": FORMAT, **options}, sort_keys=True).encode() + b"\n"
-        self._old: IO[bytes] | None = None
-        self._new: IO[bytes] | None = None
-        #: Where each file's line begins; lines are long, and there may be many.
-        self._lines: dict[bytes, int] = {}
-        with contextlib.suppress(OSError):
-            self._old = self.path.open("rb")
-            at = len(first := self._old.readline())
-            for line in self._old if first == self._first else ():
-                if line.endswith(b"\n"):
-                    self._lines[line.partition(b"\t")[0]] = at
-                at += len(line)
-
-    def find(self, source: FileSource) -> Part | None:
-        """Return the moments of a file that has been measured and has not changed since."""
-        at = self._lines.get(_key(source.fingerprint))
-        if at is None or self._old is None:
-            return None
-        self._old.seek(at)
-        try:
-            _, total, *arrays = self._old.readline().split(b"\t")
-            count, mean, m2 = (np.frombuffer(base64.b64decode(text), "<f8") for text in arrays)
-            moments = Moments(count[0] if count.size == 1 else count, mean, m2)
-            part = Part(moments, int(total))
-        except ValueError:
-            return None
-        return part if mean.size == source.features else None
-
-    def add(self, source: FileSource, part: Part) -> None:
-        """Write down the moments of a file."""
-        moments = part.moments
-        fields = [_key(source.fingerprint), str(part.total).encode()]
-        for values in (moments.count, moments.mean, moments.m2):
-            fields.append(base64.b64encode(values.astype("<f8").tobytes()))
-        with explain_write_errors(self.path):
-            if self._new is None:
-                self._begin()
-            assert self._new is not None
-            self._new.write(b"\t".join(fields) + b"\n")
-            self._new.flush()
-
-    def _begin(self) -> None:
-        """Start a new file with the valid lines of the old one.
-
-        The file stays open. Another run with the same `out` replaces it by its own, so that neither
-        writes into the journal of the other.
-        """
-        with replacing(self.path) as beside:
-            file = beside.open("wb")
+        self._options = json.dumps(options, sort_keys=True)
+        self._file: sqlite3.Connection | None = None
+        if self.path.exists():
             try:
-                file.write(self._first)
-                for at in self._lines.values():
-                    assert self._old is not None
-                    self._old.seek(at)
-                    file.write(self._old.readline())
-                file.flush()
-            except BaseException:
-                file.close()
-                raise
-        self._new = file
+                self._open()
+            except sqlite3.DatabaseError:  # cut short, or not a journal of this version
+                self.close()
+                self.path.unlink(missing_ok=True)
 
-    def remove(self) -> None:
-        """Delete the file, unless another run has replaced it."""
-        file = self._new or self._old
-        with contextlib.suppress(OSError):
-            if file is not None and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
-                self.path.unlink()
+    def _open(self) -> None:
+        self._file = sqlite3.connect(self.path, timeout=30)
+        self._file.execute("PRAGMA synchronous = OFF")  # what a loss of power may cost is little
+        self._file.execute(
+            "CREATE TABLE IF NOT EXISTS measured "
+            "(options TEXT, file TEXT, found BLOB, PRIMARY KEY (options, file))"
+        )
+        self._file.execute("SELECT options, file, found FROM measured LIMIT 1")
+
+    def find(self, file: Fingerprint) -> bytes | None:
+        """Return what was written down of a file, if it has not changed since."""
+        if self._file is None:
+            return None
+        with self._explain():
+            row = self._file.execute(
+                "SELECT found FROM measured WHERE options = ? AND file = ?",
+                (self._options, json.dumps(file)),
+            ).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def add(self, found: Iterable[tuple[Fingerprint, bytes]]) -> None:
+        """Write down what was found in some files."""
+        with self._explain():
+            if self._file is None:
+                self._open()
+            assert self._file is not None
+            with self._file:
+                self._file.executemany(
+                    "INSERT OR REPLACE INTO measured VALUES (?, ?, ?)",
+                    ((self._options, json.dumps(file), data) for file, data in found),
+                )
 
     def close(self) -> None:
         """Close the file, and keep it."""
-        for file in (self._old, self._new):
-            if file is not None:
-                with contextlib.suppress(OSError):  # a full disk, which has been reported
-                    file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        """Delete the file."""
+        if self._file is not None:
+            self.close()
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
+    @contextlib.contextmanager
+    def _explain(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise ArgumentError(
+                f"{self.path}: cannot be written ({error}). Make room, or name another file by "
+                "out=, --out."
+            ) from error
 
 
-def _key(fingerprint: Fingerprint) -> bytes:
-    return json.dumps(fingerprint).encode()
+def to_bytes(part: Part) -> bytes:
+    """Write a part as bytes."""
+    count = np.broadcast_to(part.moments.count, part.moments.mean.shape)
+    rows = [count, part.moments.mean, part.moments.m2]
+    if part.extremes is not None:
+        rows += list(part.extremes)
+    return part.total.to_bytes(16, "little") + np.stack(rows).astype("<f8").tobytes()
+
+
+def from_bytes(data: bytes, features: int) -> Part | None:
+    """Read a part of so many features; None if it is not one."""
+    values = np.frombuffer(data, "<f8", offset=16)
+    if features == 0 or values.size not in (3 * features, 5 * features):
+        return None
+    count, mean, m2, *extremes = values.reshape(-1, features)
+    if (count == count[0]).all():
+        count = count[0]
+    return Part(
+        Moments(count, mean, m2),
+        int.from_bytes(data[:16], "little"),
+        np.stack(extremes) if extremes else None,
+    )

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .. import native
 from ..atomic import check_place
 from ..errors import ArgumentError, ShapeError
 from ..moments import is_dask
-from .arguments import as_axis, as_paths, check_in_memory
-from .block_moments import check_overflow, check_policy, measure_source
+from .addresses import file_key
+from .arguments import as_axis, as_source, check_in_memory
+from .block_moments import How, check_overflow, measure_source
 from .cluster import measure_files
 from .dask_arrays import measure_array
-from .files import check_not_an_input, file_key, find_files
-from .journal import Journal
+from .files import check_not_an_input, find_files
+from .journal import Journal, from_bytes, to_bytes
 from .meter import Meter, Progress
 from .parts import PairwiseMerge, Part
 from .sources import (
@@ -29,7 +32,7 @@ from .sources import (
     open_file,
     open_memory,
 )
-from .statistics import Statistics, check_suffix
+from .statistics import Statistics, check_replaceable, check_scale, check_suffix
 
 
 def measure(
@@ -37,9 +40,16 @@ def measure(
     *,
     channel_axis: int = 1,
     missing: str = "refuse",
+    scale: float = 1.0,
+    extremes: bool = False,
     columns: Sequence[str] | None = None,
+    numeric: bool = False,
     header: bool = True,
+    separator: str | None = None,
+    decimal: str = ".",
+    nulls: Sequence[str] | None = None,
     array: str | None = None,
+    only: str | None = None,
     out: str | Path | None = None,
     client: Any = None,
     progress: Progress | None = None,
@@ -49,22 +59,38 @@ def measure(
 
     Parameters
     ----------
-    source : path, list of paths, (N, C, *S) array, or Dask array
-        Files end in .npy, .npz, .csv or .parquet. A folder stands for all such files in it and its
-        subfolders, sorted by name, except those that begin with a dot or an underscore, folders
-        that are links, and saved statistics. Files may exceed memory, and are merged in the order
-        given.
+    source : path, paths, (N, C, *S) array, arrays, or Dask array
+        Files of arrays, tables or images; `batchnorm.dataset` lists their kinds. A folder stands
+        for all such files in it and its subfolders, sorted by name, except those that begin with a
+        dot or an underscore, folders that are links, and saved statistics. Addresses such as
+        ``s3://bucket/x.npy`` are read by fsspec. Files may exceed memory, and are merged in the
+        order given. A list of arrays with two axes or more, or an iterator of arrays, is a data set
+        in batches.
     channel_axis : int
         The axis of the features. The features of a table are its columns.
     missing : {"refuse", "skip"}
         What to do about NaN, masked values, and null in tables: raise, or leave each out of its own
         feature. Infinity is always refused.
+    scale : float
+        Divide all values by this, as by 255 for images.
+    extremes : bool
+        Find the least and the greatest value of each feature, too.
     columns : names
         Columns of tables that are features; None for all.
+    numeric : bool
+        Leave columns of tables out that are not numbers.
     header : bool
         Whether .csv files begin with a line of names. If not, columns are called f0, f1, …
+    separator : str
+        What stands between the values of a .csv file; None for a comma, or a tab in a .tsv file.
+    decimal : str
+        The decimal point of .csv files, such as ",".
+    nulls : texts
+        What stands for a missing value in .csv files, beside nothing, NA, NaN, null and the like.
     array : str
-        Name of the array in .npz files; needed if they hold several.
+        Name of the array in .npz, HDF5 and zarr files; needed if they hold several.
+    only : str
+        Pattern of the names of files to take from folders, such as ``*.png``.
     out : path
         Where to save the statistics, .npz or .json; not one of the input files. If the run is
         interrupted, the same call resumes it and reads only files that were not done or have
@@ -75,7 +101,7 @@ def measure(
         Called with the name of what is read, the bytes done, and the bytes in all. Not called for
         Dask arrays.
     note : callable
-        Called with a line for each file that is skipped, and when a run is resumed.
+        Called with a line about files that are skipped, and when a run is resumed.
 
     Returns
     -------
@@ -97,16 +123,15 @@ def measure(
     >>> found = dataset.measure(np.array([[1.0, 10.0], [3.0, 30.0]]))
     >>> found.mean, found.var(), found.count
     (array([ 2., 20.]), array([  1., 100.]), array([2., 2.]))
+    >>> batches = (np.full((2, 1), k) for k in range(3))
+    >>> dataset.measure(batches).mean
+    array([1.])
     """
     axis = as_axis(channel_axis)
-    check_policy(missing)
-    if columns is not None and (isinstance(columns, str) or not list(columns)):
-        raise ArgumentError(
-            f"columns must be a list of names, got {columns!r}. Put names in a list, or leave "
-            "columns out for all."
-        )
-    options = FileOptions(None if columns is None else list(columns), header, array)
-    paths = as_paths(source)
+    how = How(missing, bool(extremes))
+    scale = check_scale(scale)
+    options = FileOptions(columns, numeric, header, separator, decimal, nulls, array, only)
+    paths, batches = as_source(source)
     if not paths:
         check_in_memory(options, client=None if is_dask(source) else client)
     target = None
@@ -114,17 +139,20 @@ def measure(
         target = Path(out)
         check_suffix(target)
         check_place(target, "a .npz or .json file", "stats.npz")
+        if not paths:
+            check_replaceable(target)
     with contextlib.ExitStack() as stack:
         journal = None
         if target is not None and paths:
-            journal = stack.enter_context(
-                contextlib.closing(_journal(target, axis, missing, options))
-            )
+            journal = stack.enter_context(contextlib.closing(_journal(target, axis, how, options)))
         if paths:
             files = _open_files(paths, axis, options, target, note)
-            found = _measure_files(files, axis, missing, journal, client, progress, note)
+            found = _measure_files(files, axis, how, journal, client, progress, note)
+        elif batches is not None:
+            found = _measure_batches(batches, axis, how, progress)
         else:
-            found = _measure_array(source, axis, missing, client, progress)
+            found = _measure_array(source, axis, how, client, progress)
+        found = found.divided_by(scale)
         if target is not None:
             found.save(target)
         if journal is not None:
@@ -132,27 +160,65 @@ def measure(
     return found
 
 
+def _statistics(
+    part: Part,
+    how: How,
+    axis: int,
+    names: tuple[str, ...] | None = None,
+    files: tuple[str, ...] = (),
+) -> Statistics:
+    extremes = part.extremes
+    if how.extremes and extremes is None:  # no values
+        extremes = np.full((2, part.missing.size), np.nan)
+    return Statistics(part.moments, part.missing, names, axis, files, extremes=extremes)
+
+
 def _measure_array(
-    source: Any, axis: int, missing: str, client: Any, progress: Progress | None
+    source: Any, axis: int, how: How, client: Any, progress: Progress | None
 ) -> Statistics:
     """Measure an array in memory, or a Dask array."""
     if is_dask(source):
-        part = measure_array(source, axis, missing, client=client)
+        part = measure_array(source, axis, how, client=client)
         check_overflow(part.moments, "x")
     else:
         data = open_memory(source, axis)
-        part = measure_source(data, missing, Meter([data], progress).start(data))
-    return Statistics(part.moments, part.missing, channel_axis=axis)
+        part = measure_source(data, how, Meter([data], progress).start(data))
+    return _statistics(part, how, axis)
 
 
-def _journal(target: Path, axis: int, missing: str, options: FileOptions) -> Journal:
+def _measure_batches(
+    batches: Iterator[Any], axis: int, how: How, progress: Progress | None
+) -> Statistics:
+    """Measure arrays one after another."""
+    merge, first = PairwiseMerge(), None
+    for k, batch in enumerate(batches):
+        label = f"batch {k}"
+        if not hasattr(batch, "__array__"):
+            raise ArgumentError(
+                f"{label}: must be an array, got {type(batch).__name__}. Yield the inputs alone, "
+                "as in (x for x, y in loader)."
+            )
+        data = open_memory(batch, axis, label)
+        if first is None:
+            first = data
+        check_same_features([first, data])
+        merge.add(0, k, measure_source(data, how))
+        if progress is not None:
+            progress(label, 0, 0)
+    assert first is not None  # `as_source` refuses an empty iterator
+    part = merge.result(first.features)
+    check_overflow(part.moments, "source")
+    return _statistics(part, how, axis)
+
+
+def _journal(target: Path, axis: int, how: How, options: FileOptions) -> Journal:
     """Open the journal of runs that give the same bits."""
     return Journal(
         target,
         {
             **asdict(options),
+            **asdict(how),
             "channel_axis": axis,
-            "missing": missing,
             "block_bytes": blocks.BLOCK_BYTES,
             "native": native.show_config()["instruction_set"],
         },
@@ -167,9 +233,10 @@ def _open_files(
     note: Callable[[str], None] | None,
 ) -> list[FileSource]:
     """Find and open all files, and check that they can be measured together."""
-    found = find_files(paths, note)
+    found = find_files(paths, note, only=options.only)
     if target is not None:
         check_not_an_input(target, {file_key(path): path for path in found})
+        check_replaceable(target)
     files: list[FileSource] = [open_file(path, axis, options) for path in found]
     check_same_features(files)
     return files
@@ -178,7 +245,7 @@ def _open_files(
 def _measure_files(
     files: Sequence[FileSource],
     axis: int,
-    missing: str,
+    how: How,
     journal: Journal | None,
     client: Any,
     progress: Progress | None,
@@ -188,7 +255,9 @@ def _measure_files(
     meter, merge, todo = Meter(files, progress), PairwiseMerge(), dict(enumerate(files))
     if journal is not None:
         for k, file in enumerate(files):
-            if (known := journal.find(file)) is not None:
+            written = journal.find(file.fingerprint)
+            known = None if written is None else from_bytes(written, file.features)
+            if known is not None:
                 merge.add(0, k, known)
                 del todo[k]
                 meter.skip(file.nbytes)
@@ -203,19 +272,19 @@ def _measure_files(
         merge.add(0, k, part)
         del todo[k]
         if journal is not None and todo:
-            journal.add(files[k], part)
+            journal.add([(files[k].fingerprint, to_bytes(part))])
 
     if client is None:
         for k, file in list(todo.items()):
-            finished(k, measure_source(file, missing, meter.start(file)))
+            finished(k, measure_source(file, how, meter.start(file)))
     elif todo:
         meter.start(next(iter(todo.values())))
-        measure_files(client, dict(todo), missing, meter.advance, finished)
+        measure_files(client, dict(todo), how, meter.advance, finished)
     total = merge.result(files[0].features)
     names = next((file.names for file in files if file.names is not None), None)
     paths = tuple(file.path for file in files)
     check_overflow(total.moments, f"{paths[0]} … {paths[-1]}", names)
-    return Statistics(total.moments, total.missing, names, axis, paths)
+    return _statistics(total, how, axis, names, paths)
 
 
 def check_same_features(sources: Sequence[Source]) -> None:

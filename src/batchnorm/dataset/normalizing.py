@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ from .. import native
 from ..atomic import check_place, explain_write_errors, replacing
 from ..errors import ArgumentError, DTypeError
 from ..moments import is_dask
+from .addresses import file_key, is_folder, is_remote, remote, suffix_of
 from .affine import Affine
-from .arguments import as_axis, as_paths, check_in_memory
+from .arguments import as_axis, as_source, check_in_memory
 from .dask_arrays import normalize_array
-from .files import ARRAYS, TABLES, check_not_an_input, file_key, find_files, suffix_of
+from .files import ARRAYS, FOLDERS, TABLES, check_not_an_input, find_files
 from .meter import Meter, Progress
 from .sources import ArrayFile, FileOptions, TableFile, open_file, open_memory
 from .statistics import Statistics, is_statistics
-from .writers import write_normalized
+from .writers import WRITABLE, write_normalized
 
 
 def normalize(
@@ -29,44 +30,52 @@ def normalize(
     statistics: Statistics,
     out: str | Path | None = None,
     *,
+    inverse: bool = False,
     eps: float = 1e-5,
     dtype: DTypeLike | None = None,
     channel_axis: int | None = None,
     header: bool = True,
+    separator: str | None = None,
+    decimal: str = ".",
+    nulls: Sequence[str] | None = None,
     array: str | None = None,
+    only: str | None = None,
     progress: Progress | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Any:
-    """Normalize each feature by the mean and biased variance of a data set.
+    """Normalize each feature by the mean and biased variance of a data set, or undo that.
 
     Parameters
     ----------
     source : path, (N, C, *S) array, or Dask array
-        A file that `measure` takes, or a folder of them. In a table, the columns that have
-        statistics are normalized and the others copied.
+        A file that `measure` takes, but no image, or a folder of them. In a table, the columns that
+        have statistics are normalized and the others copied.
     statistics : Statistics
         Of C features. Columns of tables are matched by their names.
     out : path
-        The file to write: .npy or .npz for arrays, .csv or .parquet for tables. If `source` is a
+        The file to write, of an array for arrays and of a table for tables. If `source` is a
         folder, the folder to write, in which files keep their names. Not an input file, nor saved
         statistics. None for arrays in memory and Dask arrays.
+    inverse : bool
+        Return to the original values: `source` is what this function made of them, with the same
+        `eps`.
     eps : float
         Added to the variance, inside the root.
     dtype : floating type
         Type of the result. None for that of the data, and float64 for integers and .csv files.
     channel_axis : int
         The axis of the features; None for that of the statistics.
-    header, array
+    header, separator, decimal, nulls, array, only
         As in `measure`.
     progress : callable
         Called with the name of what is read, the bytes done, and the bytes in all.
     note : callable
-        Called with a line for each file that is skipped.
+        Called with a line about files that are skipped, and for each file that is replaced.
 
     Returns
     -------
     array, Dask array or None
-        (x − mean)/√(var + eps): an array for an array in memory, a lazy Dask array for a Dask
+        (x/scale − mean)/√(var + eps): an array for an array in memory, a lazy Dask array for a Dask
         array, None for files. Missing values stay missing, and a feature without any present value
         in the statistics becomes missing. A constant feature becomes 0.
 
@@ -79,6 +88,16 @@ def normalize(
     References
     ----------
     Ioffe & Szegedy (2015), Algorithm 2, step 11.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from batchnorm import dataset
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> y = dataset.normalize(x, dataset.measure(x))
+    >>> dataset.normalize(y, dataset.measure(x), inverse=True)
+    array([[ 1., 10.],
+           [ 3., 30.]])
     """
     if not isinstance(statistics, Statistics):
         raise ArgumentError(
@@ -86,12 +105,17 @@ def normalize(
             "them, Statistics.load reads them from a file."
         )
     axis = statistics.channel_axis if channel_axis is None else as_axis(channel_axis)
-    affine = Affine(statistics, eps, dtype)
-    options = FileOptions(header=header, array=array)
-    paths = as_paths(source)
+    affine = Affine(statistics, eps, dtype, inverse=inverse)
+    options = FileOptions(None, False, header, separator, decimal, nulls, array, only)
+    paths, batches = as_source(source)
     if paths:
         _normalize_files(paths, out, affine, axis, options, progress, note)
         return None
+    if batches is not None:
+        raise ArgumentError(
+            "source must be one array, a file or a folder, got several arrays. Normalize them one "
+            "by one."
+        )
     if out is not None:
         raise ArgumentError("out must be None for arrays; save what is returned.")
     check_in_memory(options)
@@ -119,26 +143,41 @@ def _normalize_files(
         raise ArgumentError(f"source must be one file or folder, got {len(paths)}.")
     if out is None:
         raise ArgumentError("out must be the file to write, got None.")
-    given, target = Path(paths[0]), Path(out)
-    found = find_files(paths, note)
-    is_folder = given.is_dir()
-    if is_folder:
+    if is_remote(out):
+        raise ArgumentError(f"out must be a path of this machine, got {out!r}.")
+    given, target = str(paths[0]), Path(out)
+    found = find_files([given], note, only=options.only)
+    inside = is_folder(given) and suffix_of(given.rstrip("/")) not in FOLDERS
+    if inside:
         _check_folder(given, target)
     inputs = {file_key(path): path for path in found}
     jobs: list[tuple[ArrayFile | TableFile, Path]] = []
     for path in found:
-        destination = target / path.relative_to(given) if is_folder else target
+        destination = target / _below(given, path) if inside else target
         jobs.append((_open(path, affine, axis, options), destination))
         _check_destination(path, destination, inputs)
-        if not is_folder:
-            check_place(destination, f"a {destination.suffix} file", f"normalized{path.suffix}")
+        if not inside:
+            check_place(
+                destination, f"a {suffix_of(destination)} file", f"normalized{suffix_of(path)}"
+            )
     meter = Meter([file for file, _ in jobs], progress)
     for file, destination in jobs:
+        replaced = destination.exists()
         with explain_write_errors(destination), replacing(destination) as temporary:
             write_normalized(file, affine, temporary, destination, meter.start(file))
+        if replaced and note is not None:
+            note(f"replaced {destination}, which was there before")
 
 
-def _open(path: Path, affine: Affine, axis: int, options: FileOptions) -> ArrayFile | TableFile:
+def _below(folder: str, path: str) -> str:
+    """The path of a file from the folder that it was found in."""
+    if is_remote(folder):
+        full = remote(folder)[0].unstrip_protocol(remote(folder)[1])
+        return path[len(full.rstrip("/")) + 1 :]
+    return str(Path(path).relative_to(folder))
+
+
+def _open(path: str, affine: Affine, axis: int, options: FileOptions) -> ArrayFile | TableFile:
     if suffix_of(path) in TABLES:  # columns have their own axis, and are matched by name
         axis, options = 1, replace(options, columns=affine.statistics.names)
     file = open_file(path, axis, options)
@@ -154,26 +193,26 @@ def _open(path: Path, affine: Affine, axis: int, options: FileOptions) -> ArrayF
     return file
 
 
-def _check_folder(given: Path, target: Path) -> None:
+def _check_folder(given: str, target: Path) -> None:
     """Raise if the folder to write is a file or lies inside the folder to read."""
     if os.path.exists(target) and not os.path.isdir(target):
-        raise ArgumentError(
-            f"out must be a folder, as {str(given)!r} is, got the file {str(target)!r}."
-        )
+        raise ArgumentError(f"out must be a folder, as {given!r} is, got the file {str(target)!r}.")
     inside = os.path.realpath(target) + os.sep
-    if inside.startswith(os.path.realpath(given) + os.sep):
+    if not is_remote(given) and inside.startswith(os.path.realpath(given) + os.sep):
         raise ArgumentError(
-            f"out must lie outside the input folder, {str(given)!r}, got {str(target)!r}."
+            f"out must lie outside the input folder, {given!r}, got {str(target)!r}."
         )
 
 
-def _check_destination(path: Path, destination: Path, inputs: Mapping[Any, Path]) -> None:
+def _check_destination(path: str, destination: Path, inputs: Mapping[Any, str]) -> None:
     """Raise if a file to write is of another kind than `path`, or would overwrite what is kept."""
-    suffixes = ARRAYS if suffix_of(path) in ARRAYS else TABLES
+    kinds = ARRAYS if suffix_of(path) in ARRAYS else TABLES
+    suffixes = [suffix for suffix in kinds if suffix in WRITABLE]
     if suffix_of(destination) not in suffixes:
+        example = suffix_of(path) if suffix_of(path) in WRITABLE else suffixes[0]
         raise ArgumentError(
-            f"out must end in {' or '.join(suffixes)} for {str(path)!r}, got "
-            f"{str(destination)!r}. Name it {destination.with_suffix(path.suffix).name!r}."
+            f"out must end in {' or '.join(suffixes)} for {path!r}, got "
+            f"{str(destination)!r}. Name it {destination.with_suffix(example).name!r}."
         )
     check_not_an_input(destination, inputs)
     if is_statistics(destination):  # a slip of --out for --stats

@@ -18,11 +18,13 @@ MERGED_FEATURES = 1 << 16
 class Part(NamedTuple):
     """Moments of the present values of some features, and the number of values with missing ones.
 
-    The count of the moments is () if it is the same for all features.
+    The count of the moments is () if it is the same for all features. The rows of `extremes` are
+    the least and the greatest value of each feature, NaN without any; None if not asked for.
     """
 
     moments: Moments
     total: int
+    extremes: Float64 | None = None
 
     @property
     def missing(self) -> NDArray[np.int64]:
@@ -82,7 +84,12 @@ def concatenate(parts: Sequence[Part]) -> Part:
         counts = [
             np.concatenate([np.broadcast_to(c, s) for c, s in zip(counts, shapes, strict=True)])
         ]
-    return Part(_own_moments(counts[0], mean, m2), parts[0].total)
+    extremes = [part.extremes for part in parts if part.extremes is not None]
+    return Part(
+        _own_moments(counts[0], mean, m2),
+        parts[0].total,
+        np.concatenate(extremes, axis=1) if len(extremes) == len(parts) else None,
+    )
 
 
 def merge_pair(a: Part, b: Part) -> Part:
@@ -96,7 +103,12 @@ def merge_pair(a: Part, b: Part) -> Part:
             merged = _features_of(x, some) + _features_of(y, some)
             mean[some], m2[some] = merged.mean, merged.m2
             count[some if count.ndim else ()] = merged.count
-    return Part(_own_moments(count, mean, m2), a.total + b.total)
+    if a.extremes is None or b.extremes is None:  # of a part without values, or not asked for
+        extremes = a.extremes if b.total == 0 else b.extremes if a.total == 0 else None
+    else:
+        (low, high), (other_low, other_high) = a.extremes, b.extremes
+        extremes = np.stack([np.fmin(low, other_low), np.fmax(high, other_high)])
+    return Part(_own_moments(count, mean, m2), a.total + b.total, extremes)
 
 
 def _features_of(x: Moments, some: slice) -> Moments:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import zipfile
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from ..atomic import explain_write_errors, replacing
 from ..errors import ArgumentError, ShapeError
 from ..moments import Moments
 from ..native import Float64
+from .extras import first_line
+from .parts import Part, merge_all
 
 #: Marks every saved file, and is checked when one is loaded.
 FORMAT = "batchnorm statistics 1"
@@ -37,6 +40,14 @@ class Statistics:
         Axis of the features in the arrays that were measured.
     files : tuple of str
         Files that were measured, in the order in which they were merged.
+    scale : float
+        What the values were divided by before they were measured, such as 255 for images.
+    extremes : (2, C), or None
+        The least and the greatest value of each feature, if asked for; NaN where none is present.
+
+    Notes
+    -----
+    The sum of two `Statistics` is that of all their values together; ``sum(several)`` works too.
     """
 
     moments: Moments
@@ -44,9 +55,11 @@ class Statistics:
     names: tuple[str, ...] | None = None
     channel_axis: int = 1
     files: tuple[str, ...] = ()
+    scale: float = 1.0
+    extremes: Float64 | None = None
 
     def __post_init__(self) -> None:
-        """Copy `missing`, make it read-only, and check the shapes."""
+        """Copy `missing` and `extremes`, make them read-only, and check the shapes."""
         missing = np.array(self.missing, np.int64)
         shape = self.moments.mean.shape
         if missing.shape != shape or len(shape) != 1:
@@ -57,6 +70,13 @@ class Statistics:
             )
         missing.flags.writeable = False
         object.__setattr__(self, "missing", missing)
+        object.__setattr__(self, "scale", check_scale(self.scale))
+        if self.extremes is not None:
+            extremes = np.array(self.extremes, np.float64)
+            if extremes.shape != (2, *shape):
+                raise ShapeError(f"extremes must have shape (2, {shape[0]}), got {extremes.shape}.")
+            extremes.flags.writeable = False
+            object.__setattr__(self, "extremes", extremes)
 
     @property
     def features(self) -> int:
@@ -81,15 +101,48 @@ class Statistics:
         """Standard deviation of each feature: (C,)."""
         return self.moments.std(ddof)
 
+    def divided_by(self, scale: float) -> Statistics:
+        """Statistics of the same values, divided by `scale`."""
+        if scale == 1:
+            return self
+        m = self.moments
+        return replace(
+            self,
+            moments=Moments(m.count, m.mean / scale, m.m2 / scale / scale),
+            scale=self.scale * scale,
+            extremes=None if self.extremes is None else self.extremes / scale,
+        )
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Merge the statistics of two data sets with the same features.
+
+        Raises
+        ------
+        ShapeError, ArgumentError
+            They differ in the number or names of features, in the axis, or in the scale.
+        """
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        return merge([self, other])
+
+    def __radd__(self, other: object) -> Statistics:
+        """Let `sum` begin with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def __eq__(self, other: object) -> bool:
-        """Whether moments, missing values, names, axis and files are the same."""
+        """Whether moments, missing values, names, axis, files, scale and extremes are the same."""
         if not isinstance(other, Statistics):
             return NotImplemented
         return (
             self.moments == other.moments
             and np.array_equal(self.missing, other.missing)
-            and (self.names, self.channel_axis, self.files)
-            == (other.names, other.channel_axis, other.files)
+            and (self.names, self.channel_axis, self.files, self.scale)
+            == (other.names, other.channel_axis, other.files, other.scale)
+            and (self.extremes is None) == (other.extremes is None)
+            and (
+                self.extremes is None
+                or np.array_equal(self.extremes, other.extremes, equal_nan=True)  # type: ignore[arg-type]
+            )
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -126,6 +179,10 @@ class Statistics:
         }
         if self.names is not None:
             content["names"] = list(self.names)
+        if self.scale != 1:
+            content["scale"] = self.scale
+        if self.extremes is not None:
+            content["min"], content["max"] = self.extremes
         with explain_write_errors(path), replacing(path) as beside, beside.open("wb") as file:
             if path.suffix.lower() == ".npz":
                 np.savez(file, **content)
@@ -153,25 +210,30 @@ class Statistics:
             else:
                 with np.load(path, allow_pickle=False) as file:
                     content = {name: file[name] for name in file.files}
-            if str(content.get("format")) != FORMAT:
+            if not isinstance(content, dict) or str(content.get("format")) != FORMAT:
                 raise ValueError("no mark of its format")
             names = content.get("names")
+            extremes = None
+            if "min" in content:
+                extremes = np.array([content["min"], content["max"]], float)  # null is NaN
             return cls(
                 Moments(*(np.asarray(content[name], float) for name in ("count", "mean", "m2"))),
                 np.asarray(content["missing"], np.int64).reshape(-1),
                 None if names is None else tuple(map(str, names)),
                 int(content["channel_axis"]),
                 tuple(map(str, content["files"])),
+                float(content.get("scale", 1)),
+                extremes,
             )
         except OSError as error:
             raise ArgumentError(
                 f"{path}: cannot be read ({error.strerror or error}). Name a file that "
                 "`batchnorm stats --out` or Statistics.save has written."
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except Exception as error:  # readers raise whatever damage leads to
             raise ArgumentError(
-                f"{path}: must hold statistics, and does not ({error}). Name a file that "
-                "`batchnorm stats --out` or Statistics.save has written."
+                f"{path}: must hold statistics, and does not ({first_line(error)}). Name a file "
+                "that `batchnorm stats --out` or Statistics.save has written."
             ) from error
 
 
@@ -187,6 +249,94 @@ def is_statistics(path: Path) -> bool:
         return False
 
 
+def merge(several: Iterable[Statistics]) -> Statistics:
+    """Merge statistics of data sets with the same features, in the order given.
+
+    Raises
+    ------
+    ArgumentError, ShapeError
+        There are none, or they differ in the number or names of features, axis or scale.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from batchnorm import dataset
+    >>> x = np.array([[1.0, 10.0], [3.0, 20.0], [5.0, 30.0]])
+    >>> dataset.merge([dataset.measure(x[:1]), dataset.measure(x[1:])]).mean
+    array([ 3., 20.])
+    """
+    parts = list(several)
+    for part in parts:
+        if not isinstance(part, Statistics):
+            raise ArgumentError(
+                f"several must be Statistics, got {type(part).__name__}. measure returns them, "
+                "Statistics.load reads them from a file."
+            )
+    if not parts:
+        raise ArgumentError("several must be at least one Statistics, got none.")
+    first = parts[0]
+    for other in parts[1:]:
+        if first.features != other.features:
+            raise ShapeError(
+                "statistics to merge must have the same number of features, got "
+                f"{first.features} and {other.features}."
+            )
+        for what in ("names", "channel_axis", "scale"):
+            mine, others = getattr(first, what), getattr(other, what)
+            if mine != others and not (what == "names" and None in (mine, others)):
+                raise ArgumentError(
+                    f"statistics to merge must have the same {what}, got {mine} and {others}. "
+                    "Measure the data sets alike."
+                )
+    found = merge_all((Part(s.moments, _total(s), s.extremes) for s in parts), first.features)
+    return replace(
+        first,
+        moments=found.moments,
+        missing=np.sum([s.missing for s in parts], axis=0),
+        names=next((s.names for s in parts if s.names is not None), None),
+        files=tuple(file for s in parts for file in s.files),
+        extremes=found.extremes,
+    )
+
+
+def _total(s: Statistics) -> int:
+    """Number of values of a feature, with missing ones."""
+    return int(s.count[0] + s.missing[0]) if s.features else 0
+
+
+def check_scale(scale: Any) -> float:
+    """Return what values are divided by, as a float above zero.
+
+    Raises
+    ------
+    ArgumentError
+        It is something else.
+    """
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not (0 < value < math.inf):
+        raise ArgumentError(
+            f"scale must be a number above zero that values are divided by, got {scale!r}. It is "
+            "255 for images of 8 bits."
+        )
+    return value
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise if there is a file that is not empty and holds no statistics."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    try:
+        Statistics.load(path)
+    except ArgumentError:
+        raise ArgumentError(
+            f"out must not hold anything but statistics, got {str(path)!r}, which would be lost. "
+            "Choose another path, or remove the file."
+        ) from None
+
+
 def check_suffix(path: Path, what: str = "out") -> None:
     """Raise unless the suffix is .npz or .json."""
     if path.suffix.lower() not in SUFFIXES:
@@ -199,7 +349,7 @@ def check_suffix(path: Path, what: str = "out") -> None:
 def _as_list(value: Any) -> Any:
     """Convert an array to a list for JSON; Python writes as many digits as a number needs.
 
-    JSON has no NaN: an undefined variance becomes null, which `load` does not read.
+    JSON has no NaN: an undefined variance or extreme becomes null.
     """
     if np.isnan(value).any():
         return [None if np.isnan(v) else v for v in value.tolist()]

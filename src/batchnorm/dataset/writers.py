@@ -13,11 +13,14 @@ import numpy as np
 from .. import native
 from ..errors import ArgumentError
 from ..native import Array
+from .addresses import suffix_of
 from .affine import Affine, narrow
 from .extras import first_line
-from .files import suffix_of
 from .sources import ArrayFile, TableFile, prefetch
 from .sources.tables import arrow, by_name
+
+#: Endings of the files that can be written.
+WRITABLE = (".npy", ".npz", ".csv", ".parquet")
 
 
 def write_normalized(

@@ -5,15 +5,17 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.output import note
+from batchnorm.cli.options import KINDS, Array, Decimal, Header, Nulls, Only, Separator
+from batchnorm.cli.output import note, split_names
 
 
 def normalize(
-    file: Annotated[
-        str, typer.Argument(help="A .npy, .npz, .csv or .parquet file, or a folder of them.")
-    ],
+    file: Annotated[str, typer.Argument(help=f"A file or a folder of {KINDS}, or its address.")],
     stats: Annotated[Path, typer.Option(help="Statistics saved by 'batchnorm stats'.")],
     out: Annotated[Path, typer.Option(help="The file to write, or the folder for a folder.")],
+    inverse: Annotated[
+        bool, typer.Option("--inverse", help="Return from normalized to original values.")
+    ] = False,
     eps: Annotated[
         float,
         typer.Option(
@@ -28,12 +30,12 @@ def normalize(
         int | None,
         typer.Option(help="Axis of the features; by default, as in the statistics."),
     ] = None,
-    header: Annotated[
-        bool, typer.Option(help="Whether .csv files begin with a line of names.")
-    ] = True,
-    array: Annotated[
-        str | None, typer.Option(help="Name of the array in a .npz file.", metavar="NAME")
-    ] = None,
+    header: Header = True,
+    separator: Separator = None,
+    decimal: Decimal = ".",
+    nulls: Nulls = None,
+    array: Array = None,
+    only: Only = None,
 ) -> None:
     """Subtract the mean of each feature and divide by its standard deviation.
 
@@ -48,11 +50,16 @@ def normalize(
             file,
             statistics,
             out,
+            inverse=inverse,
             eps=eps,
             dtype=dtype,
             channel_axis=channel_axis,
             header=header,
+            separator=separator,
+            decimal=decimal,
+            nulls=split_names(nulls),
             array=array,
+            only=only,
             progress=progress,
             note=note,
         )

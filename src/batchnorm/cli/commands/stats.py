@@ -1,11 +1,13 @@
 """``batchnorm stats``."""
 
 import enum
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from batchnorm.cli.options import KINDS, Array, Decimal, Header, Nulls, Only, Separator
 from batchnorm.cli.output import make_console, many, note, split_names
 
 if TYPE_CHECKING:
@@ -28,7 +30,10 @@ class Missing(str, enum.Enum):
 def stats(
     files: Annotated[
         list[str],
-        typer.Argument(help=".npy, .npz, .csv or .parquet files, or folders of them."),
+        typer.Argument(
+            help=f"Files of {KINDS} or images (PNG, JPEG, WebP, TIFF, .tar), folders of one kind, "
+            "or addresses such as s3://bucket/folder."
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -41,6 +46,13 @@ def stats(
         int, typer.Option(help="Axis of the features in arrays; -1 is the last.")
     ] = 1,
     missing: Annotated[Missing, typer.Option(help="How to handle NaN and null.")] = Missing.refuse,
+    scale: Annotated[
+        float, typer.Option(help="Divide all values by this, as by 255 for images.")
+    ] = 1.0,
+    extremes: Annotated[
+        bool,
+        typer.Option("--extremes", help="Find least and greatest values, and outliers, too."),
+    ] = False,
     columns: Annotated[
         str | None,
         typer.Option(
@@ -49,12 +61,15 @@ def stats(
             metavar="A,B",
         ),
     ] = None,
-    header: Annotated[
-        bool, typer.Option(help="Whether .csv files begin with a line of names.")
-    ] = True,
-    array: Annotated[
-        str | None, typer.Option(help="Name of the array in .npz files.", metavar="NAME")
-    ] = None,
+    numeric: Annotated[
+        bool, typer.Option("--numeric", help="Leave columns out that are not numbers.")
+    ] = False,
+    header: Header = True,
+    separator: Separator = None,
+    decimal: Decimal = ".",
+    nulls: Nulls = None,
+    array: Array = None,
+    only: Only = None,
     dask: Annotated[
         str | None,
         typer.Option(
@@ -86,9 +101,16 @@ def stats(
             files,
             channel_axis=channel_axis,
             missing=missing.value,
+            scale=scale,
+            extremes=extremes,
             columns=split_names(columns),
+            numeric=numeric,
             header=header,
+            separator=separator,
+            decimal=decimal,
+            nulls=split_names(nulls),
             array=array,
+            only=only,
             out=out,
             client=client,
             progress=progress,
@@ -109,14 +131,16 @@ def _show(found: "Statistics", console: "Console") -> None:
 
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("feature")
-    for title in ("count", "missing", "mean", "std"):
+    columns = {"count": found.count, "missing": found.missing}
+    columns |= {"mean": found.mean, "std": found.std()}
+    if found.extremes is not None:
+        columns["min"], columns["max"] = found.extremes
+    for title in columns:
         table.add_column(title, justify="right")
-    rows = zip(found.count, found.missing, found.mean, found.std(), strict=True)
-    for k, (count, missing, mean, std) in enumerate(rows):
-        if k == SHOWN:
-            break
+    for k in range(min(SHOWN, found.features)):
         name = found.names[k] if found.names else str(k)
-        table.add_row(name, f"{count:.0f}", str(missing), f"{mean:.8g}", f"{std:.8g}")
+        whole, real = itertools.islice(columns.values(), 2), list(columns.values())[2:]
+        table.add_row(name, *(f"{v[k]:.0f}" for v in whole), *(f"{v[k]:.8g}" for v in real))
     console.print(table)
     if found.features > SHOWN:
         console.print(f"and {many(found.features - SHOWN, 'feature')} more")

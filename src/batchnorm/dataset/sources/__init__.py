@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ...errors import ArgumentError
-from ..files import ARRAYS, suffix_of
+from ..addresses import suffix_of
+from ..files import ARRAYS
 from .array_files import ArrayFile, open_array
 from .blocks import Block, FileSource, Source, check_unchanged, check_width
 from .csv_files import open_csv
@@ -41,11 +41,28 @@ class FileOptions:
     """How files are read, as `measure` explains it."""
 
     columns: Sequence[str] | None = None
+    numeric: bool = False
     header: bool = True
+    separator: str | None = None
+    decimal: str = "."
+    nulls: Sequence[str] | None = None
     array: str | None = None
+    only: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what does not depend on a file."""
+        for name in ("columns", "nulls"):
+            value = getattr(self, name)
+            if value is not None:
+                if isinstance(value, str) or not list(value):
+                    raise ArgumentError(
+                        f"{name} must be a list of texts, got {value!r}. Put them in a list, or "
+                        f"leave {name} out."
+                    )
+                object.__setattr__(self, name, list(value))
 
 
-def open_file(path: Path, channel_axis: int, options: FileOptions) -> ArrayFile | TableFile:
+def open_file(path: str, channel_axis: int, options: FileOptions) -> ArrayFile | TableFile:
     """Read what a file says about its content, and check that it can be measured.
 
     Raises

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import os
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from ...errors import ArgumentError, DTypeError, ShapeError
-from ..extras import import_extra
-from ..files import Fingerprint, explain_read_errors, fingerprint_of, suffix_of
+from ..addresses import (
+    Fingerprint,
+    explain_read_errors,
+    fingerprint_of,
+    is_remote,
+    open_binary,
+    suffix_of,
+)
+from ..extras import first_line, import_extra
 from . import blocks
 from .blocks import Block, Source, check_width
 from .values import floating_type, is_real
@@ -169,11 +174,13 @@ class ArrayFile:
 
     def _open(self, stack: contextlib.ExitStack) -> IO[bytes]:
         if self.member is None:
-            file = stack.enter_context(io.FileIO(self.path))
-            if hasattr(os, "posix_fadvise"):  # makes Linux read twice as far ahead
+            file = stack.enter_context(open_binary(self.path))
+            if hasattr(os, "posix_fadvise") and not is_remote(
+                self.path
+            ):  # makes Linux read twice as far ahead
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
             return file
-        archive = stack.enter_context(zipfile.ZipFile(self.path))
+        archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(open_binary(self.path))))
         return stack.enter_context(archive.open(self.member))
 
     def _where(self, cut: Cut) -> Callable[[tuple[int, ...]], str]:
@@ -197,7 +204,7 @@ def read_into(file: IO[bytes], view: memoryview) -> int:
     return done
 
 
-def open_array(path: Path, *, array: str | None, channel_axis: int) -> ArrayFile:
+def open_array(path: str, *, array: str | None, channel_axis: int) -> ArrayFile:
     """Read the header of a .npy or .npz file and check that the file is complete.
 
     Raises
@@ -208,7 +215,7 @@ def open_array(path: Path, *, array: str | None, channel_axis: int) -> ArrayFile
     fingerprint = fingerprint_of(path)  # before anything is read, to notice every change
     with explain_read_errors(path):
         if suffix_of(path) == ".npz":
-            with zipfile.ZipFile(path) as archive:
+            with open_binary(path) as outer, zipfile.ZipFile(outer) as archive:
                 member = _find_member(path, archive, array)
                 info = archive.getinfo(member)
                 if info.flag_bits & 1:
@@ -220,7 +227,7 @@ def open_array(path: Path, *, array: str | None, channel_axis: int) -> ArrayFile
                     shape, fortran_order, dtype, offset = _read_header(path, file)
         else:
             member, available = None, fingerprint[2]
-            with path.open("rb") as file:
+            with open_binary(path) as file:
                 shape, fortran_order, dtype, offset = _read_header(path, file)
     label = _label(path, member)
     if dtype == np.dtype("V2"):  # numpy.save writes bfloat16 as two bytes of unknown type
@@ -243,7 +250,7 @@ def open_array(path: Path, *, array: str | None, channel_axis: int) -> ArrayFile
             )
         )
     return ArrayFile(
-        path=str(path),
+        path=path,
         fingerprint=(fingerprint[0], member, *fingerprint[2:]),
         member=member,
         offset=offset,
@@ -256,7 +263,7 @@ def open_array(path: Path, *, array: str | None, channel_axis: int) -> ArrayFile
     )
 
 
-def _label(path: Path | str, member: str | None) -> str:
+def _label(path: str, member: str | None) -> str:
     return str(path) if member is None else f"{path} ({member.removesuffix('.npy')})"
 
 
@@ -275,7 +282,7 @@ def _check_axis(label: str, shape: tuple[int, ...], channel_axis: int) -> int:
     return channel_axis % len(shape)
 
 
-def _find_member(path: Path, archive: zipfile.ZipFile, array: str | None) -> str:
+def _find_member(path: str, archive: zipfile.ZipFile, array: str | None) -> str:
     """Return the name of the file in a .npz that holds the array."""
     arrays = [name for name in archive.namelist() if name.endswith(".npy")]
     listed = ", ".join(name.removesuffix(".npy") for name in arrays) or "none"
@@ -291,7 +298,7 @@ def _find_member(path: Path, archive: zipfile.ZipFile, array: str | None) -> str
     return arrays[0]
 
 
-def _read_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+def _read_header(path: str, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Return shape, whether the order is Fortran's, dtype, and bytes up to the first element."""
     counted = _Counted(file)
     try:
@@ -304,9 +311,11 @@ def _read_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np
             raise ValueError(f"version {version} of the format")
         if any(length < 0 for length in header[0]):
             raise ValueError(f"shape {header[0]}")
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # NumPy's parser of headers raises whatever damage leads to
         raise ArgumentError(
-            f"{path}: must be an array in NumPy's format, and is not ({error}). "
+            f"{path}: must be an array in NumPy's format, and is not ({first_line(error)}). "
             "Write it with numpy.save."
         ) from None
     shape, fortran_order, dtype = header

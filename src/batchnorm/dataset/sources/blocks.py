@@ -13,7 +13,7 @@ from typing import Protocol
 
 from ...errors import ArgumentError, ShapeError
 from ...native import Array
-from ..files import Fingerprint, fingerprint_of
+from ..addresses import Fingerprint, fingerprint_of
 
 #: Bytes of a block. Two are in memory at a time, one being read while the other is summed: large
 #: enough that starting threads costs nothing, small enough to stay far below what a machine has.

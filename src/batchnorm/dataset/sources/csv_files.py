@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ...errors import ArgumentError
+from ..addresses import fingerprint_of
 from ..extras import first_line
-from ..files import fingerprint_of
 from .tables import TableFile, arrow, choose_columns, explain_table_errors, first_few
 
 #: Bytes of text that are parsed together, and so the longest line that there may be.
@@ -39,7 +38,7 @@ class CsvFile(TableFile):
                     yield batch, done - before
 
 
-def open_csv(path: Path, *, columns: Sequence[str] | None, header: bool) -> CsvFile:
+def open_csv(path: str, *, columns: Sequence[str] | None, header: bool) -> CsvFile:
     """Read the names of the columns and check that those asked for are numbers.
 
     Raises
@@ -73,7 +72,7 @@ def open_csv(path: Path, *, columns: Sequence[str] | None, header: bool) -> CsvF
         advice_on_text=", or pass header=False, --no-header" if header else "",
     )
     return CsvFile(
-        path=str(path),
+        path=path,
         fingerprint=fingerprint,
         names=names,
         columns=tuple(present),
@@ -98,7 +97,7 @@ def _open_reader(
 
 
 @contextlib.contextmanager
-def _explain_csv_errors(path: Path | str) -> Iterator[None]:
+def _explain_csv_errors(path: str) -> Iterator[None]:
     advice = "; for a file without a line of names pass header=False, --no-header"
     with explain_table_errors(path, advice):
         try:

@@ -55,11 +55,11 @@ class ArrayInMemory:
             yield Block(values, self.channel_axis, channels, number * whole, where, values.nbytes)
 
 
-def open_memory(x: Any, channel_axis: int) -> ArrayInMemory:
+def open_memory(x: Any, channel_axis: int, label: str = "x") -> ArrayInMemory:
     """Check an array in memory, as a source."""
     values = x if isinstance(x, np.ma.MaskedArray) else np.asarray(x)
     if not is_real(values.dtype):
         native.as_values(values)  # raises
     axis = native.channel_axis_of(values, channel_axis)
-    check_width("x", values.shape[axis])
-    return ArrayInMemory(values, axis, blocks.BLOCK_BYTES)
+    check_width(label, values.shape[axis])
+    return ArrayInMemory(values, axis, blocks.BLOCK_BYTES, label)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from ..files import fingerprint_of
+from ..addresses import fingerprint_of
 from . import blocks
 from .tables import TableFile, arrow, choose_columns, explain_table_errors
 
@@ -35,7 +34,7 @@ class ParquetFile(TableFile):
                 yield batch, done * self.nbytes // rows - before * self.nbytes // rows
 
 
-def open_parquet(path: Path, *, columns: Sequence[str] | None, header: bool) -> ParquetFile:
+def open_parquet(path: str, *, columns: Sequence[str] | None, header: bool) -> ParquetFile:
     """Read the names of the columns and check that those asked for are numbers.
 
     Raises
@@ -51,7 +50,7 @@ def open_parquet(path: Path, *, columns: Sequence[str] | None, header: bool) -> 
         schema, together = file.schema_arrow, _columns_together(file.metadata)
         fields = list(zip(schema.names, schema.types, strict=True))
     return ParquetFile(
-        path=str(path),
+        path=path,
         fingerprint=fingerprint,
         names=choose_columns(path, fields, columns, _is_number),
         columns=tuple(name for name, _ in fields),

@@ -9,15 +9,14 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from ...errors import ArgumentError, DTypeError
 from ...native import Array
+from ..addresses import Fingerprint, explain_read_errors
 from ..extras import first_line, import_extra
-from ..files import Fingerprint, explain_read_errors
 from .blocks import Block, Source
 from .values import EXACT, check_exact
 
@@ -144,7 +143,7 @@ def _as_float64(column: Any, label: str) -> Array:
 
 
 @contextlib.contextmanager
-def explain_table_errors(path: Path | str, advice: str = "") -> Iterator[None]:
+def explain_table_errors(path: str, advice: str = "") -> Iterator[None]:
     """Turn pyarrow's errors into one line that names the file; `advice` continues the remedy."""
     with explain_read_errors(path):
         try:
@@ -157,7 +156,7 @@ def explain_table_errors(path: Path | str, advice: str = "") -> Iterator[None]:
 
 
 def choose_columns(
-    path: Path,
+    path: str,
     fields: Sequence[tuple[str, Any]],
     columns: Sequence[str] | None,
     is_number: Callable[[Any], bool],
