@@ -23,6 +23,7 @@ CORE = {
     "folding": {"errors"},
     "layer": {"_core", "errors", "native", "moments", "functional"},
     "atomic": {"errors"},
+    "workers": {"errors"},
 }
 FRAMEWORKS = {
     "torch",
