@@ -24,6 +24,7 @@ CORE = {
     "layer": {"_core", "errors", "native", "moments", "functional"},
     "atomic": {"errors"},
     "workers": {"errors"},
+    "extras": {"errors"},
 }
 FRAMEWORKS = {
     "torch",
