@@ -16,6 +16,7 @@ from ..atomic import explain_write_errors, replacing
 from ..errors import ArgumentError, ShapeError
 from ..moments import Moments
 from ..native import Float64
+from .addresses import open_binary, suffix_of
 from .extras import first_line
 from .parts import Part, merge_all
 
@@ -237,12 +238,12 @@ class Statistics:
             ) from error
 
 
-def is_statistics(path: Path) -> bool:
+def is_statistics(address: str | Path) -> bool:
     """Whether a .npz file holds saved statistics; False if it cannot be read."""
-    if path.suffix.lower() != ".npz":
+    if suffix_of(address) != ".npz":
         return False
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_binary(address) as opened, np.load(opened, allow_pickle=False) as file:
             mark = file.zip.getinfo("format.npy")
             return mark.file_size < 1000 and str(file["format"]) == FORMAT
     except Exception:  # a damaged file may raise anything; reading it as data explains the error
