@@ -248,7 +248,7 @@ def test_a_channel_axis_that_is_not_there_is_refused(format, tmp_path):
 
 def test_array_is_refused_for_a_file_of_one(tmp_path):
     np.save(tmp_path / "x.npy", np.ones((2, 2)))
-    with pytest.raises(ArgumentError, match=r"names one in a \.npz, HDF5 or zarr file, got 'x'"):
+    with pytest.raises(ArgumentError, match=r"names one in a \.npz file, HDF5 or zarr, got 'x'"):
         dataset.measure(tmp_path / "x.npy", array="x")
 
 

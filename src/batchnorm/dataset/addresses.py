@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import re
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -143,12 +144,19 @@ def _remote_fingerprint(address: str) -> tuple[int, str]:
     fs.invalidate_cache()  # or listings made before would be believed
     info = fs.info(path)
     if info["type"] == "directory":
-        inside = sorted(fs.find(path, detail=True).items())
-        files = [(name, about["size"], _version(about)) for name, about in inside]
-        return sum(size or 0 for _, size, _ in files), str(files)
+        inside = fs.find(path, detail=True).items()
+        return _digest((name, about["size"] or 0, _version(about)) for name, about in inside)
     if info["size"] is None:
         raise UnreadableFile(f"{address}: its server does not tell its size. Download it first.")
     return int(info["size"]), _version(info)
+
+
+def _digest(files: Iterable[tuple[str, int, int | str]]) -> tuple[int, str]:
+    """Bytes of all files, and a hash of their names, sizes and versions."""
+    listed = sorted(files)
+    text = "\n".join(f"{name} {size} {version}" for name, size, version in listed)
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    return sum(size for _, size, _ in listed), digest
 
 
 # ---- both ---------------------------------------------------------------------------------------
@@ -169,15 +177,23 @@ def fingerprint_of(address: str | Path, member: str | None = None) -> Fingerprin
         if is_remote(address):
             return str(address), member, *_remote_fingerprint(str(address))
         about = os.stat(address)
-        size, changed = about.st_size, about.st_mtime_ns
         if stat.S_ISDIR(about.st_mode):
-            size = 0
-            for root, _, names in os.walk(address):
-                changed = max(changed, os.stat(root).st_mtime_ns)  # of what is added or removed
-                for name in names:
-                    about = os.stat(os.path.join(root, name))
-                    size, changed = size + about.st_size, max(changed, about.st_mtime_ns)
-        return os.path.abspath(address), member, size, changed
+            return os.path.abspath(address), member, *_digest(_files_in(address))
+        return os.path.abspath(address), member, about.st_size, about.st_mtime_ns
+
+
+def _files_in(folder: str | Path) -> Iterator[tuple[str, int, int]]:
+    before = len(os.fspath(folder))
+    for root, _, names in os.walk(folder, onerror=_refuse):
+        for name in names:
+            path = os.path.join(root, name)
+            about = os.stat(path)
+            yield path[before:], about.st_size, about.st_mtime_ns
+
+
+def _refuse(error: OSError) -> None:
+    with explain_read_errors(error.filename):
+        raise error
 
 
 def look_up(address: str | Path) -> tuple[bool, Any]:
@@ -220,13 +236,8 @@ def file_key(address: str | Path) -> Any:
 
 def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """Walk a folder from the top, as os.walk does; removing a folder's name leaves it out."""
-
-    def refuse(error: OSError) -> None:
-        with explain_read_errors(error.filename):
-            raise error
-
     if not is_remote(folder):
-        yield from os.walk(folder, onerror=refuse)
+        yield from os.walk(folder, onerror=_refuse)
         return
     fs, path = remote(folder)
     with explain_read_errors(folder):

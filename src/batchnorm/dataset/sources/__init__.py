@@ -89,7 +89,7 @@ def open_file(path: str, channel_axis: int, options: FileOptions) -> ArrayFile |
     suffix = suffix_of(path)
     if options.array is not None and (suffix not in ARRAYS or suffix == ".npy"):
         raise ArgumentError(
-            f"{path}: array names one in a .npz, HDF5 or zarr file, got {options.array!r} for a "
+            f"{path}: array names one in a .npz file, HDF5 or zarr, got {options.array!r} for a "
             f"{suffix} file. Leave it out."
         )
     if suffix in ARRAYS:
