@@ -102,13 +102,13 @@ def values_of(path):
 @pytest.mark.parametrize(
     ("name", "write", "cases"),
     [
-        ("x.npy", npy, 80),
-        ("x.npz", npz, 60),
-        ("x.npz", deflated, 60),
-        ("x.h5", hdf5, 60),
-        ("x.h5", hdf5_latest, 40),
-        ("x.zarr", zarr2, 40),
-        ("x.zarr", zarr3, 40),
+        ("x.npy", npy, 60),
+        ("x.npz", npz, 40),
+        ("x.npz", deflated, 40),
+        ("x.h5", hdf5, 40),
+        ("x.h5", hdf5_latest, 30),
+        ("x.zarr", zarr2, 30),
+        ("x.zarr", zarr3, 30),
     ],
 )
 def test_a_damaged_array_is_one_line_or_its_values(name, write, cases, tmp_path):
@@ -136,7 +136,7 @@ def test_damaged_statistics_are_one_line_or_statistics(name, tmp_path):
     before.save(path)
     content = path.read_bytes()
     refused = 0
-    for seed in range(80):
+    for seed in range(50):
         path.write_bytes(damaged(content, seed))
         found = outcome(Statistics.load, path)
         if found is None:
@@ -145,7 +145,7 @@ def test_damaged_statistics_are_one_line_or_statistics(name, tmp_path):
             assert found == before
         else:
             assert np.isfinite(found.var()).all()
-    assert refused > 20
+    assert refused > 12
 
 
 def test_a_damaged_journal_changes_nothing(tmp_path, monkeypatch):

@@ -158,7 +158,8 @@ def test_arrays_and_files_are_measured_without_importing_dask(tmp_path):
         "import sys, numpy as np; from batchnorm import Moments, dataset; "
         f"Moments.of(np.ones((2, 2))); found = dataset.measure({str(tmp_path / 'x.npy')!r}); "
         "dataset.normalize(np.ones((2, 2)), found); "
-        "print(sorted({'dask', 'distributed', 'pyarrow'} & sys.modules.keys()))"
+        "print(sorted({'dask', 'distributed', 'pyarrow', 'h5py', 'zarr', 'fsspec'} "
+        "& sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[]\n", "")

@@ -109,13 +109,26 @@ class Statistics:
         return self.moments.std(ddof)
 
     def divided_by(self, scale: float) -> Statistics:
-        """Statistics of the same values, divided by `scale`."""
+        """Statistics of the same values, divided by `scale`.
+
+        Raises
+        ------
+        ArgumentError
+            Variances leave the range of float64.
+        """
         if scale == 1:
             return self
         m = self.moments
+        with np.errstate(over="ignore", under="ignore"):
+            mean, m2 = m.mean / scale, m.m2 / scale / scale
+        if not (np.isfinite(mean) & np.isfinite(m2) & ((m2 > 0) == (m.m2 > 0))).all():
+            raise ArgumentError(
+                f"scale must leave variances within the range of float64, got {scale!r}. It is 255 "
+                "for images of 8 bits."
+            )
         return replace(
             self,
-            moments=Moments(m.count, m.mean / scale, m.m2 / scale / scale),
+            moments=Moments(m.count, mean, m2),
             scale=self.scale * scale,
             extremes=None if self.extremes is None else self.extremes / scale,
         )

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ...errors import ArgumentError, BatchNormError, DTypeError, ShapeError
+from ...errors import ArgumentError, BatchNormError
 from ..addresses import Fingerprint, explain_read_errors, is_remote, suffix_of
 from ..extras import first_line
 from . import blocks
-from .blocks import Block, Source, check_width
-from .values import floating_type, is_real
+from .blocks import Block, Source
+from .values import check_array, floating_type
 
 Self = TypeVar("Self", bound="ArrayFile")
 
@@ -110,33 +110,15 @@ def array_fields(
     Raises
     ------
     DTypeError, ShapeError
-        It is not one of real numbers, or has fewer than two axes, not this one, or a vast one.
+        As from `check_array`.
     """
-    label = label_of(path, member)
-    if not is_real(dtype):
-        raise DTypeError(
-            f"{label}: must hold real numbers (float16, bfloat16, float32, float64, integers or "
-            f"booleans), got {dtype}. Save it as one of these."
-        )
-    if len(shape) < 2:
-        raise ShapeError(
-            f"{label}: must have at least 2 axes, (N, C) or (N, C, *S), got shape {shape}. "
-            "Save a single feature as x[:, None]."
-        )
-    if not -len(shape) <= channel_axis < len(shape):
-        raise ShapeError(
-            f"{label}: has no axis {channel_axis}, its shape is {shape}. Choose a channel_axis "
-            f"from {-len(shape)} to {len(shape) - 1}."
-        )
-    axis = channel_axis % len(shape)
-    check_width(label, shape[axis])
     return {
         "path": path,
         "fingerprint": (fingerprint[0], member, *fingerprint[2:]),
         "member": member,
         "shape": shape,
         "dtype": dtype,
-        "channel_axis": axis,
+        "channel_axis": check_array(label_of(path, member), shape, dtype, channel_axis),
         "block_bytes": blocks.BLOCK_BYTES,
         "element_bytes": floating_type(dtype).itemsize,  # integers take more when summed
     }
