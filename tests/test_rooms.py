@@ -37,6 +37,7 @@ FRAMEWORKS = {
     "distributed",
     "pyarrow",
 }
+OTHERS = {"ml_dtypes", "scipy", "h5py", "zarr", "fsspec"}
 PRESENTATION = {"typer", "rich", "altair", "vl_convert", "pandas", "mlxtend"}
 PRESENTS = {
     "cli",
@@ -262,7 +263,7 @@ def loaded():
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("name", sorted(FRAMEWORKS | PRESENTATION | {"ml_dtypes", "scipy"}))
+@pytest.mark.parametrize("name", sorted(FRAMEWORKS | PRESENTATION | OTHERS))
 def test_rooms_importing_batchnorm_loads_no_other_package(loaded, name):
     assert name not in loaded
 

@@ -1,8 +1,15 @@
 """Statistics of data sets larger than memory, and normalization by them.
 
 `measure` computes exact `Statistics` of files, arrays and Dask arrays, block by block, and
-`normalize` normalizes data by them. .npy and .npz files need only NumPy, CSV and Parquet files the
-extra ``data``, Dask the extra ``dask``.
+`normalize` normalizes data by them, or undoes that. Arrays may lie in
+
+- .npy and .npz files, also compressed ones, in either order, with any axis of the features;
+- HDF5 files, .h5 and .hdf5 (extra ``hdf5``), and .zarr folders of formats 2 and 3 (extra
+  ``zarr``), of which the chunks are read as a whole;
+- memory, also masked, memory-mapped or in batches, and Dask arrays (extra ``dask``);
+
+tables in CSV and Parquet files (extra ``data``). Files are named by path, or by an address such as
+``s3://bucket/x.npy`` (extra ``remote``, and the package for this kind of address, here s3fs).
 
 >>> import numpy as np
 >>> from batchnorm import dataset

@@ -14,7 +14,7 @@ from .. import native
 from ..atomic import check_place
 from ..errors import ArgumentError, ShapeError
 from ..moments import is_dask
-from .addresses import file_key
+from .addresses import check_local, file_key
 from .arguments import as_axis, as_source, check_in_memory
 from .block_moments import How, check_overflow, measure_source
 from .cluster import measure_files
@@ -136,6 +136,7 @@ def measure(
         check_in_memory(options, client=None if is_dask(source) else client)
     target = None
     if out is not None:
+        check_local(out)
         target = Path(out)
         check_suffix(target)
         check_place(target, "a .npz or .json file", "stats.npz")
@@ -234,7 +235,7 @@ def _open_files(
 ) -> list[FileSource]:
     """Find and open all files, and check that they can be measured together."""
     found = find_files(paths, note, only=options.only)
-    if target is not None:
+    if target is not None and target.exists():
         check_not_an_input(target, {file_key(path): path for path in found})
         check_replaceable(target)
     files: list[FileSource] = [open_file(path, axis, options) for path in found]
@@ -272,7 +273,7 @@ def _measure_files(
         merge.add(0, k, part)
         del todo[k]
         if journal is not None and todo:
-            journal.add([(files[k].fingerprint, to_bytes(part))])
+            journal.add(files[k].fingerprint, to_bytes(part))
 
     if client is None:
         for k, file in list(todo.items()):
