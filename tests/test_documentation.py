@@ -24,6 +24,7 @@ MODULES = [
     "batchnorm.layer",
     "batchnorm.folding",
     "batchnorm.dataset",
+    "batchnorm.dataset.hints",
     "batchnorm.dataset.measuring",
 ]
 TORCH_MODULES = [
