@@ -25,6 +25,7 @@ MODULES = [
     "batchnorm.folding",
     "batchnorm.workers",
     "batchnorm.dataset",
+    "batchnorm.dataset.hints",
     "batchnorm.dataset.measuring",
 ]
 TORCH_MODULES = [

@@ -91,7 +91,9 @@ def test_rooms_core_module_imports_numpy_and_the_standard_library_alone(name):
 @pytest.mark.parametrize("path", [p for p in MODULES if _room(p) == "dataset"], ids=str)
 def test_rooms_dataset_imports_the_core_alone(path):
     inside = {m.split(".")[1] for m, _ in _imports(path) if m.startswith("batchnorm.")}
-    assert inside <= {*CORE, "dataset"}
+    # Statistics write a page of themselves, as recordings do.
+    page = {"report"} if path.name == "statistics.py" else set()
+    assert inside <= {*CORE, "dataset"} | page
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,11 @@ array([[-1.225, -1.   ],
        [ 1.225,  1.   ]])
 """
 
+from .hints import Hint as Hint
+from .hints import hints as hints
 from .measuring import measure as measure
 from .normalizing import normalize as normalize
 from .statistics import Statistics as Statistics
 from .statistics import merge as merge
 
-__all__ = ["Statistics", "measure", "merge", "normalize"]
+__all__ = ["Hint", "Statistics", "hints", "measure", "merge", "normalize"]

@@ -20,6 +20,7 @@ from .block_moments import How, check_overflow, measure_source
 from .cluster import measure_files
 from .dask_arrays import measure_array
 from .files import check_not_an_input, find_files
+from .hints import axis_hint
 from .journal import Journal, from_bytes, to_bytes
 from .meter import Meter, Progress
 from .parts import PairwiseMerge, Part
@@ -101,7 +102,8 @@ def measure(
         Called with the name of what is read, the bytes done, and the bytes in all. Not called for
         Dask arrays.
     note : callable
-        Called with a line about files that are skipped, and when a run is resumed.
+        Called with a line about files that are skipped, when a run is resumed, and if the shape of
+        an array looks as if `channel_axis` were wrong.
 
     Returns
     -------
@@ -148,10 +150,12 @@ def measure(
             journal = stack.enter_context(contextlib.closing(_journal(target, axis, how, options)))
         if paths:
             files = _open_files(paths, axis, options, target, note)
+            _note_axis(files[0], files[0].label, axis, note)
             found = _measure_files(files, axis, how, journal, client, progress, note)
         elif batches is not None:
-            found = _measure_batches(batches, axis, how, progress)
+            found = _measure_batches(batches, axis, how, progress, note)
         else:
+            _note_axis(source, "x", axis, note)
             found = _measure_array(source, axis, how, client, progress)
         found = found.divided_by(scale)
         if target is not None:
@@ -187,8 +191,19 @@ def _measure_array(
     return _statistics(part, how, axis)
 
 
+def _note_axis(data: Any, label: str, axis: int, note: Callable[[str], None] | None) -> None:
+    """Say before anything is read if the features are probably on another axis."""
+    shape = getattr(data, "shape", None)  # tables have none
+    if note is not None and shape is not None and (hint := axis_hint(shape, axis, label)):
+        note(str(hint))
+
+
 def _measure_batches(
-    batches: Iterator[Any], axis: int, how: How, progress: Progress | None
+    batches: Iterator[Any],
+    axis: int,
+    how: How,
+    progress: Progress | None,
+    note: Callable[[str], None] | None,
 ) -> Statistics:
     """Measure arrays one after another."""
     merge, first = PairwiseMerge(), None
@@ -202,6 +217,7 @@ def _measure_batches(
         data = open_memory(batch, axis, label)
         if first is None:
             first = data
+            _note_axis(batch, label, axis, note)
         check_same_features([first, data])
         merge.add(0, k, measure_source(data, how))
         if progress is not None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import operator
+import os
 import warnings
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..moments import Moments
 from ..native import Float64
 from .addresses import open_binary, suffix_of
 from .extras import first_line
+from .hints import hints
 from .parts import Part, merge_all
 
 #: Marks every saved file, and is checked when one is loaded.
@@ -133,6 +135,36 @@ class Statistics:
             extremes=None if self.extremes is None else self.extremes / scale,
         )
 
+    def normalize_line(self) -> str:
+        """Return the line that normalizes by these statistics in torchvision, ready to paste.
+
+        It has the digits that float32 holds. `ToTensor` divides images of 8 bits by 255 before, so
+        measure them with ``scale=255``.
+
+        Raises
+        ------
+        ArgumentError
+            A feature has no values or one value alone, so that its deviation is 0.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from batchnorm import dataset
+        >>> x = np.array([[0, 50], [255, 150]], np.uint8)
+        >>> print(dataset.measure(x, scale=255).normalize_line())
+        transforms.Normalize(mean=[0.5, 0.39215687], std=[0.5, 0.19607843])
+        """
+        std = self.std()
+        if (wrong := np.flatnonzero(~(std > 0))).size:
+            raise ArgumentError(
+                f"{feature_label(int(wrong[0]), self.names)} must have values that differ, to be "
+                "divided by their deviation. Leave it out."
+            )
+        texts = (
+            ", ".join(str(np.float32(v)) for v in values.tolist()) for values in (self.mean, std)
+        )
+        return "transforms.Normalize(mean=[{}], std=[{}])".format(*texts)
+
     def __add__(self, other: Statistics) -> Statistics:
         """Merge the statistics of two data sets with the same features.
 
@@ -212,6 +244,48 @@ class Statistics:
                 line = json.dumps(value, default=_as_list, allow_nan=False)
                 file.write(f'{"," if k else "{"}\n "{name}": {line}'.encode())
             file.write(b"\n}\n")
+
+    def report(self, path: str | Path, *, notes: Iterable[str] = ()) -> None:
+        """Write one HTML page of the features, with the `hints`, that needs nothing else.
+
+        Parameters
+        ----------
+        path
+            Of the page.
+        notes
+            Lines to show above the hints, such as those that `measure` gave to `note`.
+
+        Raises
+        ------
+        ArgumentError
+            The page cannot be written there.
+        BatchNormError
+            An optional package is not installed.
+        """
+        from batchnorm.report import write_features
+        from batchnorm.report.records import Features, Note, Table
+
+        said = [Note("note", text) for text in notes]
+        said += [Note(h.kind, h.what, h.remedy, h.features) for h in hints(self)]
+        images = getattr(self, "images", None)
+        like_images = self.names is None and self.scale != 1 and self.features in (1, 3)
+        write_features(
+            Path(path),
+            Features(
+                title=_title(self.files),
+                count=self.count,
+                missing=self.missing,
+                mean=self.mean,
+                std=self.std(),
+                extremes=self.extremes,
+                names=self.names,
+                scale=self.scale,
+                files=self.files,
+                notes=said,
+                ready=self.normalize_line() if like_images and (self.var() > 0).all() else "",
+                tables=[] if images is None else [Table("Images", images.rows())],
+            ),
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -346,6 +420,17 @@ def merge(several: Iterable[Statistics]) -> Statistics:
         files=tuple(file for s in parts for file in s.files),
         extremes=found.extremes,
     )
+
+
+def _title(files: Sequence[str]) -> str:
+    """Name the data set after its file, or the folder that holds all of them."""
+    if not files:
+        return "Data set"
+    try:
+        common = os.path.commonpath(files)
+    except ValueError:  # absolute and relative paths, or different drives
+        common = ""
+    return Path(common).name or f"{Path(files[0]).name} … {Path(files[-1]).name}"
 
 
 def _total(s: Statistics) -> int:
