@@ -70,6 +70,10 @@ def stats(
     nulls: Nulls = None,
     array: Array = None,
     only: Only = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Draw the features on a page; finds extremes and outliers, too."),
+    ] = None,
     dask: Annotated[
         str | None,
         typer.Option(
@@ -89,6 +93,16 @@ def stats(
     from batchnorm import dataset
     from batchnorm.progress import bar
 
+    if html is not None:
+        from batchnorm import report
+
+        report.check(html)
+    said: list[str] = []
+
+    def remember(text: str) -> None:
+        said.append(text)
+        note(text)
+
     with contextlib.ExitStack() as stack:
         client = None
         if dask is not None:
@@ -102,7 +116,7 @@ def stats(
             channel_axis=channel_axis,
             missing=missing.value,
             scale=scale,
-            extremes=extremes,
+            extremes=extremes or html is not None,
             columns=split_names(columns),
             numeric=numeric,
             header=header,
@@ -114,14 +128,19 @@ def stats(
             out=out,
             client=client,
             progress=progress,
-            note=note,
+            note=remember,
         )
     seconds = time.perf_counter() - begin
     console = make_console(highlight=False, markup=False)
     _show(found, console)
     console.print(f"{many(len(found.files), 'file')} in {seconds:.1f} s", soft_wrap=True)
-    if out is not None:
-        console.print(f"wrote {out}", soft_wrap=True)
+    for hint in dataset.hints(found):
+        note(str(hint))
+    if html is not None:
+        found.report(html, notes=said)
+    for written in (out, html):
+        if written is not None:
+            console.print(f"wrote {written}", soft_wrap=True)
 
 
 def _show(found: "Statistics", console: "Console") -> None:
