@@ -1,4 +1,5 @@
 import pickle
+import weakref
 from fractions import Fraction
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from batchnorm import Moments
+from batchnorm import Moments, moments
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 
 # A merge or a sum of n ≤ 100 values below 1e3 in float64: n·u·κ² with room. Mean relative to the
@@ -278,6 +279,113 @@ def test_moments_merge_refuses_another_number_of_channels():
 def test_moments_add_refuses_another_type():
     with pytest.raises(TypeError):
         Moments() + 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_moments_sum_merges_them(rng, number):
+    x = rng.normal(size=(number, 5, 3))
+    total = sum(Moments.of(part) for part in x)
+    assert isinstance(total, Moments)
+    _assert_same(total, Moments.of(x.reshape(-1, 3)), np.abs(x).max())
+
+
+@pytest.mark.parametrize("other", [1, 0.5, None, [0]])
+def test_moments_radd_refuses_what_is_not_zero(other):
+    with pytest.raises(TypeError):
+        other + Moments.of(np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("other", [0, 3, np.ones((4, 2))])
+def test_moments_merge_refuses_what_is_not_moments(other):
+    with pytest.raises(ArgumentError, match=r"parts must be Moments, got .*Moments\.of"):
+        Moments.merge([other])
+
+
+def _one_by_one(parts):
+    """Merge pairwise by ``+``, in a binary counter: part 2k with 2k + 1, and so on."""
+    stack = []
+    for part in parts:
+        size = 1
+        while stack and stack[-1][0] == size:
+            part = stack.pop()[1] + part
+            size *= 2
+        stack.append((size, part))
+    total = Moments()
+    for _, part in reversed(stack):
+        total = part + total
+    return total
+
+
+def _bits(m):
+    return [(v.shape, v.tobytes()) for v in (m.count, m.mean, m.m2, m.dof)] + [m._dof is None]
+
+
+def _parts(random, number, channels, kinds):
+    """`number` moments: plain, with a count per channel, weighted, both, empty, or neutral."""
+    for _ in range(number):
+        kind = random.choice(kinds)
+        mean, m2 = random.normal(1e3, 1, channels), random.exponential(1, channels)
+        count, dof = random.integers(0, 9, channels), random.uniform(0, 5, channels)
+        if kind == "neutral":
+            yield Moments()
+        elif kind == "empty":
+            yield Moments.of(np.empty((0, channels)))
+        else:
+            one = (lambda v: v) if kind in ("channels", "both") else (lambda v: v[0])
+            weighted = kind in ("weighted", "both")
+            yield Moments(one(count), mean, m2, one(dof) if weighted else None)
+
+
+@given(
+    st.integers(0, 140),
+    st.integers(1, 3),
+    st.lists(
+        st.sampled_from(["plain", "channels", "weighted", "both", "empty", "neutral"]),
+        min_size=1,
+        max_size=3,
+    ),
+    st.integers(0, 2**32 - 1),
+)
+def test_moments_merge_gives_the_bits_of_merging_one_by_one(number, channels, kinds, seed):
+    parts = list(_parts(np.random.default_rng(seed), number, channels, kinds))
+    assert _bits(Moments.merge(parts)) == _bits(_one_by_one(parts))
+
+
+@pytest.mark.parametrize("number", [4095, 4096, 4097, 9000])
+@pytest.mark.parametrize("kind", ["plain", "both"])
+def test_moments_merge_of_more_than_are_merged_together_gives_the_same_bits(rng, number, kind):
+    parts = list(_parts(rng, number, 2, [kind]))
+    assert number > moments.MERGED_VALUES // 2
+    assert _bits(Moments.merge(iter(parts))) == _bits(_one_by_one(parts))
+
+
+@pytest.mark.parametrize("channels", [0, 1, 700])
+def test_moments_merge_of_few_or_many_channels_gives_the_same_bits(rng, channels):
+    parts = [Moments.of(rng.normal(size=(3, channels))) for _ in range(40)]
+    assert _bits(Moments.merge(parts)) == _bits(_one_by_one(parts))
+
+
+@pytest.mark.parametrize(("channels", "most"), [(1, 1 << 12), (64, 64), (5000, 1)])
+def test_moments_merge_holds_few_parts_of_a_generator(channels, most):
+    alive, largest = 0, 0
+
+    def ended():
+        nonlocal alive
+        alive -= 1
+
+    def generate():
+        nonlocal alive, largest
+        for _ in range(5 * most):
+            alive += 1
+            largest = max(largest, alive)
+            part = Moments(1, np.zeros(channels), np.zeros(channels))
+            weakref.finalize(part, ended)
+            yield part
+            del part
+
+    merged = Moments.merge(generate())
+    assert merged.count == 5 * most
+    assert largest <= 2 * most + 3  # those that are merged, the next, and some on their way
 
 
 # ---- weights ------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from .errors import ArgumentError, DTypeError, ShapeError
 __all__ = ["Moments"]
 
 Float64 = NDArray[np.float64]
+
+#: Values of the parts that are merged together, and number of parts from which that is faster.
+MERGED_VALUES, MERGED_PARTS = 1 << 12, 8
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -149,18 +152,29 @@ class Moments:
         """Moments of the values of all parts together.
 
         Parts are merged pairwise, in the order given, so rounding errors grow only with the
-        logarithm of their number. Without parts, the result is ``Moments()``.
+        logarithm of their number. Without parts, the result is ``Moments()``. ``sum(parts)`` merges
+        one after the other.
         """
-        stack: list[tuple[int, Moments]] = []
-        for part in parts:
-            size = 1
-            while stack and stack[-1][0] == size:
-                part = stack.pop()[1] + part
-                size *= 2
-            stack.append((size, part))
-        total = cls()
-        for _, part in reversed(stack):
-            total = part + total
+        stack: list[tuple[int, Moments]] = []  # powers of two, each less than the one before
+        number = 0
+        for run in _runs(parts):
+            begin = 0
+            while begin < len(run):
+                # As many as would be merged before any of them meets another part.
+                size = 1 << ((len(run) - begin).bit_length() - 1)
+                while number % size:
+                    size >>= 1
+                part = _merge_alike(run[begin : begin + size])
+                begin, number = begin + size, number + size
+                while stack and stack[-1][0] == size:
+                    part = stack.pop()[1] + part
+                    size *= 2
+                stack.append((size, part))
+        if not stack:
+            return cls()
+        total = stack.pop()[1]
+        while stack:
+            total = stack.pop()[1] + total
         return total
 
     def __add__(self, other: Moments) -> Moments:
@@ -192,10 +206,11 @@ class Moments:
             mean, m2 = mean.reshape(()), m2.reshape(())
         if self._dof is None and other._dof is None:
             return moments_without_copy(n, mean, m2)
-        # Pairs of a value in one part and a value in the other. Without weights, the sum is n - 1.
-        pairs = nb * (na - self.dof) + na * (nb - other.dof)
-        across = np.divide(pairs, n, out=np.zeros_like(n), where=n > 0)
-        return moments_without_copy(n, mean, m2, self.dof + other.dof + across)
+        return moments_without_copy(n, mean, m2, _merge_dof(na, self.dof, nb, other.dof))
+
+    def __radd__(self, other: object) -> Moments:
+        """``0 + moments``, with which ``sum`` begins."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def var(self, ddof: float = 0) -> Float64:
         """Variance, m2 / (count − ddof): (C,); NaN where that is not positive.
@@ -287,6 +302,67 @@ def _of_chunk(chunk: Any, axis: int) -> NDArray[Any]:
     part = np.empty((1,) * chunk.ndim, object)
     part[(0,) * chunk.ndim] = Moments.of(values, channel_axis=axis)
     return part
+
+
+# ---- merging ------------------------------------------------------------------------------------
+
+
+def _runs(parts: Iterable[Moments]) -> Iterator[list[Moments]]:
+    """Parts that follow one another and have the same shapes, not more than memory should hold."""
+    run: list[Moments] = []
+    shapes: object = None
+    most = 0
+    for part in parts:
+        if not isinstance(part, Moments):
+            raise ArgumentError(
+                f"parts must be Moments, got {type(part).__name__}. Measure arrays by Moments.of."
+            )
+        own = (part.mean.shape, part.count.shape, part._dof is None)
+        if own != shapes or len(run) == most:
+            if run:
+                yield run
+            run, shapes = [], own
+            fitting = max(1, MERGED_VALUES // max(1, part.mean.size))
+            most = 1 << (fitting.bit_length() - 1)
+        run.append(part)
+    if run:
+        yield run
+
+
+def _merge_alike(parts: list[Moments]) -> Moments:
+    """Merge 2^k parts of the same shapes, pairs of all at once; every bit is that of ``a + b``."""
+    if len(parts) < MERGED_PARTS or parts[0].mean.ndim == 0 or parts[0].mean.size == 0:
+        while len(parts) > 1:
+            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+    mean, m2 = (np.array([getattr(part, name) for part in parts]) for name in ("mean", "m2"))
+    count = np.array([part.count for part in parts]).reshape(len(parts), -1)
+    weighted = parts[0]._dof is not None
+    dof = np.array([part._dof for part in parts]).reshape(count.shape) if weighted else None
+    while len(mean) > 1:
+        na, nb, n = count[::2], count[1::2], count[::2] + count[1::2]
+        to_mean, to_m2 = np.empty((2, len(n), mean.shape[1]))
+        each = mean.shape[1] // count.shape[1]  # a count for each value
+        _core.merge(
+            na.repeat(each, 1).ravel(), mean[::2].ravel(), m2[::2].ravel(),
+            nb.repeat(each, 1).ravel(), mean[1::2].ravel(), m2[1::2].ravel(),
+            to_mean.ravel(), to_m2.ravel(),
+        )  # fmt: skip
+        if dof is not None:
+            dof = _merge_dof(na, dof[::2], nb, dof[1::2])
+        mean, m2, count = to_mean, to_m2, n
+    one = parts[0].count.shape
+    return moments_without_copy(
+        count.reshape(one), mean[0], m2[0], None if dof is None else dof.reshape(one)
+    )
+
+
+def _merge_dof(na: Float64, dof_a: Float64, nb: Float64, dof_b: Float64) -> Float64:
+    """Add the pairs of a value in one part and a value in the other; without weights, n - 1."""
+    n = na + nb
+    pairs = nb * (na - dof_a) + na * (nb - dof_b)
+    across: Float64 = np.divide(pairs, n, out=np.zeros_like(n), where=n > 0)
+    return dof_a + dof_b + across
 
 
 def _as_vector(v: Float64) -> Float64:
