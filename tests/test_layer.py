@@ -1,6 +1,8 @@
 """BatchNorm: running statistics, modes, state, and that a call which raises changes nothing."""
 
+import copy
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -498,6 +500,45 @@ def test_layer_loads_all_or_nothing(rng, case):
     with pytest.raises(error, match=message):
         layer.load_state_dict(state)
     assert _state(layer) == before
+
+
+_COPIES = {
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+}
+
+
+@pytest.mark.parametrize("how", _COPIES)
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_copies_are_without_the_last_batch(rng, how, training):
+    layer = BatchNorm(3, momentum=None, eps=1e-3, channel_axis=-1)
+    x = rng.normal(size=(50, 3))
+    layer(x)
+    layer.backward(x)
+    layer.train(training)(x)
+    other = _COPIES[how](layer)
+    assert _state(other)[:3] == _state(layer)[:3]
+    assert repr(other) == repr(layer)
+    with pytest.raises(BatchNormError, match="backward needs a forward pass first"):
+        other.backward(x)
+    layer.backward(x)  # the original still has it
+
+
+def test_layer_pickled_is_as_large_as_its_parameters(rng):
+    layer = BatchNorm(3)
+    before = len(pickle.dumps(layer))
+    layer(rng.normal(size=(10_000, 3)))
+    assert len(pickle.dumps(layer)) < before + 100
+
+
+def test_layer_copies_share_no_memory(rng):
+    layer = BatchNorm(3)
+    other = copy.deepcopy(layer)
+    layer(rng.normal(size=(5, 3)))
+    layer.gamma[:] = 7
+    np.testing.assert_array_equal(other.gamma, np.ones(3))
+    np.testing.assert_array_equal(other.running_mean, np.zeros(3))
 
 
 def test_layer_goes_on_from_a_loaded_state_as_if_nothing_had_happened(rng):

@@ -338,6 +338,10 @@ class BatchNorm:
         for name, value in loaded.items():
             setattr(self, name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the last batch, which is of no use to a copy and may be large."""
+        return {**self.__dict__, "_saved": None}
+
     def _state_names(self) -> list[str]:
         names = ["gamma", "beta"] if self.affine else []
         if self.track_running_stats:
