@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,11 @@ from .errors import ArgumentError, DTypeError, ShapeError
 
 __all__ = ["Moments"]
 
+Array = NDArray[Any]
 Float64 = NDArray[np.float64]
+
+#: Values that are converted and measured together, so that a cache holds them in float64.
+BLOCK_VALUES = 1 << 18
 
 #: Values of the parts that are merged together, and number of parts from which that is faster.
 MERGED_VALUES, MERGED_PARTS = 1 << 12, 8
@@ -74,8 +78,11 @@ class Moments:
         dof: ArrayLike | None = None,
     ) -> None:
         """Make read-only float64 copies, and check their shapes and values."""
-        n, means, m2s = (np.array(v, np.float64) for v in (count, mean, m2))
-        dofs = None if dof is None else np.array(dof, np.float64)
+        n, means, m2s = (
+            np.array(native.as_real(v, name), np.float64)
+            for v, name in ((count, "count"), (mean, "mean"), (m2, "m2"))
+        )
+        dofs = None if dof is None else np.array(native.as_real(dof, "dof"), np.float64)
         shape = n.shape if dofs is None else dofs.shape
         if (
             means.shape != m2s.shape
@@ -114,8 +121,10 @@ class Moments:
         Parameters
         ----------
         x : (N, C, *S)
-            Any strides; channel-first and channel-last arrays are read in place. A Dask array is
-            measured chunk by chunk by the scheduler in use; masked values count as NaN.
+            Any strides; channel-first and channel-last arrays are read in place. Integers, booleans
+            and other byte orders are converted in blocks. The masked values of a masked array are
+            ignored, whatever they are. A Dask array is measured chunk by chunk by the scheduler in
+            use.
         channel_axis : int
             The axis of the channels; -1 for channels-last arrays.
         weights : broadcasts to (N, *S)
@@ -127,7 +136,8 @@ class Moments:
         Moments
             For float32 and narrower types and |mean|/std ≤ 1e6: the mean is within
             1e-12·max(|mean|, std) of the exact value, and the variance has a relative error of at
-            most 1e-9. For float64: as accurate as a corrected two-pass algorithm.
+            most 1e-9. For float64: as accurate as a corrected two-pass algorithm. The count is (),
+            or (C,) if the masks of channels differ.
 
         Raises
         ------
@@ -138,13 +148,16 @@ class Moments:
         """
         if is_dask(x):
             return _of_dask_array(x, channel_axis, weights)
-        values = native.aligned(native.as_values(x))
+        values = native.as_array(x)
         axis = native.channel_axis_of(values, channel_axis)
         w = None if weights is None else native.as_weights(weights, values, axis)
-        mean, low, m2 = np.empty((3, values.shape[axis]))
-        count, dof = _core.forward(
-            native.for_core(values), None, axis, 0.0, mean, low, m2, weights=w
-        )
+        mask = native.mask_of(x)
+        readable = native.is_supported(values.dtype) and native.is_aligned(values)
+        if mask is not None or not (readable or values.size <= BLOCK_VALUES):
+            return _of_blocks(values, axis, w, mask)
+        if not readable:
+            values = native.as_values(values)
+        count, mean, _, m2, dof = _measure(values, axis, w)
         return moments_without_copy(count, mean, m2, None if w is None else dof)
 
     @classmethod
@@ -289,19 +302,101 @@ def _of_dask_array(x: Any, channel_axis: int, weights: object) -> Moments:
     meta = np.empty((0,) * x.ndim, object)
     parts = x.map_blocks(_of_chunk, axis, dtype=object, chunks=chunks, meta=meta)
     others = tuple(k for k in range(x.ndim) if k != axis)
-    merged = parts.sum(axis=others, dtype=object).compute()  # one for each run of channels
-    mean, m2 = (np.concatenate([getattr(m, name) for m in merged]) for name in ("mean", "m2"))
-    return Moments(merged[0].count, mean, m2)
+    return _side_by_side(parts.sum(axis=others, dtype=object).compute())
 
 
 def _of_chunk(chunk: Any, axis: int) -> NDArray[Any]:
     """Moments of a chunk, as an array of one object, which Dask can add up."""
-    if hasattr(chunk, "filled"):  # masked values are missing
-        chunk = chunk.astype(np.float64).filled(np.nan)
-    values = chunk.astype(chunk.dtype.newbyteorder("="), copy=False)
     part = np.empty((1,) * chunk.ndim, object)
-    part[(0,) * chunk.ndim] = Moments.of(values, channel_axis=axis)
+    part[(0,) * chunk.ndim] = Moments.of(chunk, channel_axis=axis)
     return part
+
+
+def _side_by_side(parts: Sequence[Moments]) -> Moments:
+    """Put moments of different channels side by side; one count if each part has the same one."""
+    if len(parts) == 1:
+        return parts[0]
+    mean, m2 = (np.concatenate([getattr(part, name) for part in parts]) for name in ("mean", "m2"))
+
+    def together(values: list[Float64]) -> Float64:
+        if all(v.ndim == 0 and v == values[0] for v in values):
+            return values[0]
+        return np.concatenate(
+            [np.broadcast_to(v, part.mean.shape) for v, part in zip(values, parts, strict=True)]
+        )
+
+    weighted = any(part._dof is not None for part in parts)
+    dof = together([part.dof for part in parts]) if weighted else None
+    return moments_without_copy(together([part.count for part in parts]), mean, m2, dof)
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def _measure(x: Array, axis: int, weights: Float64 | None) -> tuple[Any, ...]:
+    """Count, mean, its low part, m2 and dof of values that the core reads.
+
+    Count and dof are numbers, or (C,) if channels do not share their weights.
+    """
+    if weights is None or native.shared_by_channels(weights, axis):
+        values = native.for_core(x)
+        mean, low, m2 = np.empty((3, x.shape[axis]))
+        count, dof = _core.forward(values, None, axis, 0.0, mean, low, m2, weights=weights)
+        return count, mean, low, m2, dof
+    apart = (native.channels_first(v, axis) for v in (x, weights))
+    found = [np.hstack(_measure(v, 0, w)) for v, w in native.each_channel(*apart)]
+    return tuple(np.array(found).T)
+
+
+def _of_blocks(x: Array, axis: int, weights: Float64 | None, mask: Array | None) -> Moments:
+    """Moments of values that are masked, or have to be converted, in bounded memory."""
+    channels = x.shape[axis]
+    largest = max(range(x.ndim), key=lambda k: (x.shape[k] > 1, abs(x.strides[k])))
+    if largest == axis:
+        step = BLOCK_VALUES * channels // max(x.size, 1)
+    else:  # side by side: many values of few channels, above all where each has a call of the core
+        step = BLOCK_VALUES >> (8 if mask is None else 11)
+    step = max(1, step)
+    # Differences from a mean of the channel lose nothing when they are rounded and merged. Means
+    # that are large against the deviation would cost digits of the variance.
+    center = np.full(channels, np.nan)
+    parts = []
+    for c in range(0, max(channels, 1), step):
+        at = (slice(None),) * axis + (slice(c, c + step),)
+        some = _at(weights, at), _at(mask, at), center[c : c + step]
+        parts.append(_of_halves(x[at], axis, *some))
+    m = _side_by_side(parts)
+    mean = m.mean + np.where(np.isnan(center), 0, center)
+    return moments_without_copy(m.count, mean, m.m2, m._dof)
+
+
+def _of_halves(
+    x: Array, axis: int, weights: Float64 | None, mask: Array | None, center: Float64
+) -> Moments:
+    """Merge the moments of two halves, and so on, down to blocks.
+
+    Means are differences from `center`, which becomes the first finite mean where it is NaN.
+    """
+    others = [k for k in range(x.ndim) if k != axis]
+    cut = max(others, key=lambda k: (x.shape[k] > 1, abs(x.strides[k])))
+    middle = x.shape[cut] // 2
+    if x.size > BLOCK_VALUES and middle:
+        halves = []
+        for half in (slice(middle), slice(middle, None)):
+            at = (slice(None),) * cut + (half,)
+            halves.append(_of_halves(x[at], axis, _at(weights, at), _at(mask, at), center))
+        return halves[0] + halves[1]
+    hidden = native.hide(weights, mask, axis)
+    count, mean, low, m2, dof = _measure(native.as_values(x), axis, hidden)
+    first = np.isnan(center) & np.isfinite(mean) & (count > 0)
+    center[first] = mean[first]
+    with np.errstate(invalid="ignore"):
+        about = (mean - np.where(np.isnan(center), 0, center)) + low
+    return moments_without_copy(count, about, m2, None if weights is None else dof)
+
+
+def _at(values: Array | None, index: tuple[slice, ...]) -> Array | None:
+    return None if values is None else values[index]
 
 
 # ---- merging ------------------------------------------------------------------------------------
