@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -685,6 +685,109 @@ def test_batch_norm_masked_weights_are_zero(rng):
 def test_inference_refuses_masked_vectors(argument):
     with pytest.raises(ArgumentError, match=f"{argument} must not have masked values, got 1 of 3"):
         _per_channel(argument, np.ma.MaskedArray(np.ones(3), [0, 1, 0]))
+
+
+# ---- the inverse --------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+def test_inverse_of_inference_is_x(dtype, layout, seed):
+    random = np.random.default_rng(seed)
+    shape = tuple(random.integers(1, 5, 4))
+    c = shape[1]
+    mean, var = random.normal(0, 4, c), random.uniform(0.25, 4, c)
+    gamma, beta = random.uniform(0.25, 2, c) * random.choice([-1, 1], c), random.normal(0, 2, c)
+    x = layout.put((mean[:, None, None] + 3 * random.normal(size=shape)).astype(dtype))
+    given = (mean, var, gamma, beta)
+    y = batchnorm.batch_norm_inference(x, *given, channel_axis=layout.channel_axis)
+    found = batchnorm.batch_norm_inverse(y, *given, channel_axis=layout.channel_axis)
+    assert (found.dtype, found.shape) == (dtype, x.shape)
+    before, after, of_y = (_float64(layout.get(v, shape)) for v in (x, found, y))
+    # y has a few roundings of numbers below |y| + |beta|, which the way back multiplies, and x some
+    # of numbers below |x| + |mean|.
+    b, m, scale = (v[:, None, None] for v in (beta, mean, np.sqrt(var + 1e-5) / np.abs(gamma)))
+    bound = 4 * _eps(dtype) * (scale * (abs(of_y) + abs(b)) + abs(before) + abs(m))
+    assert (abs(after - before) <= bound).all()
+
+
+def test_inverse_is_the_affine_map_that_undoes_the_reference(rng):
+    y, mean, var = rng.normal(size=(4, 3, 5)), rng.normal(size=3), rng.uniform(1, 2, 3)
+    gamma, beta = _parameters(rng, 3)
+    x = batchnorm.batch_norm_inverse(y, mean, var, gamma, beta, eps=1e-3)
+    again = reference.batch_norm_inference(x, mean, var, gamma, beta, 1e-3)
+    np.testing.assert_allclose(again, y, rtol=0, atol=FLOAT64)
+
+
+def test_inverse_undoes_a_training_batch_by_its_moments(rng):
+    x, (gamma, beta) = rng.normal(3, 2, (20, 3)), _parameters(rng, 3)
+    y, saved = batchnorm.batch_norm(x, gamma, beta)
+    m = saved.moments
+    found = batchnorm.batch_norm_inverse(y, m.mean, m.var(), gamma, beta)
+    np.testing.assert_allclose(found, x, rtol=0, atol=FLOAT64)
+
+
+def test_inverse_takes_absent_gamma_and_beta_as_one_and_zero(rng):
+    y, mean, var = rng.normal(size=(4, 3)), rng.normal(size=3), rng.uniform(1, 2, 3)
+    np.testing.assert_array_equal(
+        batchnorm.batch_norm_inverse(y, mean, var),
+        batchnorm.batch_norm_inverse(y, mean, var, np.ones(3), np.zeros(3)),
+    )
+
+
+def test_inverse_of_integers_is_float64():
+    x = batchnorm.batch_norm_inverse([[1], [3]], [5.0], [4.0], eps=0.0)
+    assert x.dtype == np.float64
+    assert x.tolist() == [[7.0], [11.0]]
+
+
+def test_inverse_of_a_masked_array_is_masked(rng, dtype):
+    y = _masked(rng, (5, 3, 4), dtype)
+    x = batchnorm.batch_norm_inverse(y, np.ones(3), np.ones(3))
+    plain = batchnorm.batch_norm_inverse(y.data, np.ones(3), np.ones(3))
+    np.testing.assert_array_equal(x.mask, y.mask)
+    np.testing.assert_array_equal(_float64(x.data), np.where(y.mask, 0, _float64(plain)))
+
+
+def test_inverse_writes_to_out(rng):
+    y = rng.normal(size=(4, 3))
+    out = np.empty_like(y)
+    assert batchnorm.batch_norm_inverse(y, np.ones(3), np.ones(3), out=out) is out
+    np.testing.assert_array_equal(out, batchnorm.batch_norm_inverse(y, np.ones(3), np.ones(3)))
+
+
+def _inverse(**changed):
+    given = {"y": np.ones((4, 3)), "mean": np.zeros(3), "var": np.ones(3), "gamma": np.ones(3)}
+    return batchnorm.batch_norm_inverse(**{**given, **changed})
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.0, np.nan, np.inf, -np.inf, 5e-324])
+def test_inverse_refuses_a_gamma_that_cannot_be_divided_by_and_names_the_channel(bad):
+    with pytest.raises(
+        ArgumentError, match=r"gamma must be finite, and not zero.*channel 1 \(1 of 3"
+    ):
+        _inverse(gamma=[1.0, bad, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"y": np.ones(3)}, ShapeError, "y must have at least 2 axes"),
+        ({"y": np.ones((4, 3), complex)}, DTypeError, "y must be real numbers"),
+        ({"channel_axis": 2}, ShapeError, "channel_axis must be an axis of y"),
+        ({"mean": None}, ArgumentError, "mean and var must be given"),
+        ({"mean": [0, np.nan, 0]}, ArgumentError, "mean must be finite, got nan in channel 1"),
+        ({"var": [1, 1, -1]}, ArgumentError, "var must be finite and not negative.*channel 2"),
+        ({"var": [1, 0, 1], "eps": 0}, ArgumentError, r"var \+ eps must be above zero.*channel 1"),
+        ({"eps": -1e-5}, ArgumentError, "eps must be finite and not negative"),
+        ({"beta": [0, 0, np.inf]}, ArgumentError, "beta must be finite, got inf in channel 2"),
+        ({"gamma": np.ones(2)}, ShapeError, "gamma must have shape"),
+        ({"out": np.ones((3, 4))}, ShapeError, "out must have the shape and type of y"),
+    ],
+)
+def test_inverse_refuses_what_inference_does(changed, error, message):
+    with pytest.raises(error, match=message):
+        _inverse(**changed)
 
 
 # ---- empty --------------------------------------------------------------------------------------

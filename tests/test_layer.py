@@ -321,6 +321,47 @@ def test_layer_refuses_a_masked_array_of_another_number_of_channels():
         BatchNorm(3)(np.ma.MaskedArray(np.ones((4, 2)), True))
 
 
+# ---- the inverse --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_layer_inverse_undoes_evaluation(rng, channel_axis):
+    layer = BatchNorm(3, channel_axis=channel_axis, eps=1e-3, dtype=np.float64)
+    layer.gamma[:], layer.beta[:] = rng.uniform(1, 2, (2, 3))
+    layer(rng.normal(3, 2, (9, 3, 3)))
+    x = rng.normal(size=(4, 3, 3))
+    y = layer.eval()(x)
+    before = _state(layer)
+    np.testing.assert_allclose(layer.inverse(y), x, rtol=0, atol=1e-14)
+    assert _state(layer) == before
+
+
+def test_layer_inverse_of_a_masked_array_is_masked(rng):
+    y = _masked(rng)
+    np.testing.assert_array_equal(BatchNorm(3).eval().inverse(y).mask, y.mask)
+
+
+def test_layer_inverse_refuses_training_mode():
+    with pytest.raises(
+        BatchNormError, match=r"inverse needs.*evaluation mode.*call eval\(\) first"
+    ):
+        BatchNorm(3).inverse(np.ones((4, 3)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_inverse_refuses_a_layer_without_running_statistics(training):
+    layer = BatchNorm(3, track_running_stats=False).train(training)
+    with pytest.raises(BatchNormError, match="inverse needs.*track_running_stats=True"):
+        layer.inverse(np.ones((4, 3)))
+
+
+def test_layer_inverse_names_y_in_errors():
+    with pytest.raises(ShapeError, match="y must have num_features = 3"):
+        BatchNorm(3).eval().inverse(np.ones((4, 2)))
+    with pytest.raises(DTypeError, match="y must be real numbers"):
+        BatchNorm(3).eval().inverse(np.ones((4, 3), complex))
+
+
 # ---- modes and options --------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_inference",
+    "batch_norm_inverse",
     "normalize",
 ]
 
@@ -482,6 +483,84 @@ def _apply(
     if (mask := native.mask_of(x)) is not None:
         y[mask] = 0
     return native.with_mask_of(x, y)
+
+
+def batch_norm_inverse(
+    y: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    out: Array | None = None,
+) -> Array:
+    """Return the x whose `batch_norm_inference` is `y`.
+
+    Parameters
+    ----------
+    y : (N, C, *S)
+        Any strides; channel-first and channel-last arrays are read in place.
+    mean, var : (C,)
+        The statistics by which x was normalized; for a training batch, the mean and the biased
+        variance of ``saved.moments``.
+    gamma, beta : (C,)
+        Scale and shift; None means 1 and 0.
+    eps : float
+        Added to `var`, inside the root.
+    channel_axis : int
+        The axis of the channels; -1 for channels-last arrays.
+    out : (N, C, *S)
+        Array to write x to. It has the shape and type of `y`, and shares no memory with an input.
+
+    Returns
+    -------
+    (N, C, *S)
+        (y − beta)·√(var + eps)/gamma + mean, in the dtype of `y` (float64 for integers). With the
+        mask of a masked `y`, zero there.
+
+    Raises
+    ------
+    ShapeError
+        A per-channel argument is not (C,), or `out` has another shape than `y`.
+    DTypeError
+        An argument is not real numbers, or `out` is of another type than `y`.
+    ArgumentError
+        `gamma` is zero or not finite (the channel is named), or an argument is one that
+        `batch_norm_inference` refuses.
+
+    Notes
+    -----
+    Where y was rounded to float32 or narrower, x has an error of the size of y's rounding errors
+    times √(var + eps)/gamma.
+
+    Examples
+    --------
+    >>> import numpy as np, batchnorm
+    >>> x, mean, var = np.array([[1.0], [7.0]]), [3.0], [4.0]
+    >>> y = batchnorm.batch_norm_inference(x, mean, var, gamma=[0.5], eps=0.0)
+    >>> batchnorm.batch_norm_inverse(y, mean, var, gamma=[0.5], eps=0.0)
+    array([[1.],
+           [7.]])
+    """
+    values = native.as_values(y, "y")
+    axis = native.channel_axis_of(values, channel_axis, "y")
+    m, v, g, b, eps = _given(mean, var, gamma, beta, eps, values.shape[axis], channel_axis)
+    g = np.ones_like(v) if g is None else g
+    b = np.zeros_like(v) if b is None else b
+    native.check_finite(b, "beta")
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        scale = np.sqrt(v + eps) / g
+    wrong = ~np.isfinite(scale) | (scale == 0)
+    if wrong.any():
+        raise ArgumentError(
+            "gamma must be finite, and not zero or next to it, to be inverted, got "
+            f"{native.in_channel(g, wrong)}. There, y tells nothing about x."
+        )
+    x = native.output_like(values, out, _arrays(values, y, mean, var, gamma, beta), "y")
+    # The same affine map of each channel, with the parts of statistics and parameters exchanged.
+    return _apply(y, values, x, axis, b, np.ones_like(v), 0.0, scale, m)
 
 
 def inference(

@@ -178,6 +178,41 @@ class BatchNorm:
         self._saved = saved
         return y
 
+    def inverse(self, y: ArrayLike) -> Array:
+        """Return the x for which the layer in evaluation returns `y`; changes nothing.
+
+        Parameters
+        ----------
+        y : (N, C, *S)
+
+        Returns
+        -------
+        (N, C, *S)
+            (y − beta)·√(running_var + eps)/gamma + running_mean, in the dtype of `y`.
+
+        Raises
+        ------
+        BatchNormError
+            The layer is in training mode, or has no running statistics.
+        ShapeError, DTypeError, ArgumentError
+            As `batch_norm_inverse`.
+        """
+        if self.training or self.running_mean is None or self.running_var is None:
+            remedy = (
+                "call eval() first"
+                if self.running_mean is not None
+                else "build it with track_running_stats=True"
+            )
+            raise BatchNormError(
+                "inverse needs a layer in evaluation mode with running statistics: y of a batch "
+                f"that was normalized by its own ones does not tell them; {remedy}. With the "
+                "statistics of the batch at hand, use batch_norm_inverse."
+            )
+        return functional.batch_norm_inverse(
+            self._checked(y, "y"), self.running_mean, self.running_var, self.gamma, self.beta,
+            eps=self.eps, channel_axis=self.channel_axis,
+        )  # fmt: skip
+
     def _checked(self, x: ArrayLike, name: str = "x") -> Array:
         values = native.as_array(x, name)
         axis = native.channel_axis_of(values, self.channel_axis, name)
