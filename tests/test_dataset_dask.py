@@ -69,12 +69,16 @@ def test_moments_of_a_dask_array_pass_nan_on(x):
     np.testing.assert_array_equal(np.isnan(found.mean), np.arange(6) == 2)
 
 
-def test_moments_of_a_dask_array_take_masked_values_for_nan(x):
-    mask = np.zeros(x.shape, bool)
-    mask[3, 2, 1] = True
-    array = da.ma.masked_array(chunked(x, (7, 4, 3)), chunked(mask, (7, 4, 3)))
-    found = Moments.of(array)
-    np.testing.assert_array_equal(np.isnan(found.mean), np.arange(6) == 2)
+@pytest.mark.parametrize("chunks", [(50, 6, 8), (7, 4, 3)])
+def test_moments_of_a_dask_array_ignore_masked_values(chunks, x, rng):
+    mask = rng.random(x.shape) < 0.2
+    mask[:, 0] = False
+    x[mask] = np.nan
+    array = da.ma.masked_array(chunked(x, chunks), chunked(mask, chunks))
+    found, expected = Moments.of(array), Moments.of(np.ma.MaskedArray(x, mask))
+    np.testing.assert_array_equal(found.count, expected.count)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=ROUNDING)
+    np.testing.assert_allclose(found.m2, expected.m2, rtol=1e-9)
 
 
 def test_moments_of_a_dask_array_have_the_same_bits_on_any_scheduler(x, workers):
