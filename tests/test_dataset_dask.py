@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socketserver
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -349,13 +351,40 @@ def test_connect_says_that_nobody_answers():
 
 def test_connect_says_that_there_are_no_workers():
     with (
-        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=":0") as empty,
+        distributed.LocalCluster(n_workers=0, protocol="tcp://", dashboard_address=":0") as empty,
         pytest.raises(ArgumentError, match="has none within"),
     ):
         cluster.connect(empty.scheduler_address, timeout=0.5)
 
 
-@pytest.mark.parametrize("address", ["nonsense://", "tls://127.0.0.1:9"])
-def test_connect_refuses_what_is_no_address(address):
-    with pytest.raises(ArgumentError, match="must be the address of a scheduler"):
-        cluster.connect(address, timeout=0.5)
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("nonsense://", "unknown address scheme"),
+        ("localhost", "missing port number"),
+        ("tcp://localhost", "missing port number"),
+        ("tcp://localhost:8786x", "invalid literal"),
+        ("tcp://localhost:99999", "no such port"),
+        ("tcp://:8786", "no host"),
+        ("tcp://host.invalid:8786", "Name its host and port"),
+        ("::1", "ipv6 needs brackets"),
+        ("inproc://10.0.0.1/1/2", "host and port"),
+        ("tls://127.0.0.1:9", "ssl_context"),
+    ],
+)
+def test_connect_refuses_what_is_no_address(address, why):
+    # At once, and without a client, whose deletion would wait for 20 s and print a traceback.
+    with pytest.raises(ArgumentError, match=f"must be the address of a scheduler.*{why}"):
+        cluster.connect(address, timeout=60)
+
+
+def test_connect_refuses_what_is_no_scheduler():
+    class Answer(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" * 10)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ArgumentError, match="where none answers"):
+            cluster.connect(f"tcp://127.0.0.1:{server.server_address[1]}", timeout=2)
+        server.shutdown()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -44,17 +45,28 @@ def connect(address: str, timeout: float = 10.0) -> Any:
     Raises
     ------
     ArgumentError
-        No scheduler answers, or no worker is ready, within `timeout` seconds.
+        It is no address of a scheduler, none answers, or no worker is ready, within `timeout`
+        seconds.
     """
     import asyncio
 
     distributed = import_extra("distributed", "dask", "Dask clusters")
+    wrong = f"dask must be the address of a scheduler, such as tcp://host:8786, got {address!r}"
     try:
+        host, port = distributed.comm.get_address_host_port(address)
+        if not host:
+            raise ValueError("no host")
+        if not 0 < port < 65536:
+            raise ValueError("no such port")
+        socket.getaddrinfo(host, port)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"{wrong} ({first_line(error)}). Name its host and port.") from error
+    try:
+        asyncio.run(_call(distributed, address, timeout))
         client = distributed.Client(address, timeout=timeout, set_as_default=False)
-    except (OSError, asyncio.TimeoutError, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever something else that listens there leads to
         raise ArgumentError(
-            f"dask must be the address of a scheduler, such as tcp://host:8786, got {address!r}, "
-            f"where none answers within {timeout:g} s ({first_line(error)}). "
+            f"{wrong}, where none answers within {timeout:g} s ({first_line(error)}). "
             "Start one with `dask scheduler`."
         ) from error
     try:
@@ -69,6 +81,15 @@ def connect(address: str, timeout: float = 10.0) -> Any:
             f"none within {timeout:g} s. Start some with `dask worker {address}`."
         ) from error
     return client
+
+
+async def _call(distributed: Any, address: str, timeout: float) -> None:
+    """Raise if no scheduler answers: a client that cannot start takes long to be deleted."""
+    import asyncio
+
+    options = distributed.Security().get_connection_args("client")
+    async with distributed.rpc(address, timeout=timeout, connection_args=options) as scheduler:
+        await asyncio.wait_for(scheduler.identity(), timeout)
 
 
 def measure_files(
