@@ -326,6 +326,7 @@ def test_chunks_larger_than_memory_are_refused(format, tmp_path, monkeypatch):
     ],
 )
 def test_files_that_are_not_what_they_should_be_are_refused(name, make, said, tmp_path):
+    pytest.importorskip("zarr" if name.endswith("zarr") else "h5py")
     make(tmp_path / name)
     with pytest.raises(ArgumentError, match=said) as caught:
         dataset.measure(tmp_path / name)
