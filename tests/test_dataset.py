@@ -690,6 +690,33 @@ def test_measure_keeps_what_is_done_when_the_result_cannot_be_saved(
     assert read == ["2.npy"]
 
 
+def test_journal_that_another_run_has_locked_is_kept(interrupted, monkeypatch):
+    folder, out = interrupted
+    before = kept_by(out)
+    connect = sqlite3.connect
+    monkeypatch.setattr(journal.sqlite3, "connect", lambda path, **_: connect(path, timeout=0))
+    with contextlib.closing(connect(out.with_name("stats.npz.partial"))) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ArgumentError, match=r"partial: cannot be used \(database is locked\)"):
+            dataset.measure(folder, missing="skip", out=out)
+    assert kept_by(out) == before
+
+
+def test_journal_is_not_written_for_each_of_many_small_files(three_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "WRITE_SECONDS", 1e9)
+    seen = []
+
+    def look(label, done, whole):
+        if Path(label).name == "2.npy":
+            seen.append(len(kept_by(tmp_path / "s.npz")))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dataset.measure(three_files, missing="skip", out=tmp_path / "s.npz", progress=look)
+    assert seen == [1]  # the first, at once
+    assert len(kept_by(tmp_path / "s.npz")) == 2
+
+
 def test_journal_names_itself_when_it_cannot_be_written(three_files, tmp_path, monkeypatch):
     def full(*_, **__):
         raise sqlite3.OperationalError("database or disk is full")

@@ -338,6 +338,7 @@ def backend():
         protocol = "backend"
         cachable = False
         refuses = None
+        error = Denied
 
         def __init__(self, **options):
             self._refuse("init")
@@ -345,7 +346,7 @@ def backend():
 
         def _refuse(self, name):
             if name == type(self).refuses:
-                raise Denied("Unable to locate credentials\nand more")
+                raise type(self).error("Unable to locate credentials\nand more")
 
         def info(self, path, **options):
             self._refuse("info")
@@ -383,3 +384,11 @@ def test_what_a_backend_raises_is_one_line(where, backend):
     with pytest.raises(ArgumentError, match=said) as caught:
         dataset.measure("backend://d/x.npy")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [Denied, PermissionError, TimeoutError])
+def test_a_folder_that_cannot_be_listed_is_one_line(error, backend):
+    assert dataset.measure("backend://d").mean.tolist() == [1, 1]
+    backend.refuses, backend.error = "ls", error
+    with pytest.raises(ArgumentError, match=r"backend://d: cannot be read \(.*credentials\)\."):
+        dataset.measure("backend://d")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sqlite3
 import time
 import zlib
@@ -40,7 +41,7 @@ class Journal:
         self._options = json.dumps(options, sort_keys=True)
         self._file: sqlite3.Connection | None = None
         self._waiting: list[tuple[str, str, bytes]] = []
-        self._written = 0.0
+        self._written = -math.inf
         if self.path.exists():
             try:
                 self._open()
