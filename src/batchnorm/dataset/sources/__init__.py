@@ -13,12 +13,13 @@ from ...errors import ArgumentError
 from ..addresses import suffix_of
 from ..files import ARRAYS
 from .array_files import ArrayFile, open_array
+from .arrow_files import open_arrow_file
 from .blocks import Block, FileSource, Source, check_unchanged, check_width
 from .csv_files import open_csv
 from .memory import ArrayInMemory, open_memory
 from .parquet_files import open_parquet
 from .prefetching import prefetch
-from .tables import TableFile
+from .tables import Dialect, TableFile
 
 __all__ = [
     "ArrayFile",
@@ -88,5 +89,19 @@ def open_file(path: str, channel_axis: int, options: FileOptions) -> ArrayFile |
             f"{path}: the features of a table are its columns, channel_axis 1, got "
             f"{channel_axis}. Leave it out."
         )
-    open_table = open_csv if suffix == ".csv" else open_parquet
-    return open_table(path, columns=options.columns, header=options.header)
+    open_table = _TABLES.get(suffix, open_csv)
+    return open_table(
+        path,
+        columns=options.columns,
+        numeric=options.numeric,
+        dialect=Dialect(
+            options.header, options.separator, options.decimal, tuple(options.nulls or ())
+        ),
+    )
+
+
+_TABLES = {
+    ".parquet": open_parquet,
+    ".arrow": open_arrow_file,
+    ".feather": open_arrow_file,
+}
