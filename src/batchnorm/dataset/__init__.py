@@ -1,8 +1,12 @@
 """Statistics of data sets larger than memory, and normalization by them.
 
 `measure` computes exact `Statistics` of files, arrays and Dask arrays, block by block, and
-`normalize` normalizes data by them. .npy and .npz files need only NumPy, CSV and Parquet files the
-extra ``data``, Dask the extra ``dask``.
+`normalize` normalizes data by them. .npy and .npz files need only NumPy, tables the extra ``data``,
+Dask the extra ``dask``, and addresses such as ``s3://bucket/x.csv`` the extra ``remote``.
+
+Tables are .csv, .tsv, .csv.gz, .tsv.gz, .parquet, .arrow and .feather files, and folders written by
+``save_to_disk`` of Hugging Face's ``datasets``. Their features are columns of numbers, and in
+Parquet and Arrow files the entries of lists that all have one length.
 
 >>> import numpy as np
 >>> from batchnorm import dataset
