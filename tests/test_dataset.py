@@ -447,7 +447,7 @@ def test_measure_says_that_a_file_shrank_while_it_was_read(tmp_path, small_block
         ({"columns": []}, ArgumentError, r"list of texts, got \[\]"),
         ({"channel_axis": 2}, ShapeError, r"no axis 2, its shape is \(2, 2\)"),
         ({"array": "x"}, ArgumentError, r"\.npz"),
-        ({"columns": ["a"]}, ArgumentError, "no named columns"),
+        ({"columns": ["a"]}, ArgumentError, "columns is for tables"),
         ({"columns": "a"}, ArgumentError, "must be a list of texts"),
         ({"out": "s.txt"}, ArgumentError, r"\.npz or \.json"),
         ({"out": "none/s.npz"}, ArgumentError, "existing directory"),

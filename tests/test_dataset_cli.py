@@ -108,7 +108,7 @@ def test_stats_takes_columns_and_tables_without_names(folder, capsys):
         (["stats", "data", "gaps.npy", "data"], "named twice"),
         (["stats", "data", "--out", "s.txt"], "'s.npz'"),
         (["stats", "data", "--out", "none/s.npz"], "Create the directory first"),
-        (["stats", "data", "--columns", ","], "no named columns"),
+        (["stats", "data", "--columns", ","], "columns is for tables"),
         (["stats", ""], "got an empty name"),
         (["normalize", "data/a.npy", "--out", "y.npy"], "Missing option '--stats'"),
         (["normalize", "data/a.npy", "--stats", "stats.npz"], "Missing option '--out'"),

@@ -6,10 +6,14 @@
 - .npy and .npz files, also compressed ones, in either order, with any axis of the features;
 - HDF5 files, .h5 and .hdf5 (extra ``hdf5``), and .zarr folders of formats 2 and 3 (extra
   ``zarr``), of which the chunks are read as a whole;
-- memory, also masked, memory-mapped or in batches, and Dask arrays (extra ``dask``);
+- memory, also masked, memory-mapped or in batches, and Dask arrays (extra ``dask``).
 
-tables in CSV and Parquet files (extra ``data``). Files are named by path, or by an address such as
-``s3://bucket/x.npy`` (extra ``remote``, and the package for this kind of address, here s3fs).
+Tables (extra ``data``) are .csv, .tsv, .csv.gz, .tsv.gz, .parquet, .arrow and .feather files, and
+folders written by ``save_to_disk`` of Hugging Face's ``datasets``. Their features are columns of
+numbers, and in Parquet and Arrow files the entries of lists that all have one length.
+
+Files are named by path, or by an address such as ``s3://bucket/x.npy`` (extra ``remote``, and the
+package for this kind of address, here s3fs).
 
 >>> import numpy as np
 >>> from batchnorm import dataset

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import ArgumentError
 from .addresses import file_key, is_remote, join, look_up, parts_of, suffix_of, walk
+from .hugging_face import data_files
 from .statistics import is_statistics
 
 #: Kinds of files by their endings. Those of one kind are read, checked and written alike.
@@ -92,7 +93,7 @@ def _files_inside(
         folders[:] = [name for name in folders if name[0] not in "._"]
         arrays = [name for name in folders if suffix_of(name) in FOLDERS]
         folders[:] = [name for name in folders if name not in arrays]
-        for name in [*names, *arrays]:
+        for name in [*data_files(root, names, only, note), *arrays]:
             if name[0] in "._" or (only is not None and not fnmatch.fnmatch(name, only)):
                 continue
             address, suffix = join(root, name), suffix_of(name)

@@ -1,4 +1,4 @@
-"""Normalized files: arrays to .npy and .npz, tables to .csv and .parquet, a block at a time."""
+"""Normalized files: arrays to .npy and .npz, tables to tables, a block at a time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from typing import IO, Any
 import numpy as np
 
 from .. import native
-from ..errors import ArgumentError
 from ..native import Array
 from .addresses import open_binary, suffix_of
-from .affine import Affine, narrow
-from .extras import first_line
+from .affine import Affine
+from .files import TABLES
 from .sources import ArrayFile, ChunkedFile, NumpyFile, TableFile, prefetch
-from .sources.tables import arrow, by_name
+from .table_writers import write_table
 
 #: Endings of the files that can be written.
-WRITABLE = (".npy", ".npz", ".csv", ".parquet")
+WRITABLE = (".npy", ".npz", *TABLES)
 
 
 def write_normalized(
@@ -31,11 +30,8 @@ def write_normalized(
     advance: Callable[[int], None],
 ) -> None:
     """Normalize a file and write it to `temporary`, in the format that `destination` names."""
-    write = _write_array if isinstance(file, ArrayFile) else _write_table
+    write = _write_array if isinstance(file, ArrayFile) else write_table
     write(file, affine, temporary, destination, advance)  # type: ignore[arg-type]
-
-
-# ---- arrays -------------------------------------------------------------------------------------
 
 
 def _write_array(
@@ -107,77 +103,3 @@ def _array_stream(file: ArrayFile, temporary: Path, suffix: str) -> Iterator[IO[
         archive.open(member, "w", force_zip64=True) as stream,
     ):
         yield stream
-
-
-# ---- tables -------------------------------------------------------------------------------------
-
-
-def _write_table(
-    file: TableFile,
-    affine: Affine,
-    temporary: Path,
-    destination: Path,
-    advance: Callable[[int], None],
-) -> None:
-    pa = arrow()
-    with contextlib.ExitStack() as stack:
-        writer: Any = None
-        for batch, nbytes in _batches_or_empty(file):
-            values = file.values(batch, file.names)
-            y = affine(values, 0, label=file.label)
-            columns = by_name(batch)
-            for k, name in enumerate(file.names):
-                label = f"{file.path}: column {name!r}"
-                columns[name] = _column(y[k], columns[name], affine.dtype, values[k], label)
-            result = pa.record_batch(
-                [columns[name] for name in file.columns], names=list(file.columns)
-            )
-            with _explain_unfit_columns(destination):
-                if writer is None:
-                    suffix = suffix_of(destination)
-                    writer = _open_writer(temporary, suffix, result.schema, file.header)
-                    stack.callback(writer.close)
-                writer.write_batch(result)
-            advance(nbytes)
-
-
-@contextlib.contextmanager
-def _explain_unfit_columns(destination: Path) -> Iterator[None]:
-    try:
-        yield
-    except arrow().ArrowException as error:
-        raise ArgumentError(
-            f"{destination}: cannot hold all columns ({first_line(error)}). "
-            "Name a .parquet file, which takes every type."
-        ) from error
-
-
-def _batches_or_empty(file: TableFile) -> Iterator[tuple[Any, int]]:
-    """Read a table; one without rows gives an empty batch, so that the result has its columns."""
-    any_rows = False
-    for item in file.batches(file.columns):
-        any_rows = True
-        yield item
-    if not any_rows:
-        pa = arrow()
-        empty = [pa.array([], pa.float64()) for _ in file.columns]
-        yield pa.record_batch(empty, names=list(file.columns)), 0
-
-
-def _column(y: Array, before: Any, dtype: np.dtype[Any] | None, values: Array, label: str) -> Any:
-    """Convert a normalized column to Arrow: null where it was null, in its own floating type."""
-    pa = arrow()
-    if dtype is not None:
-        kind = pa.from_numpy_dtype(dtype)
-    else:
-        kind = before.type if pa.types.is_floating(before.type) else pa.float64()
-    mask = before.is_null().to_numpy(zero_copy_only=False)
-    return pa.array(narrow(y, np.dtype(kind.to_pandas_dtype()), values, label), kind, mask=mask)
-
-
-def _open_writer(temporary: Path, suffix: str, schema: Any, header: bool) -> Any:
-    if suffix == ".parquet":
-        return arrow("pyarrow.parquet").ParquetWriter(str(temporary), schema)
-    csv = arrow("pyarrow.csv")
-    options = csv.WriteOptions(include_header=header, quoting_style="needed")
-    return csv.CSVWriter(str(temporary), schema, write_options=options)

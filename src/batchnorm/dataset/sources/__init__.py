@@ -14,6 +14,7 @@ from ..addresses import suffix_of
 from ..files import ARRAYS
 from .array_files import NumpyFile, open_numpy
 from .arrays import ArrayFile
+from .arrow_files import open_arrow_file
 from .blocks import Block, FileSource, Source, check_unchanged, check_width
 from .chunked_files import ChunkedFile
 from .csv_files import open_csv
@@ -21,7 +22,7 @@ from .hdf5_files import open_hdf5
 from .memory import ArrayInMemory, open_memory
 from .parquet_files import open_parquet
 from .prefetching import prefetch
-from .tables import TableFile
+from .tables import Dialect, TableFile
 from .zarr_files import open_zarr
 
 __all__ = [
@@ -93,16 +94,30 @@ def open_file(path: str, channel_axis: int, options: FileOptions) -> ArrayFile |
             f"{suffix} file. Leave it out."
         )
     if suffix in ARRAYS:
-        if options.columns is not None:
-            raise ArgumentError(
-                f"{path}: arrays have no named columns, got columns {', '.join(options.columns)}. "
-                "Leave columns out."
-            )
+        for name in ("columns", "numeric", "separator", "nulls"):
+            if value := getattr(options, name):
+                raise ArgumentError(
+                    f"{path}: {name} is for tables, got {value!r} for an array. Leave it out."
+                )
         return _OPEN_ARRAY[suffix](path, array=options.array, channel_axis=channel_axis)
     if channel_axis not in (1, -1):
         raise ArgumentError(
             f"{path}: the features of a table are its columns, channel_axis 1, got "
             f"{channel_axis}. Leave it out."
         )
-    open_table = open_csv if suffix == ".csv" else open_parquet
-    return open_table(path, columns=options.columns, header=options.header)
+    open_table = _TABLES.get(suffix, open_csv)
+    return open_table(
+        path,
+        columns=options.columns,
+        numeric=options.numeric,
+        dialect=Dialect(
+            options.header, options.separator, options.decimal, tuple(options.nulls or ())
+        ),
+    )
+
+
+_TABLES = {
+    ".parquet": open_parquet,
+    ".arrow": open_arrow_file,
+    ".feather": open_arrow_file,
+}
