@@ -320,7 +320,7 @@ def test_a_missing_package_for_an_address_is_named(monkeypatch):
 def test_addresses_need_fsspec(monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "fsspec"]:
         monkeypatch.setitem(sys.modules, name, None)
-    said = r"need fsspec, which is not installed. pip install 'batchnorm\[remote\]'"
+    said = r"need fsspec, which is not installed. pip install fsspec adds it"
     with pytest.raises(BatchNormError, match=said):
         dataset.measure("memory://x.npy")
 
