@@ -345,16 +345,21 @@ def test_stats_runs_on_the_cluster_at_an_address(files, workers, capsys):
 
 
 def test_connect_says_that_nobody_answers():
-    with pytest.raises(ArgumentError, match="got 'tcp://127.0.0.1:9', where none answers"):
-        cluster.connect("tcp://127.0.0.1:9", timeout=0.5)
+    connecting = cluster.connect("tcp://127.0.0.1:9", timeout=0.5)
+    with (
+        pytest.raises(ArgumentError, match="got 'tcp://127.0.0.1:9', where none answers"),
+        connecting,
+    ):
+        pass
 
 
 def test_connect_says_that_there_are_no_workers():
     with (
         distributed.LocalCluster(n_workers=0, protocol="tcp://", dashboard_address=":0") as empty,
         pytest.raises(ArgumentError, match="has none within"),
+        cluster.connect(empty.scheduler_address, timeout=0.5),
     ):
-        cluster.connect(empty.scheduler_address, timeout=0.5)
+        pass
 
 
 @pytest.mark.parametrize(
@@ -374,8 +379,11 @@ def test_connect_says_that_there_are_no_workers():
 )
 def test_connect_refuses_what_is_no_address(address, why):
     # At once, and without a client, whose deletion would wait for 20 s and print a traceback.
-    with pytest.raises(ArgumentError, match=f"must be the address of a scheduler.*{why}"):
-        cluster.connect(address, timeout=60)
+    with (
+        pytest.raises(ArgumentError, match=f"must be the address of a scheduler.*{why}"),
+        cluster.connect(address, timeout=60),
+    ):
+        pass
 
 
 def test_connect_refuses_what_is_no_scheduler():
@@ -385,6 +393,10 @@ def test_connect_refuses_what_is_no_scheduler():
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(ArgumentError, match="where none answers"):
-            cluster.connect(f"tcp://127.0.0.1:{server.server_address[1]}", timeout=2)
+        address = f"tcp://127.0.0.1:{server.server_address[1]}"
+        with (
+            pytest.raises(ArgumentError, match="where none answers"),
+            cluster.connect(address, timeout=2),
+        ):
+            pass
         server.shutdown()
