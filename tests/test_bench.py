@@ -537,6 +537,30 @@ def test_limited_threads_restores_what_it_found() -> None:
     assert usable_cpus() == before
 
 
+def test_check_memory_names_the_first_case_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = Plan(shapes=((256, 1024), (512, 1024)), ops=("inference", "forward"))
+    array = 512 * 1024 * 4
+    for there_is, message in (
+        (14 * array, None),
+        (13 * array, "512x1024, for which forward takes about 0.0 GB"),
+        (9 * array, "512x1024, for which inference"),
+    ):
+        monkeypatch.setattr(harness, "available", lambda there_is=there_is: there_is)
+        if message is None:
+            harness.check_memory(plan)
+        else:
+            with pytest.raises(ArgumentError, match=message):
+                harness.check_memory(plan)
+
+
+def test_available_memory_is_less_than_there_is() -> None:
+    assert memory.available() > 0
+    if sys.platform == "linux":
+        assert memory.available() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 # --- progress -------------------------------------------------------------------------------------
 
 

@@ -53,6 +53,7 @@ def python(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[
         (["bench", "--shapes", "7"], "got '7'"),
         (["bench", "--providers", "tensorflow"], "got 'tensorflow'"),
         (["bench", "--threads", "0"], "got 0"),
+        (["bench", "--shapes", "256x1024,1000000x1000000"], "got 1000000x1000000"),
     ],
     ids=" ".join,
 )

@@ -72,6 +72,7 @@ def bench(
         plan = replace(plan, min_rounds=rounds)
     if budget is not None:
         plan = replace(plan, budget_s=budget)
+    benchmark.check_memory(plan)
     if out is not None:
         benchmark.prepare_directory(out)
 
