@@ -67,7 +67,14 @@ def read(path):
                 strings_can_be_null=False,
             ),
         )
-    values = [table[name].cast(pa.float64(), safe=False).to_numpy() for name in FEATURES]
+    # A type that was damaged into float16 has no cast in older versions of pyarrow.
+    half = pa.types.is_float16
+    values = [
+        table[name].to_numpy().astype(float)
+        if half(table[name].type)
+        else table[name].cast(pa.float64(), safe=False).to_numpy()
+        for name in FEATURES
+    ]
     return [np.nanmean(v) if np.isfinite(v).any() else 0.0 for v in values]
 
 
