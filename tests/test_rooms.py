@@ -23,6 +23,7 @@ CORE = {
     "folding": {"errors"},
     "layer": {"_core", "errors", "native", "moments", "functional"},
     "atomic": {"errors"},
+    "workers": {"errors"},
 }
 FRAMEWORKS = {
     "torch",
@@ -254,7 +255,7 @@ def loaded():
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("name", sorted(FRAMEWORKS | PRESENTATION | {"ml_dtypes", "scipy"}))
+@pytest.mark.parametrize("name", sorted(FRAMEWORKS | PRESENTATION | {"ml_dtypes", "scipy", "PIL"}))
 def test_rooms_importing_batchnorm_loads_no_other_package(loaded, name):
     assert name not in loaded
 

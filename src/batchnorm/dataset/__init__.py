@@ -2,7 +2,7 @@
 
 `measure` computes exact `Statistics` of files, arrays and Dask arrays, block by block, and
 `normalize` normalizes data by them. .npy and .npz files need only NumPy, CSV and Parquet files the
-extra ``data``, Dask the extra ``dask``.
+extra ``data``, images the extra ``images``, Dask the extra ``dask``.
 
 >>> import numpy as np
 >>> from batchnorm import dataset

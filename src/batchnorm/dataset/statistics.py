@@ -17,6 +17,7 @@ from ..errors import ArgumentError, ShapeError
 from ..moments import Moments
 from ..native import Float64
 from .extras import first_line
+from .images.report import ImageReport
 from .parts import Part, merge_all
 
 #: Marks every saved file, and is checked when one is loaded.
@@ -39,11 +40,15 @@ class Statistics:
     channel_axis : int
         Axis of the features in the arrays that were measured.
     files : tuple of str
-        Files that were measured, in the order in which they were merged.
+        Files that were measured, in the order in which they were merged; of images the files and
+        folders that were asked for.
     scale : float
         What the values were divided by before they were measured, such as 255 for images.
     extremes : (2, C), or None
-        The least and the greatest value of each feature, if asked for; NaN where none is present.
+        The least and the greatest value of each feature, if asked for, and of images always; NaN
+        where none is present.
+    images : ImageReport, or None
+        What stands out among images; neither saved nor compared.
 
     Notes
     -----
@@ -57,6 +62,7 @@ class Statistics:
     files: tuple[str, ...] = ()
     scale: float = 1.0
     extremes: Float64 | None = None
+    images: ImageReport | None = None
 
     def __post_init__(self) -> None:
         """Copy `missing` and `extremes`, make them read-only, and check the shapes."""
@@ -112,6 +118,36 @@ class Statistics:
             scale=self.scale * scale,
             extremes=None if self.extremes is None else self.extremes / scale,
         )
+
+    def normalize_line(self) -> str:
+        """Return the line that normalizes by these statistics in torchvision, ready to paste.
+
+        It has the digits that float32 holds. `ToTensor` divides images of 8 bits by 255 before, so
+        measure them with ``scale=255``.
+
+        Raises
+        ------
+        ArgumentError
+            A feature has no values or one value alone, so that its deviation is 0.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from batchnorm import dataset
+        >>> x = np.array([[0, 50], [255, 150]], np.uint8)
+        >>> print(dataset.measure(x, scale=255).normalize_line())
+        transforms.Normalize(mean=[0.5, 0.39215687], std=[0.5, 0.19607843])
+        """
+        std = self.std()
+        if (wrong := np.flatnonzero(~(std > 0))).size:
+            raise ArgumentError(
+                f"{feature_label(int(wrong[0]), self.names)} must have values that differ, to be "
+                "divided by their deviation. Leave it out."
+            )
+        texts = (
+            ", ".join(str(np.float32(v)) for v in values.tolist()) for values in (self.mean, std)
+        )
+        return "transforms.Normalize(mean=[{}], std=[{}])".format(*texts)
 
     def __add__(self, other: Statistics) -> Statistics:
         """Merge the statistics of two data sets with the same features.
@@ -296,6 +332,7 @@ def merge(several: Iterable[Statistics]) -> Statistics:
         names=next((s.names for s in parts if s.names is not None), None),
         files=tuple(file for s in parts for file in s.files),
         extremes=found.extremes,
+        images=None,
     )
 
 
