@@ -70,7 +70,11 @@ class View {
     if (PyObject_GetBuffer(object.ptr(), &buffer_, flags)) throw nb::python_error();
     held_ = true;
     array_.data = static_cast<char*>(buffer_.buf);
-    switch (buffer_.format ? buffer_.format[0] : 'B') {
+    // NumPy writes the sign of this machine's byte order where a type was given with one.
+    const std::uint16_t one = 1;
+    const char sign = *reinterpret_cast<const char*>(&one) ? '<' : '>';
+    const char* format = buffer_.format ? buffer_.format : "B";
+    switch (*format == sign ? format[1] : *format) {
       case 'f': array_.dtype = DType::f32; break;
       case 'd': array_.dtype = DType::f64; break;
       case 'e': array_.dtype = DType::f16; break;

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from batchnorm import Moments, _core, dataset
 from batchnorm.dataset import Statistics, journal, parts
 from batchnorm.dataset.arguments import as_source
-from batchnorm.dataset.sources import array_files, blocks, prefetch
+from batchnorm.dataset.sources import arrays, blocks, prefetch
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 
 # Float64 sums of n ≤ 1e4 values, in any order, about a value of the data: n·u with room.
@@ -28,7 +28,7 @@ ROUNDING = 1e-12
 def small_blocks(monkeypatch):
     """Blocks of 64 float32, so that small files have many."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(array_files, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(arrays, "BLOCK_ROWS", 1)
 
 
 def exact(x, axis=1):
@@ -100,7 +100,7 @@ def test_measure_counts_what_is_missing_however_blocks_are_cut(
     path = saved(tmp_path_factory.mktemp("x") / "x.npy", x)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_BYTES", block)
-        patch.setattr(array_files, "BLOCK_ROWS", 1)
+        patch.setattr(arrays, "BLOCK_ROWS", 1)
         found = dataset.measure(path, missing="skip")
     assert_exact(found, x)
     np.testing.assert_array_equal(found.missing, np.isnan(x).sum(0))
@@ -640,8 +640,9 @@ def test_measure_begins_anew_with_another_instruction_set(interrupted):
     assert len(read) == 3
 
 
-def test_measure_goes_on_beside_another_run_with_other_options(three_files, tmp_path):
+def test_measure_goes_on_beside_another_run_with_other_options(three_files, tmp_path, monkeypatch):
     """A second run with the same out begins while the first is at work."""
+    monkeypatch.setattr(journal, "WRITE_SECONDS", 0)
     out = tmp_path / "stats.npz"
     seen = []
 
@@ -694,7 +695,7 @@ def test_journal_names_itself_when_it_cannot_be_written(three_files, tmp_path, m
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr(journal.sqlite3, "connect", full)
-    with pytest.raises(ArgumentError, match=r"s\.npz\.partial: cannot be written \(database or"):
+    with pytest.raises(ArgumentError, match=r"s\.npz\.partial: cannot be used \(database or"):
         dataset.measure(three_files, missing="skip", out=tmp_path / "s.npz")
 
 

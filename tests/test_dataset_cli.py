@@ -14,16 +14,17 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from batchnorm import cli, dataset
+from batchnorm.cli.commands import stats
 from batchnorm.dataset import Statistics, block_moments, journal
-from batchnorm.dataset.sources import array_files, blocks
+from batchnorm.dataset.sources import arrays, blocks
 
 # Files are read in blocks of 256 bytes; `at` is called with the name of each before it is summed.
 BEGIN = """
 import os, signal, sys
 from batchnorm import cli
 from batchnorm.dataset import block_moments, journal
-from batchnorm.dataset.sources import array_files, blocks
-blocks.BLOCK_BYTES, array_files.BLOCK_ROWS = 256, 1
+from batchnorm.dataset.sources import arrays, blocks
+blocks.BLOCK_BYTES, arrays.BLOCK_ROWS = 256, 1
 measure_block, seen = block_moments.measure_block, []
 def stopping(*given, label, **more):
     seen.append(label)
@@ -244,7 +245,7 @@ def test_stats_killed_goes_on_and_has_the_same_bits(folder, monkeypatch):
     assert done.returncode == -signal.SIGKILL
     ((found,),) = kept(folder / "s.npz.partial")
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(array_files, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(arrays, "BLOCK_ROWS", 1)
     expected = dataset.measure("data/a.npy")
     assert journal.from_bytes(found, expected.features).moments == expected.moments
     notes = []
@@ -267,4 +268,4 @@ def test_dask_needs_its_package(folder, monkeypatch, capsys):
 
 
 def test_stats_offers_what_measure_takes():
-    assert tuple(choice.value for choice in cli.Missing) == block_moments.POLICIES
+    assert tuple(choice.value for choice in stats.Missing) == block_moments.POLICIES

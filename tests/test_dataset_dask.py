@@ -158,7 +158,8 @@ def test_arrays_and_files_are_measured_without_importing_dask(tmp_path):
         "import sys, numpy as np; from batchnorm import Moments, dataset; "
         f"Moments.of(np.ones((2, 2))); found = dataset.measure({str(tmp_path / 'x.npy')!r}); "
         "dataset.normalize(np.ones((2, 2)), found); "
-        "print(sorted({'dask', 'distributed', 'pyarrow'} & sys.modules.keys()))"
+        "print(sorted({'dask', 'distributed', 'pyarrow', 'h5py', 'zarr', 'fsspec'} "
+        "& sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[]\n", "")
@@ -254,6 +255,32 @@ def test_measure_on_a_cluster_takes_paths_from_here(files, workers, monkeypatch)
     monkeypatch.chdir(files.parent)
     found = dataset.measure(files.name, missing="skip", client=workers)
     assert found.moments == expected.moments
+
+
+def test_measure_on_a_cluster_passes_addresses_on(files, workers):
+    address = f"file://{files}/2.npy"
+    found = dataset.measure(address, missing="skip", client=workers)
+    assert found.files == (address,)
+    assert found.moments == dataset.measure(files / "2.npy", missing="skip").moments
+    # Not in the memory of the workers.
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.filesystem("memory").pipe("/cluster/x.npy", (files / "2.npy").read_bytes())
+    with pytest.raises(ArgumentError, match=r"memory://cluster/x\.npy: .* Workers must reach it"):
+        dataset.measure("memory://cluster/x.npy", missing="skip", client=workers)
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".zarr"])
+def test_measure_on_a_cluster_reads_chunks(suffix, tmp_path, workers, rng, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1 << 10)
+    x = rng.normal(1e4, 1.0, (900, 7))
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".h5":
+        with pytest.importorskip("h5py").File(path, "w") as file:
+            file.create_dataset("x", data=x, chunks=(30, 4), compression="gzip")
+    else:
+        pytest.importorskip("zarr").create_array(str(path), data=x, chunks=(30, 4))
+    assert len(open_file(str(path), 1, FileOptions()).split(cluster.TASK_BLOCKS)) > 1
+    assert dataset.measure(path, client=workers) == dataset.measure(path)
 
 
 def test_measure_on_a_cluster_says_that_workers_must_reach_the_files(files, workers):

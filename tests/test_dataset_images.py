@@ -872,7 +872,7 @@ BAD_MEMBERS = {
     "damaged": (b"\x93NUMPY?", "in NumPy's format"),
     "objects": (npy(np.array([{}, 1], object)), "in NumPy's format"),
     "text": (npy(np.array(["a"])), "real numbers"),
-    "scalar": (npy(np.array(1.0)), "channel_axis"),
+    "scalar": (npy(np.array(1.0)), "at least 2 axes"),
     "more": (npy(np.ones(3)) + b"x", "something follows"),
 }
 

@@ -23,7 +23,9 @@ MODULES = [
     "batchnorm.functional",
     "batchnorm.layer",
     "batchnorm.folding",
+    "batchnorm.workers",
     "batchnorm.dataset",
+    "batchnorm.dataset.hints",
     "batchnorm.dataset.measuring",
     "batchnorm.dataset.statistics",
 ]

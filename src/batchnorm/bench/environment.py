@@ -14,18 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.errors import ArgumentError, BatchNormError
+from batchnorm.workers import usable_cpus
 
 PACKAGES = ("numpy", "torch", "jax", "jaxlib")
 
 #: The share of the processors that other programs may take before a run says so.
 QUIET = 0.05
-
-
-def usable_cpus() -> int:
-    """How many processors this process may run on."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def resolve_threads(threads: int | None) -> int:

@@ -1,8 +1,17 @@
 """Statistics of data sets larger than memory, and normalization by them.
 
 `measure` computes exact `Statistics` of files, arrays and Dask arrays, block by block, and
-`normalize` normalizes data by them. .npy and .npz files need only NumPy, CSV and Parquet files the
-extra ``data``, images the extra ``images``, Dask the extra ``dask``.
+`normalize` normalizes data by them, or undoes that. Arrays may lie in
+
+- .npy and .npz files, also compressed ones, in either order, with any axis of the features;
+- HDF5 files, .h5 and .hdf5 (extra ``hdf5``), and .zarr folders of formats 2 and 3 (extra
+  ``zarr``), of which the chunks are read as a whole;
+- memory, also masked, memory-mapped or in batches, and Dask arrays (extra ``dask``);
+
+tables in CSV and Parquet files (extra ``data``), and images in PNG, JPEG, WebP and TIFF files
+(extra ``images``). Images, and arrays of one example, may lie in .tar archives. Files are named by
+path, or by an address such as ``s3://bucket/x.npy`` (extra ``remote``, and the package for this
+kind of address, here s3fs).
 
 >>> import numpy as np
 >>> from batchnorm import dataset
@@ -16,9 +25,11 @@ array([[-1.225, -1.   ],
        [ 1.225,  1.   ]])
 """
 
+from .hints import Hint as Hint
+from .hints import hints as hints
 from .measuring import measure as measure
 from .normalizing import normalize as normalize
 from .statistics import Statistics as Statistics
 from .statistics import merge as merge
 
-__all__ = ["Statistics", "measure", "merge", "normalize"]
+__all__ = ["Hint", "Statistics", "hints", "measure", "merge", "normalize"]

@@ -14,12 +14,13 @@ from .. import native
 from ..atomic import check_place
 from ..errors import ArgumentError, ShapeError
 from ..moments import is_dask
-from .addresses import file_key, suffix_of
+from .addresses import check_local, file_key, suffix_of
 from .arguments import as_axis, as_source, check_in_memory
 from .block_moments import How, check_overflow, measure_source
 from .cluster import measure_files
 from .dask_arrays import measure_array
 from .files import ARCHIVES, check_not_an_input, find_files
+from .hints import axis_hint
 from .images.measuring import check_options, holds_images, journal_options, measure_images
 from .journal import Journal, from_bytes, to_bytes
 from .meter import Meter, Progress
@@ -115,7 +116,8 @@ def measure(
         Called with the name of what is read, the bytes done, and the bytes in all. Not called for
         Dask arrays.
     note : callable
-        Called with a line about files that are skipped, and when a run is resumed.
+        Called with a line about files that are skipped, when a run is resumed, and if the shape of
+        an array looks as if `channel_axis` were wrong.
 
     Returns
     -------
@@ -153,6 +155,7 @@ def measure(
         check_in_memory(options, client=None if is_dask(source) else client)
     target = None
     if out is not None:
+        check_local(out)
         target = Path(out)
         check_suffix(target)
         check_place(target, "a .npz or .json file", "stats.npz")
@@ -172,10 +175,12 @@ def measure(
             found = measure_images(listed, given, options, scale, journal, progress, note)
         elif paths:
             files = _open_files(listed, axis, options, note)
+            _note_axis(files[0], files[0].label, axis, note)
             found = _measure_files(files, axis, how, journal, client, progress, note)
         elif batches is not None:
-            found = _measure_batches(batches, axis, how, progress)
+            found = _measure_batches(batches, axis, how, progress, note)
         else:
+            _note_axis(source, "x", axis, note)
             found = _measure_array(source, axis, how, client, progress)
         found = found.divided_by(scale)
         if target is not None:
@@ -211,8 +216,19 @@ def _measure_array(
     return _statistics(part, how, axis)
 
 
+def _note_axis(data: Any, label: str, axis: int, note: Callable[[str], None] | None) -> None:
+    """Say before anything is read if the features are probably on another axis."""
+    shape = getattr(data, "shape", None)  # tables have none
+    if note is not None and shape is not None and (hint := axis_hint(shape, axis, label)):
+        note(str(hint))
+
+
 def _measure_batches(
-    batches: Iterator[Any], axis: int, how: How, progress: Progress | None
+    batches: Iterator[Any],
+    axis: int,
+    how: How,
+    progress: Progress | None,
+    note: Callable[[str], None] | None,
 ) -> Statistics:
     """Measure arrays one after another."""
     merge, first = PairwiseMerge(), None
@@ -226,6 +242,7 @@ def _measure_batches(
         data = open_memory(batch, axis, label)
         if first is None:
             first = data
+            _note_axis(batch, label, axis, note)
         check_same_features([first, data])
         merge.add(0, k, measure_source(data, how))
         if progress is not None:
@@ -255,7 +272,7 @@ def _find_files(
 ) -> list[str]:
     """Find all files, and check that none of them, or anything but statistics, is written."""
     found = find_files(paths, note, only=options.only)
-    if target is not None:
+    if target is not None and target.exists():
         check_not_an_input(target, {file_key(path): path for path in found})
         check_replaceable(target)
     return found
@@ -306,7 +323,7 @@ def _measure_files(
         merge.add(0, k, part)
         del todo[k]
         if journal is not None and todo:
-            journal.add([(files[k].fingerprint, to_bytes(part))])
+            journal.add(files[k].fingerprint, to_bytes(part))
 
     if client is None:
         for k, file in list(todo.items()):

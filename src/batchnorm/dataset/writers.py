@@ -13,10 +13,10 @@ import numpy as np
 from .. import native
 from ..errors import ArgumentError
 from ..native import Array
-from .addresses import suffix_of
+from .addresses import open_binary, suffix_of
 from .affine import Affine, narrow
 from .extras import first_line
-from .sources import ArrayFile, TableFile, prefetch
+from .sources import ArrayFile, ChunkedFile, NumpyFile, TableFile, prefetch
 from .sources.tables import arrow, by_name
 
 #: Endings of the files that can be written.
@@ -45,21 +45,45 @@ def _write_array(
     destination: Path,
     advance: Callable[[int], None],
 ) -> None:
-    """Write the blocks one after another, as they follow one another in the file that is read."""
+    """Write each block in its place: those of NumPy's files follow one another."""
+    dtype = affine.result_type(file.dtype.newbyteorder("="))
+    header = {
+        "descr": np.lib.format.dtype_to_descr(_storable(dtype)),
+        "fortran_order": isinstance(file, NumpyFile) and file.fortran_order,
+        "shape": file.shape,
+    }
     with contextlib.ExitStack() as stack:
         stream = stack.enter_context(_array_stream(file, temporary, suffix_of(destination)))
-        native_type = file.dtype.newbyteorder("=")
-        header = {
-            "descr": np.lib.format.dtype_to_descr(_storable(affine.result_type(native_type))),
-            "fortran_order": file.fortran_order,
-            "shape": file.shape,
-        }
         np.lib.format.write_array_header_1_0(stream, header)
         blocks = stack.enter_context(contextlib.closing(prefetch(file.blocks())))
-        for block in blocks:
+        begin = stream.tell() if isinstance(file, ChunkedFile) else 0
+        for cut, block in zip(file.cuts(), blocks, strict=True):
             y = affine(block.values, block.axis, block.channels, label=file.label)
-            stream.write(np.ascontiguousarray(y).view(np.uint8).reshape(-1).data)
+            if isinstance(file, ChunkedFile):
+                _write_box(stream, begin, file.shape, cut.place, y)
+            else:
+                stream.write(_bytes_of(y))
             advance(block.nbytes)
+
+
+def _write_box(
+    stream: IO[bytes], begin: int, shape: tuple[int, ...], place: tuple[slice, ...], y: Array
+) -> None:
+    """Write a part of an array in C order, whose first element lies at `begin`."""
+    run = len(shape) - 1  # from this axis on, the part is contiguous
+    while run > 0 and y.shape[run] == shape[run]:
+        run -= 1
+    start = [part.start for part in place]
+    for index in np.ndindex(y.shape[:run]):
+        corner = [
+            i + first for i, first in zip((*index, *[0] * (y.ndim - run)), start, strict=True)
+        ]
+        stream.seek(begin + int(np.ravel_multi_index(corner, shape)) * y.itemsize)
+        stream.write(_bytes_of(y[index]))
+
+
+def _bytes_of(y: Array) -> memoryview:
+    return np.ascontiguousarray(y).view(np.uint8).reshape(-1).data
 
 
 def _storable(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -76,7 +100,7 @@ def _array_stream(file: ArrayFile, temporary: Path, suffix: str) -> Iterator[IO[
     compression, member = zipfile.ZIP_STORED, "arr_0.npy"
     if file.member is not None:
         member = file.member
-        with zipfile.ZipFile(file.path) as archive:
+        with open_binary(file.path) as outer, zipfile.ZipFile(outer) as archive:
             compression = archive.getinfo(member).compress_type
     with (
         zipfile.ZipFile(temporary, "w", compression) as archive,

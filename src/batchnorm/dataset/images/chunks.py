@@ -19,6 +19,7 @@ from ..addresses import (
     fingerprint_of,
     is_remote,
     open_binary,
+    suffix_of,
 )
 from ..files import ARCHIVES, IMAGES
 from ..sources.archives import Member, examples, read_member
@@ -117,18 +118,18 @@ class Found:
 
 def is_image(path: str) -> bool:
     """Whether this is an image, by its ending."""
-    return path.lower().endswith(IMAGES)
+    return suffix_of(path) in IMAGES
 
 
 def is_archive(path: str) -> bool:
     """Whether this is an archive, by its ending."""
-    return path.lower().endswith(ARCHIVES)
+    return suffix_of(path) in ARCHIVES
 
 
 def size_of(path: str) -> int:
     """Return the bytes of a file."""
     if is_remote(path):
-        return fingerprint_of(path)[2]
+        return fingerprint_of(path, fresh=False)[2]
     with explain_read_errors(path):
         return os.path.getsize(path)
 
@@ -138,7 +139,7 @@ def items_of(
 ) -> Iterator[Item]:
     """Yield all images of some files and archives, in their order."""
     for path in files:
-        _, _, size, changed = fingerprint_of(path)
+        _, _, size, changed = fingerprint_of(path, fresh=False)  # listed a moment ago
         if not is_archive(path):
             yield Item(path, path, None, 0, size, changed)
             continue

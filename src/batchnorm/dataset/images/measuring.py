@@ -208,7 +208,7 @@ class _Work:
         with closing(self._measured()) as measured:
             for chunk, data in measured:
                 if self._journal is not None:
-                    self._journal.add([(chunk.fingerprint, data)])
+                    self._journal.add(chunk.fingerprint, data)
                 total += Found.from_bytes(data)
                 self._advance(chunk)
         return total + self._known

@@ -13,20 +13,26 @@ from ...errors import ArgumentError
 from ..addresses import suffix_of
 from ..files import ARCHIVES, ARRAYS
 from .archives import ArraysInTar, open_arrays_in_tar
-from .array_files import ArrayFile, open_array
+from .array_files import NumpyFile, open_numpy
+from .arrays import ArrayFile
 from .blocks import Block, FileSource, Source, check_unchanged, check_width
+from .chunked_files import ChunkedFile
 from .csv_files import open_csv
+from .hdf5_files import open_hdf5
 from .memory import ArrayInMemory, open_memory
 from .parquet_files import open_parquet
 from .prefetching import prefetch
 from .tables import TableFile
+from .zarr_files import open_zarr
 
 __all__ = [
     "ArrayFile",
     "ArrayInMemory",
     "Block",
+    "ChunkedFile",
     "FileOptions",
     "FileSource",
+    "NumpyFile",
     "Source",
     "TableFile",
     "check_unchanged",
@@ -35,6 +41,16 @@ __all__ = [
     "open_memory",
     "prefetch",
 ]
+
+
+#: What opens files of one array or several, by their endings.
+_OPEN_ARRAY = {
+    ".npy": open_numpy,
+    ".npz": open_numpy,
+    ".h5": open_hdf5,
+    ".hdf5": open_hdf5,
+    ".zarr": open_zarr,
+}
 
 
 @dataclass(frozen=True)
@@ -79,10 +95,10 @@ def open_file(
     suffix = suffix_of(path)
     if suffix in ARCHIVES:
         return open_arrays_in_tar(path, array=options.array, channel_axis=channel_axis)
-    if options.array is not None and suffix != ".npz":
+    if options.array is not None and (suffix not in ARRAYS or suffix == ".npy"):
         raise ArgumentError(
-            f"{path}: array names one in a .npz file, got {options.array!r} for a {suffix} file. "
-            "Leave it out."
+            f"{path}: array names one in a .npz file, HDF5 or zarr, got {options.array!r} for a "
+            f"{suffix} file. Leave it out."
         )
     if suffix in ARRAYS:
         if options.columns is not None:
@@ -90,7 +106,7 @@ def open_file(
                 f"{path}: arrays have no named columns, got columns {', '.join(options.columns)}. "
                 "Leave columns out."
             )
-        return open_array(path, array=options.array, channel_axis=channel_axis)
+        return _OPEN_ARRAY[suffix](path, array=options.array, channel_axis=channel_axis)
     if channel_axis not in (1, -1):
         raise ArgumentError(
             f"{path}: the features of a table are its columns, channel_axis 1, got "

@@ -12,14 +12,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from ...errors import ArgumentError, BatchNormError, DTypeError, ShapeError
+from ...errors import ArgumentError, BatchNormError, ShapeError
 from ...native import Array
 from ..addresses import Fingerprint, explain_read_errors, fingerprint_of, open_binary, suffix_of
 from ..extras import first_line, import_extra
 from ..files import IMAGES
 from . import blocks
-from .blocks import Block, Source, check_width
-from .values import is_real
+from .blocks import Block, Source
+from .values import check_array
 
 #: Endings of members that are measured: each is an example.
 KINDS = {"images": IMAGES, "arrays": (".npy",)}
@@ -255,9 +255,9 @@ def open_arrays_in_tar(path: str, *, array: str | None, channel_axis: int) -> Ar
             )
         x = read_example(path, file, first)
         axis = _axis(path, first.name, x, channel_axis)
-    features = x.shape[axis - 1]
-    check_width(path, features)
-    return ArraysInTar(path, fingerprint, features, channel_axis, array, blocks.BLOCK_BYTES)
+    return ArraysInTar(
+        path, fingerprint, x.shape[axis - 1], channel_axis, array, blocks.BLOCK_BYTES
+    )
 
 
 def read_member(path: str, file: IO[bytes], member: Member) -> bytes:
@@ -277,7 +277,7 @@ def read_member(path: str, file: IO[bytes], member: Member) -> bytes:
 
 
 def read_example(path: str, file: IO[bytes], member: Member) -> Array:
-    """Read a member as an array of real numbers."""
+    """Read a member as an array."""
     label = f"{path} ({member.name})"
     data = io.BytesIO(read_member(path, file, member))
     try:
@@ -295,20 +295,19 @@ def read_example(path: str, file: IO[bytes], member: Member) -> Array:
         )
     if x.dtype == np.dtype("V2"):  # numpy.save writes bfloat16 as two bytes of unknown type
         x = x.view(import_extra("ml_dtypes", "data", "bfloat16 arrays").bfloat16)
-    if not is_real(x.dtype):
-        raise DTypeError(f"{label}: must hold real numbers, got {x.dtype}. Save it as such.")
     return x
 
 
 def _axis(path: str, name: str, x: Array, channel_axis: int) -> int:
     """Return the channel axis in a batch of such examples, counted from the front."""
-    ndim = x.ndim + 1
-    if x.ndim < 1 or not -ndim <= channel_axis < ndim or channel_axis % ndim == 0:
+    label = f"{path} ({name})"
+    axis = check_array(label, (1, *x.shape), x.dtype, channel_axis)
+    if axis == 0:
         raise ShapeError(
-            f"{path} ({name}): must be an example (C, *S) of a batch (N, C, *S) whose features lie "
-            f"along channel_axis {channel_axis}, got shape {x.shape}. Choose another channel_axis."
+            f"{label}: channel_axis must be that of the features in a batch (N, C, *S) of such "
+            f"examples, got {channel_axis}, that of the batch. Choose another."
         )
-    return channel_axis % ndim
+    return axis
 
 
 def shown_endings(path: str, array: str | None) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ... import native
+from ...errors import DTypeError
 from ...native import Array
+from ..extras import first_line
 from . import blocks
-from .blocks import Block, check_width
-from .values import is_real
+from .blocks import Block
+from .values import check_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +57,22 @@ class ArrayInMemory:
 
 
 def open_memory(x: Any, channel_axis: int, label: str = "x") -> ArrayInMemory:
-    """Check an array in memory, as a source."""
-    values = x if isinstance(x, np.ma.MaskedArray) else np.asarray(x)
-    if not is_real(values.dtype):
-        native.as_values(values)  # raises
-    axis = native.channel_axis_of(values, channel_axis)
-    check_width(label, values.shape[axis])
+    """Check an array in memory, or a list of rows, as a source.
+
+    Raises
+    ------
+    DTypeError, ShapeError
+        It is no array, or one that cannot be measured.
+    """
+    masked = isinstance(x, np.ma.MaskedArray)
+    if isinstance(x, (list, tuple)):
+        masked = any(isinstance(row, np.ma.MaskedArray) for row in x)
+    try:
+        values = np.ma.asarray(x) if masked else np.asarray(x)
+    except Exception as error:  # of rows that differ, or of tensors elsewhere or with gradients
+        raise DTypeError(
+            f"{label}: must be an array, and cannot be made one ({first_line(error)}). Pass an "
+            "array of NumPy."
+        ) from error
+    axis = check_array(label, values.shape, values.dtype, channel_axis)
     return ArrayInMemory(values, axis, blocks.BLOCK_BYTES, label)
