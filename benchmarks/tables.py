@@ -298,6 +298,28 @@ def dataset_stats() -> str:
     )
 
 
+def images() -> str:
+    """A folder of images: `benchmarks/images.py`."""
+    rows, about = read("images"), read_about("images")
+    first = rows[0]
+
+    def cells(row: Any) -> Iterable[str]:
+        yield row.provider
+        yield f"{row.p50_ms / 1e3:.0f} s, {row.ratio:.2f} × batchnorm"
+        yield f"{row.peak_bytes / 1e6:,.0f} MB"
+        yield from (plain(row.mean_error), plain(row.std_error))
+
+    return markdown(
+        f"{first.images:,} images of 64 to 400 pixels a side, {first.pixels / 1e6:,.0f} million "
+        "pixels, in PNG and JPEG of several modes. Memory is that of all processes together, "
+        "errors are in standard deviations, to sums of whole numbers over the images as Pillow "
+        f"decodes them. {about['cpu']}, {about['cpus']} processors; Pillow "
+        f"{about['versions']['pillow']}, torchvision {about['versions']['torchvision']}.",
+        ["", "time", "most memory", "error of mean", "error of std"],
+        map(cells, rows),
+    )
+
+
 def processors() -> str:
     """Calls on arrays by instruction set and threads: `benchmarks/processors.py`."""
     about = read_about("processors")
@@ -419,6 +441,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "recalibrate": ("docs/statistics.md", recalibrate),
     "recalibrate_errors": ("docs/statistics.md", recalibrate_errors),
     "dataset_stats": ("docs/howto/large-data.md", dataset_stats),
+    "images": ("docs/howto/images.md", images),
 }
 END = "<!-- /benchmark -->"
 

@@ -27,6 +27,7 @@ MODULES = [
     "batchnorm.dataset",
     "batchnorm.dataset.hints",
     "batchnorm.dataset.measuring",
+    "batchnorm.dataset.statistics",
 ]
 TORCH_MODULES = [
     "batchnorm.torch",
@@ -91,6 +92,8 @@ def test_page_code_gives_the_output_shown(page, monkeypatch, tmp_path):
     source, _ = python_blocks(page.read_text(encoding="utf-8"))
     if re.search(r"^>>> (import torch|from torch |from batchnorm\.torch )", source, re.MULTILINE):
         pytest.importorskip("torch")
+    if ">>> from PIL " in source:
+        pytest.importorskip("PIL")
     run_doctest(doctest.DocTestParser().get_doctest(source, {}, name_of(page), str(page), 0))
 
 

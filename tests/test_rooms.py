@@ -37,7 +37,7 @@ FRAMEWORKS = {
     "distributed",
     "pyarrow",
 }
-OTHERS = {"ml_dtypes", "scipy", "h5py", "zarr", "fsspec"}
+OTHERS = {"ml_dtypes", "scipy", "h5py", "zarr", "fsspec", "PIL"}
 PRESENTATION = {"typer", "rich", "altair", "vl_convert", "pandas", "mlxtend"}
 PRESENTS = {
     "cli",

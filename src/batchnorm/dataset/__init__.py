@@ -12,6 +12,9 @@ Tables (extra ``data``) are .csv, .tsv, .csv.gz, .tsv.gz, .parquet, .arrow and .
 folders written by ``save_to_disk`` of Hugging Face's ``datasets``. Their features are columns of
 numbers, and in Parquet and Arrow files the entries of lists that all have one length.
 
+Images (extra ``images``) are PNG, JPEG, WebP and TIFF files. They, and arrays of one example, may
+lie in .tar archives.
+
 Files are named by path, or by an address such as ``s3://bucket/x.npy`` (extra ``remote``, and the
 package for this kind of address, here s3fs).
 

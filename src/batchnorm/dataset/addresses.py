@@ -138,10 +138,11 @@ def _version(info: Mapping[str, Any]) -> str:
     return next((f"{name} {info[name]}" for name in _VERSIONS if info.get(name)), "")
 
 
-def _remote_fingerprint(address: str) -> tuple[int, str]:
+def _remote_fingerprint(address: str, fresh: bool) -> tuple[int, str]:
     """Size, and what changes with a file, or with any file in a folder."""
     fs, path = remote(address)
-    fs.invalidate_cache()  # or listings made before would be believed
+    if fresh:
+        fs.invalidate_cache()  # or listings made before would be believed
     info = fs.info(path)
     if info["type"] == "directory":
         inside = fs.find(path, detail=True).items()
@@ -171,11 +172,16 @@ def open_binary(address: str | Path) -> IO[bytes]:
     return opened
 
 
-def fingerprint_of(address: str | Path, member: str | None = None) -> Fingerprint:
-    """Fingerprint a file, or a folder that is one array, to tell it from itself after a change."""
+def fingerprint_of(
+    address: str | Path, member: str | None = None, *, fresh: bool = True
+) -> Fingerprint:
+    """Fingerprint a file, or a folder that is one array, to tell it from itself after a change.
+
+    What a listing has told of a remote file is asked for again if `fresh`.
+    """
     with explain_read_errors(address):
         if is_remote(address):
-            return str(address), member, *_remote_fingerprint(str(address))
+            return str(address), member, *_remote_fingerprint(str(address), fresh)
         about = os.stat(address)
         if stat.S_ISDIR(about.st_mode):
             return os.path.abspath(address), member, *_digest(_files_in(address))
@@ -240,6 +246,7 @@ def walk(folder: str) -> Iterator[tuple[str, list[str], list[str]]]:
         yield from os.walk(folder, onerror=_refuse)
         return
     fs, path = remote(folder)
+    fs.invalidate_cache()
     with explain_read_errors(folder):
         for root, folders, names in fs.walk(path, on_error="raise"):
             yield _replace_link(folder, fs.unstrip_protocol(root)), folders, names

@@ -14,13 +14,14 @@ from .. import native
 from ..atomic import check_place
 from ..errors import ArgumentError, ShapeError
 from ..moments import is_dask
-from .addresses import check_local, file_key
+from .addresses import check_local, file_key, suffix_of
 from .arguments import as_axis, as_source, check_in_memory
 from .block_moments import How, check_overflow, measure_source
 from .cluster import measure_files
 from .dask_arrays import measure_array
-from .files import check_not_an_input, find_files
+from .files import ARCHIVES, check_not_an_input, find_files
 from .hints import axis_hint
+from .images.measuring import check_options, holds_images, journal_options, measure_images
 from .journal import Journal, from_bytes, to_bytes
 from .meter import Meter, Progress
 from .parts import PairwiseMerge, Part
@@ -33,6 +34,7 @@ from .sources import (
     open_file,
     open_memory,
 )
+from .sources.archives import shown_endings
 from .statistics import Statistics, check_replaceable, check_scale, check_suffix
 
 
@@ -51,6 +53,9 @@ def measure(
     nulls: Sequence[str] | None = None,
     array: str | None = None,
     only: str | None = None,
+    broken: str = "refuse",
+    equal_images: bool = False,
+    processes: int | None = None,
     out: str | Path | None = None,
     client: Any = None,
     progress: Progress | None = None,
@@ -68,14 +73,15 @@ def measure(
         order given. A list of arrays with two axes or more, or an iterator of arrays, is a data set
         in batches.
     channel_axis : int
-        The axis of the features. The features of a table are its columns.
+        The axis of the features. The features of a table are its columns, those of images are red,
+        green and blue, or grey if all are.
     missing : {"refuse", "skip"}
         What to do about NaN, masked values, and null in tables: raise, or leave each out of its own
         feature. Infinity is always refused.
     scale : float
         Divide all values by this, as by 255 for images.
     extremes : bool
-        Find the least and the greatest value of each feature, too.
+        Find the least and the greatest value of each feature, too; of images they are known.
     columns : names
         Columns of tables that are features; None for all.
     numeric : bool
@@ -89,9 +95,17 @@ def measure(
     nulls : texts
         What stands for a missing value in .csv files, beside nothing, NA, NaN, null and the like.
     array : str
-        Name of the array in .npz, HDF5 and zarr files; needed if they hold several.
+        Name of the array in .npz, HDF5 and zarr files; needed if they hold several. In .tar files
+        the ending of the members to measure, such as "jpg".
     only : str
         Pattern of the names of files to take from folders, such as ``*.png``.
+    broken : {"refuse", "skip"}
+        What to do about images that cannot be decoded: raise, after all others have been measured,
+        or leave them out. Both name the first ones and their number.
+    equal_images : bool
+        Let each image count alike, whatever its size, instead of each pixel.
+    processes : int
+        How many decode images; None for one on each processor.
     out : path
         Where to save the statistics, .npz or .json; not one of the input files. If the run is
         interrupted, the same call resumes it and reads only files that were not done or have
@@ -132,7 +146,10 @@ def measure(
     axis = as_axis(channel_axis)
     how = How(missing, bool(extremes))
     scale = check_scale(scale)
-    options = FileOptions(columns, numeric, header, separator, decimal, nulls, array, only)
+    options = FileOptions(
+        *(columns, numeric, header, separator, decimal, nulls, array, only),
+        *(broken, equal_images, processes),
+    )
     paths, batches = as_source(source)
     if not paths:
         check_in_memory(options, client=None if is_dask(source) else client)
@@ -145,11 +162,19 @@ def measure(
         if not paths:
             check_replaceable(target)
     with contextlib.ExitStack() as stack:
-        journal = None
-        if target is not None and paths:
-            journal = stack.enter_context(contextlib.closing(_journal(target, axis, how, options)))
+        journal, images, listed = None, False, list[str]()
         if paths:
-            files = _open_files(paths, axis, options, target, note)
+            listed = _find_files(paths, options, target, note)
+            if images := holds_images(listed, options):
+                check_options(listed, options, axis, missing, client)
+        if target is not None and paths:
+            about = journal_options(options) if images else _journal_options(axis, how, options)
+            journal = stack.enter_context(contextlib.closing(Journal(target, about)))
+        if images:
+            given = list(map(str, paths))
+            found = measure_images(listed, given, options, scale, journal, progress, note)
+        elif paths:
+            files = _open_files(listed, axis, options, note)
             _note_axis(files[0], files[0].label, axis, note)
             found = _measure_files(files, axis, how, journal, client, progress, note)
         elif batches is not None:
@@ -228,34 +253,43 @@ def _measure_batches(
     return _statistics(part, how, axis)
 
 
-def _journal(target: Path, axis: int, how: How, options: FileOptions) -> Journal:
-    """Open the journal of runs that give the same bits."""
-    return Journal(
-        target,
-        {
-            **asdict(options),
-            **asdict(how),
-            "channel_axis": axis,
-            "block_bytes": blocks.BLOCK_BYTES,
-            "native": native.show_config()["instruction_set"],
-        },
-    )
+def _journal_options(axis: int, how: How, options: FileOptions) -> dict[str, Any]:
+    """Return everything besides the files that the bits of their moments depend on."""
+    return {
+        **asdict(options),
+        **asdict(how),
+        "channel_axis": axis,
+        "block_bytes": blocks.BLOCK_BYTES,
+        "native": native.show_config()["instruction_set"],
+    }
 
 
-def _open_files(
+def _find_files(
     paths: Sequence[str | Path],
-    axis: int,
     options: FileOptions,
     target: Path | None,
     note: Callable[[str], None] | None,
-) -> list[FileSource]:
-    """Find and open all files, and check that they can be measured together."""
+) -> list[str]:
+    """Find all files, and check that none of them, or anything but statistics, is written."""
     found = find_files(paths, note, only=options.only)
     if target is not None and target.exists():
         check_not_an_input(target, {file_key(path): path for path in found})
         check_replaceable(target)
-    files: list[FileSource] = [open_file(path, axis, options) for path in found]
+    return found
+
+
+def _open_files(
+    paths: Sequence[str],
+    axis: int,
+    options: FileOptions,
+    note: Callable[[str], None] | None,
+) -> list[FileSource]:
+    """Open all files, and check that they can be measured together."""
+    files: list[FileSource] = [open_file(path, axis, options) for path in paths]
     check_same_features(files)
+    archives = [path for path in paths if suffix_of(path) in ARCHIVES]
+    if archives and note is not None and (others := shown_endings(archives[0], options.array)):
+        note(f"members of archives that are not measured, as in {archives[0]}: {others}")
     return files
 
 

@@ -18,7 +18,7 @@ from .addresses import below, check_local, file_key, is_folder, is_remote, suffi
 from .affine import Affine
 from .arguments import as_axis, as_source, check_in_memory
 from .dask_arrays import normalize_array
-from .files import ARRAYS, FOLDERS, TABLES, check_not_an_input, find_files
+from .files import ARCHIVES, ARRAYS, FOLDERS, IMAGES, TABLES, check_not_an_input, find_files
 from .meter import Meter, Progress
 from .sources import (
     ArrayFile,
@@ -148,11 +148,20 @@ def _normalize_files(
     """Normalize a file or a folder, after checking that all files can be read and written."""
     if len(paths) > 1:
         raise ArgumentError(f"source must be one file or folder, got {len(paths)}.")
+    given = str(paths[0])
+    found = find_files([given], note, only=options.only)
+    if images := [path for path in found if suffix_of(path) in IMAGES + ARCHIVES]:
+        some = affine.statistics
+        short = some.features <= 4 and (some.std() > 0).all()
+        line = some.normalize_line() if short else "transforms.Normalize"
+        raise ArgumentError(
+            f"source must be arrays or tables, got {images[0]}. Normalize examples where they are "
+            f"loaded, in PyTorch by {line}."
+        )
     if out is None:
         raise ArgumentError("out must be the file to write, got None.")
     check_local(out)
-    given, target = str(paths[0]), Path(out)
-    found = find_files([given], note, only=options.only)
+    target = Path(out)
     inside = is_folder(given) and suffix_of(given) not in FOLDERS
     if inside:
         _check_folder(given, target)
@@ -180,6 +189,7 @@ def _open(path: str, affine: Affine, axis: int, options: FileOptions) -> ArrayFi
     if suffix_of(path) in TABLES:  # columns have their own axis, and are matched by name
         axis, options = 1, replace(options, columns=affine.statistics.names)
     file = open_file(path, axis, options)
+    assert isinstance(file, (ArrayFile, TableFile))  # archives have been refused
     affine.check_features(file.label, file.features)
     if isinstance(file, ArrayFile):
         # What is read, its copy in a wider type, and the result.

@@ -23,6 +23,7 @@ from ..native import Float64
 from .addresses import open_binary, suffix_of
 from .extras import first_line
 from .hints import hints
+from .images.report import ImageReport
 from .parts import Part, merge_all
 
 #: Marks every saved file, and is checked when one is loaded.
@@ -48,11 +49,15 @@ class Statistics:
     channel_axis : int
         Axis of the features in the arrays that were measured.
     files : tuple of str
-        Files that were measured, in the order in which they were merged.
+        Files that were measured, in the order in which they were merged; of images the files and
+        folders that were asked for.
     scale : float
         What the values were divided by before they were measured, such as 255 for images.
     extremes : (2, C), or None
-        The least and the greatest value of each feature, if asked for; NaN where none is present.
+        The least and the greatest value of each feature, if asked for, and of images always; NaN
+        where none is present.
+    images : ImageReport, or None
+        What stands out among images; neither saved nor compared.
 
     Notes
     -----
@@ -66,6 +71,7 @@ class Statistics:
     files: tuple[str, ...] = ()
     scale: float = 1.0
     extremes: Float64 | None = None
+    images: ImageReport | None = None
 
     def __post_init__(self) -> None:
         """Copy `missing` and `extremes`, make them read-only, and check the shapes."""
@@ -419,6 +425,7 @@ def merge(several: Iterable[Statistics]) -> Statistics:
         names=next((s.names for s in parts if s.names is not None), None),
         files=tuple(file for s in parts for file in s.files),
         extremes=found.extremes,
+        images=None,
     )
 
 

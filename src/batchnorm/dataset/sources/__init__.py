@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ...errors import ArgumentError
 from ..addresses import suffix_of
-from ..files import ARRAYS
+from ..files import ARCHIVES, ARRAYS
+from .archives import ArraysInTar, open_arrays_in_tar
 from .array_files import NumpyFile, open_numpy
 from .arrays import ArrayFile
 from .arrow_files import open_arrow_file
@@ -65,6 +66,9 @@ class FileOptions:
     nulls: Sequence[str] | None = None
     array: str | None = None
     only: str | None = None
+    broken: str = "refuse"
+    equal_images: bool = False
+    processes: int | None = None
 
     def __post_init__(self) -> None:
         """Check what does not depend on a file."""
@@ -79,7 +83,9 @@ class FileOptions:
                 object.__setattr__(self, name, list(value))
 
 
-def open_file(path: str, channel_axis: int, options: FileOptions) -> ArrayFile | TableFile:
+def open_file(
+    path: str, channel_axis: int, options: FileOptions
+) -> ArrayFile | ArraysInTar | TableFile:
     """Read what a file says about its content, and check that it can be measured.
 
     Raises
@@ -88,6 +94,8 @@ def open_file(path: str, channel_axis: int, options: FileOptions) -> ArrayFile |
         It is damaged or of another kind, holds no numbers, or the options do not apply to it.
     """
     suffix = suffix_of(path)
+    if suffix in ARCHIVES:
+        return open_arrays_in_tar(path, array=options.array, channel_axis=channel_axis)
     if options.array is not None and (suffix not in ARRAYS or suffix == ".npy"):
         raise ArgumentError(
             f"{path}: array names one in a .npz file, HDF5 or zarr, got {options.array!r} for a "
