@@ -141,6 +141,15 @@ class Statistics:
             extremes=None if self.extremes is None else self.extremes / scale,
         )
 
+    @property
+    def like_images(self) -> bool:
+        """Whether these are values of images, divided as `ToTensor` divides them, in channels."""
+        return (
+            self.scale != 1
+            and self.features in (1, 3)
+            and (self.images is not None or self.names is None)
+        )
+
     def normalize_line(self) -> str:
         """Return the line that normalizes by these statistics in torchvision, ready to paste.
 
@@ -273,8 +282,7 @@ class Statistics:
 
         said = [Note("note", text) for text in notes]
         said += [Note(h.kind, h.what, h.remedy, h.features) for h in hints(self)]
-        images = getattr(self, "images", None)
-        like_images = self.names is None and self.scale != 1 and self.features in (1, 3)
+        images = self.images
         write_features(
             Path(path),
             Features(
@@ -288,7 +296,7 @@ class Statistics:
                 scale=self.scale,
                 files=self.files,
                 notes=said,
-                ready=self.normalize_line() if like_images and (self.var() > 0).all() else "",
+                ready=self.normalize_line() if self.like_images and (self.var() > 0).all() else "",
                 tables=[] if images is None else [Table("Images", images.rows())],
             ),
         )

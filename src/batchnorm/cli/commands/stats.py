@@ -2,6 +2,7 @@
 
 import enum
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +22,7 @@ SHOWN = 20
 
 
 class Missing(str, enum.Enum):
-    """How `stats` handles NaN and null."""
+    """How `stats` handles NaN and null, and images that are broken."""
 
     refuse = "refuse"
     skip = "skip"
@@ -70,6 +71,15 @@ def stats(
     nulls: Nulls = None,
     array: Array = None,
     only: Only = None,
+    broken: Annotated[
+        Missing, typer.Option(help="What to do about images that cannot be decoded.")
+    ] = Missing.refuse,
+    equal_images: Annotated[
+        bool, typer.Option("--equal-images", help="Let images count alike, whatever their size.")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes that decode images; by default, all processors.")
+    ] = None,
     html: Annotated[
         Path | None,
         typer.Option(help="Draw the features on a page; finds extremes and outliers, too."),
@@ -125,6 +135,9 @@ def stats(
             nulls=split_names(nulls),
             array=array,
             only=only,
+            broken=broken.value,
+            equal_images=equal_images,
+            processes=processes,
             out=out,
             client=client,
             progress=progress,
@@ -133,7 +146,14 @@ def stats(
     seconds = time.perf_counter() - begin
     console = make_console(highlight=False, markup=False)
     _show(found, console)
-    console.print(f"{many(len(found.files), 'file')} in {seconds:.1f} s", soft_wrap=True)
+    if found.images is None:
+        what = many(len(found.files), "file")
+    else:
+        _show_images(found.images.rows(), console)
+        what = many(found.images.count, "image")
+    console.print(f"{what} in {seconds:.1f} s", soft_wrap=True)
+    if found.like_images and (found.var() > 0).all():
+        console.print(found.normalize_line(), soft_wrap=True)
     for hint in dataset.hints(found):
         note(str(hint))
     if html is not None:
@@ -141,6 +161,17 @@ def stats(
     for written in (out, html):
         if written is not None:
             console.print(f"wrote {written}", soft_wrap=True)
+
+
+def _show_images(rows: Sequence[tuple[str, str]], console: "Console") -> None:
+    """Print what stands out among images."""
+    import rich.box
+    from rich.table import Table
+
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_header=False)
+    for title, text in rows:
+        table.add_row(title, text)
+    console.print(table)
 
 
 def _show(found: "Statistics", console: "Console") -> None:
