@@ -101,7 +101,8 @@ def make(kind: str, dtype: str, offset: float, rows: int, seed: int) -> Data:
     entries = int(STORED * rows * SPARSE_FEATURES)
     where = np.unique(rng.integers(0, rows * SPARSE_FEATURES, entries))
     values = (rng.standard_normal(where.size) + offset).astype(dtype)
-    x = sparse.csr_array((values, np.divmod(where, SPARSE_FEATURES)), shape=(rows, SPARSE_FEATURES))
+    places = [part.astype(np.int32) for part in np.divmod(where, SPARSE_FEATURES)]
+    x = sparse.csr_array((values, places), shape=(rows, SPARSE_FEATURES))
     columns = x.tocsc()
     dense = [columns[:, [k]].toarray()[:, 0] for k in range(0, SPARSE_FEATURES, 32)]
     return Data(columns if kind == "CSC" else x, weights, *exact_statistics(dense, weights))
@@ -229,6 +230,7 @@ def measure(options: argparse.Namespace, files: command.Files) -> list[str]:
     files["sklearn_scaler.json"] = {
         "seed": options.seed,
         "rounds": rounds,
+        "batch_rows": BATCH_ROWS,
         "features": FEATURES,
         "sparse_features": SPARSE_FEATURES,
         "stored": STORED,

@@ -1,10 +1,13 @@
 """`batchnorm.sklearn.StandardScaler` takes the place of scikit-learn's, and is more exact."""
 
+import csv
+import importlib
 import os
 import pickle
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
+from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 import batchnorm.sklearn
@@ -31,6 +35,7 @@ from batchnorm.sklearn import StandardScaler
 
 EPS = np.finfo(np.float64).eps
 NAN = np.nan
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 OFFSETS = (0, 1e3, 1e6)
 FLAGS = [{}, {"with_mean": False}, {"with_std": False}, {"with_mean": False, "with_std": False}]
 CHECKED = [StandardScaler(), StandardScaler(with_mean=False), StandardScaler(with_std=False)]
@@ -190,18 +195,24 @@ def test_standard_scaler_survives_clone_and_pickle():
 def test_standard_scaler_gives_data_frames_with_the_names_of_the_columns(library):
     frames = pytest.importorskip(library)
     frame = frames.DataFrame({"a": [1.0, 3.0], "b": [2.0, 6.0]})
-    scaler = StandardScaler().set_output(transform=library)
-    result = scaler.fit_transform(frame)
-    assert isinstance(result, frames.DataFrame)
-    assert list(result.columns) == ["a", "b"]
-    assert result.to_numpy().tolist() == [[-1, -1], [1, 1]]
-    assert (
-        scaler.feature_names_in_.tolist() == scaler.get_feature_names_out().tolist() == ["a", "b"]
+    ours, theirs = (
+        kind().set_output(transform=library)
+        for kind in (StandardScaler, preprocessing.StandardScaler)
     )
+    result, expected = ours.fit_transform(frame), theirs.fit_transform(frame)
+    assert isinstance(result, frames.DataFrame)
+    assert result.to_numpy().tolist() == [[-1, -1], [1, 1]]
+    # Old versions of scikit-learn do not find the names of new polars.
+    assert list(result.columns) == list(expected.columns)
+    if library == "pandas":
+        assert ours.feature_names_in_.tolist() == ["a", "b"]
+        assert ours.get_feature_names_out().tolist() == ["a", "b"]
 
 
 def test_standard_scaler_leaves_other_libraries_arrays_to_scikit_learn():
     pytest.importorskip("torch")
+    if not get_tags(preprocessing.StandardScaler()).array_api_support:
+        pytest.skip("this scikit-learn's scaler takes NumPy arrays alone")
     script = """
 import numpy, sklearn, torch
 from sklearn.utils import estimator_checks
@@ -325,19 +336,15 @@ VALUES = st.sampled_from([0.0, 0.0, 0.0, 1.0, -2.5, 1e3, 7.25, NAN])
 @given(
     x=hnp.arrays(np.float64, hnp.array_shapes(min_dims=2, max_dims=2, max_side=9), elements=VALUES),
     seed=st.integers(0, 3),
-    long=st.sampled_from([2, 4, 1 << 10]),
 )
-def test_sparse_and_dense_data_have_the_same_statistics(x, seed, long):
+def test_sparse_and_dense_data_have_the_same_statistics(x, seed):
     weights = np.random.default_rng(seed).integers(0, 3, len(x)) if seed else None
     if weights is not None:
         weights[0] = 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batchnorm.sklearn, "LONG", long)
-        patch.setattr(batchnorm.sklearn, "AT_ONCE", long)
-        scalers = [
-            StandardScaler(with_mean=False).fit(kind(x), sample_weight=weights)
-            for kind in (np.asarray, sparse.csr_array, sparse.csc_array)
-        ]
+    scalers = [
+        StandardScaler(with_mean=False).fit(kind(x), sample_weight=weights)
+        for kind in (np.asarray, sparse.csr_array, sparse.csc_array)
+    ]
     for name in ("mean_", "var_", "n_samples_seen_"):
         dense, *others = (getattr(scaler, name) for scaler in scalers)
         for other in others:
@@ -487,3 +494,36 @@ def test_import_names_the_extra_where_scikit_learn_is_missing(monkeypatch):
     monkeypatch.delitem(sys.modules, "batchnorm.sklearn")
     with pytest.raises(ImportError, match=r"pip install 'batchnorm\[sklearn\]'"):
         import batchnorm.sklearn  # noqa: F401
+
+
+def test_benchmark_compares_both_scalers(monkeypatch, tmp_path):
+    pytest.importorskip("rich")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark, tables = (importlib.import_module(name) for name in ("sklearn_scaler", "tables"))
+    small = {"QUICK_ROWS": 300, "FEATURES": 3, "SPARSE_FEATURES": 64, "STORED": 0.1}
+    for name, value in {**small, "BATCH_ROWS": 100, "OFFSETS": (0.0, 1e3)}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    assert benchmark.main(["--quick", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "sklearn_scaler.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["provider"] for row in rows} == {"scikit-learn", "batchnorm"}
+    assert len(rows) == 2 * 2 * 2 * len(benchmark.CASES)
+    assert {row["status"] for row in rows} == {"ok"}
+    for row in rows:
+        errors = [float(row[f"{name}_error"] or 0) for name in ("mean", "var", "result")]
+        assert max(errors) < (1e-3 if row["provider"] == "scikit-learn" else 1e-6)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lines = [line for line in tables.sklearn_scaler().split("\n") if line.startswith("| ")]
+    assert len(lines) == 1 + len(benchmark.CASES)
+
+
+def test_benchmark_does_not_time_a_wrong_scaler(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = importlib.import_module("sklearn_scaler")
+    for name, value in {"QUICK_ROWS": 30, "DTYPES": ("float32",), "OFFSETS": (0.0,)}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(benchmark, "CASES", [("dense", "transform")])
+    monkeypatch.setattr(StandardScaler, "transform", lambda self, x: np.asarray(x) + 1)
+    assert benchmark.main(["--quick"]) == 1
+    assert "batchnorm, transform of dense float32 at 0: error" in capsys.readouterr().out

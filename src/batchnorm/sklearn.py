@@ -27,16 +27,14 @@ from .errors import ArgumentError, ShapeError
 from .functional import batch_norm_inference
 from .moments import Moments
 from .native import Array, Float64
+from .scattered import moments_of_present, moments_of_sparse
 
 __all__ = ["StandardScaler"]
 
 FLOATS = (np.float64, np.float32, np.float16)
 
-#: Values that are copied at once: of features with missing values, of short sparse columns, and of
-#: rows that are normalized in place.
+#: Values that are normalized at once where the result replaces them.
 AT_ONCE = 1 << 18
-#: Sparse columns of as many values are measured one by one, and shorter ones together.
-LONG = 1 << 10
 
 
 class StandardScaler(preprocessing.StandardScaler):
@@ -328,100 +326,21 @@ def _of_dense(x: Array, weights: Float64 | None) -> Moments:
     """Moments of each column, without NaN."""
     found = Moments.of(x, channel_axis=1, weights=weights)
     # A NaN makes the moments of its own feature NaN and of no other.
-    suspect = np.flatnonzero(~(np.isfinite(found.mean) & np.isfinite(found.m2)))
-    if not suspect.size:
+    suspect = ~(np.isfinite(found.mean) & np.isfinite(found.m2))
+    if not suspect.any():
         return found
     _refuse_infinity(x)
-    moments = _as_rows(found)
-    columns = min(suspect.size, 64)
-    rows = max(1, AT_ONCE // columns)
-    for k in range(0, suspect.size, columns):
-        some = suspect[k : k + columns]
-        blocks = (slice(r, r + rows) for r in range(0, len(x), rows))
-        parts = (_of_block(x[b, some], None if weights is None else weights[b]) for b in blocks)
-        moments[:, some] = _as_rows(Moments.merge(parts))
-    return Moments(*moments)
-
-
-def _of_block(x: Array, weights: Float64 | None) -> Moments:
-    """Moments of each column of a block that fits into a cache, without NaN."""
-    values = x.T
-    present = ~np.isnan(values)
-    ends = np.count_nonzero(present, axis=1).cumsum()
-    w = None if weights is None else np.broadcast_to(weights, present.shape)[present]
-    return Moments(*_of_columns(values[present], np.append(0, ends), w))
+    part = moments_of_present(x if suspect.all() else x[:, suspect], weights)
+    values = [np.array(np.broadcast_to(v, x.shape[1])) for v in (found.count, found.mean, found.m2)]
+    for whole, some in zip(values, (part.count, part.mean, part.m2), strict=True):
+        whole[suspect] = some
+    return Moments(*values)
 
 
 def _of_sparse(x: Any, weights: Float64 | None) -> Moments:
-    """Moments of each column of a CSR or CSC matrix: of what is stored, merged with zeros."""
-    columns = x.tocsc()
-    if not columns.has_canonical_format:
-        columns = columns.copy() if columns is x else columns
-        columns.sum_duplicates()
-    data, starts, w = columns.data, columns.indptr, None
-    total, absent = float(x.shape[0]), x.shape[0] - np.diff(starts)
-    if weights is not None:
-        w, total, absent = weights[columns.indices], weights.sum(), _absent(weights, columns)
-    present, complete = ~np.isnan(data), np.True_
-    if not present.all():
-        starts = np.append(0, present.cumsum())[starts]
-        complete = np.diff(starts) == np.diff(columns.indptr)
-        data, w = data[present], None if w is None else w[present]
-    zeros = np.zeros(x.shape[1])
-    found = Moments(*_of_columns(data, starts, w)) + Moments(absent, zeros, zeros)
-    # The same for all features without missing values, rather than the same up to rounding.
-    return Moments(np.where(complete, total, found.count), found.mean, found.m2)
-
-
-def _absent(weights: Float64, columns: Any) -> Float64:
-    """Sum of the weights of the rows that a CSC matrix does not store, of each column."""
-    # It may be a small difference of large sums. Those of the high parts are exact, as all are
-    # multiples of one power of two and below 2^53 times that.
-    power = 2.0 ** np.ceil(np.log2(weights.max() * len(weights)))
-    high = (weights + power) - power
-    of_entry = np.repeat(np.arange(columns.shape[1]), np.diff(columns.indptr))
-    absent = np.zeros(columns.shape[1])
-    for part in (high, weights - high):
-        absent += part.sum() - np.bincount(of_entry, part[columns.indices], len(absent))
-    return np.maximum(absent, 0)
-
-
-def _of_columns(values: Array, starts: Array, weights: Float64 | None) -> Float64:
-    """Count, mean and m2 of columns of unequal length, which follow one another in `values`."""
-    lengths = np.diff(starts)
-    moments = np.zeros((3, lengths.size))
-    order = np.argsort(lengths, kind="stable")
-    order = order[lengths[order] > 0]
-    # Columns of equal length form an array.
-    for alike in np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1):
-        length = int(lengths[alike[:1]].sum())  # 0 if there are no values at all
-        step = 1 if length >= LONG else AT_ONCE // max(1, length)
-        for k in range(0, alike.size, step):
-            some = alike[k : k + step]
-            where: Any = slice(starts[some[0]], starts[some[0]] + length)
-            if step > 1:
-                where = starts[some, None].astype(np.int64) + np.arange(length)
-            rows = values[where].reshape(-1, length)
-            if weights is None:
-                moments[:, some] = _as_rows(Moments.of(rows, channel_axis=0))
-            else:
-                moments[:, some] = _of_weighted_rows(rows, weights[where].reshape(-1, length))
-    return moments
-
-
-def _of_weighted_rows(rows: Array, weights: Float64) -> Float64:
-    """Count, mean and m2 of each row, in which each value has a weight of its own."""
-    if len(rows) > rows.shape[1]:
-        zeros, pairs = np.zeros(len(rows)), zip(rows.T, weights.T, strict=True)
-        return _as_rows(Moments.merge(Moments(w, x, zeros) for x, w in pairs))
-    moments = np.empty((3, len(rows)))
-    for k, (x, w) in enumerate(zip(rows, weights, strict=True)):
-        moments[:, k : k + 1] = _as_rows(Moments.of(x[:, None], weights=w))
-    return moments
-
-
-def _as_rows(moments: Moments) -> Float64:
-    """Count, mean and m2 as an array (3, C)."""
-    rows = np.empty((3, moments.mean.size))
-    rows[0], rows[1], rows[2] = moments.count, moments.mean, moments.m2
-    return rows
+    """Moments of each column of a CSR or CSC matrix."""
+    if not x.has_canonical_format:
+        x = x.copy()
+        x.sum_duplicates()
+    entries = x.data, x.indptr, x.indices
+    return moments_of_sparse(*entries, x.shape, by_row=x.format == "csr", weights=weights)
