@@ -611,7 +611,7 @@ def test_measure_begins_anew_with_a_journal_that_was_cut_short(interrupted):
     assert found == dataset.measure(folder, missing="skip")
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{}\n{}\n", b"[]\n1\n"])
+@pytest.mark.parametrize("content", [b"", b"SQLite", b"SQLite format 3\0" + b"1" * 90])
 def test_measure_ignores_a_journal_that_is_none(content, three_files, tmp_path):
     (tmp_path / "stats.npz.partial").write_bytes(content)
     _, read, _ = read_by(three_files, tmp_path / "stats.npz")

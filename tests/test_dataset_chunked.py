@@ -495,3 +495,11 @@ def test_normalize_refuses_a_file_that_changes(format, tmp_path):
     with pytest.raises(ArgumentError, match="changed while it was read"):
         dataset.normalize(path, found, tmp_path / "y.npy", progress=change)
     assert not (tmp_path / "y.npy").exists()
+
+
+def test_hdf5_groups_that_hold_each_other_end(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["inner/x"] = np.ones((3, 2))
+        file["inner/again"] = file["inner"]
+    assert dataset.measure(tmp_path / "x.h5").features == 2

@@ -15,8 +15,10 @@ pytest.importorskip("rich")
 
 from batchnorm import cli, dataset
 from batchnorm.cli.commands import stats
+from batchnorm.cli.output import split_names
 from batchnorm.dataset import Statistics, block_moments, journal
 from batchnorm.dataset.sources import arrays, blocks
+from batchnorm.errors import BatchNormError
 
 # Files are read in blocks of 256 bytes; `at` is called with the name of each before it is summed.
 BEGIN = """
@@ -269,3 +271,36 @@ def test_dask_needs_its_package(folder, monkeypatch, capsys):
 
 def test_stats_offers_what_measure_takes():
     assert tuple(choice.value for choice in stats.Missing) == block_moments.POLICIES
+
+
+def test_stats_draws_pages_into_html_files_alone(folder, capsys):
+    before = (folder / "data" / "a.npy").read_bytes()
+    arguments = ["stats", "data", "--html", "data/a.npy"]
+    assert cli.main(arguments) == cli.UNUSABLE
+    assert "must be a file that ends in .html" in capsys.readouterr().err
+    assert (folder / "data" / "a.npy").read_bytes() == before
+
+
+def test_stats_keeps_a_file_with_the_name_of_its_journal(folder, capsys):
+    (folder / "kept.npz.partial").write_text("precious")
+    assert cli.main(["stats", "data", "--out", "kept.npz"]) == cli.UNUSABLE
+    assert "that is another file" in capsys.readouterr().err
+    assert (folder / "kept.npz.partial").read_text() == "precious"
+
+
+@pytest.mark.parametrize("out", [".", "", "/"])
+def test_outputs_without_a_name_are_one_line(out, folder, capsys):
+    for arguments in (
+        ["stats", "data", "--out", out],
+        ["normalize", "data/a.npy", "--stats", "stats.npz", "--out", out],
+        ["merge", "stats.npz", "--out", out],
+        ["merge", out, "--out", "m.npz"],
+    ):
+        assert cli.main(arguments) == cli.UNUSABLE
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_names_of_columns_keep_their_spaces():
+    assert split_names('" a ",b, c') == [" a ", "b", "c"]
+    with pytest.raises(BatchNormError, match="names must be separated by commas"):
+        split_names('"b,c')

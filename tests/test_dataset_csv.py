@@ -264,7 +264,7 @@ def test_measure_names_the_cell_that_is_no_number(cell, size, options, tmp_path,
     path = written(tmp_path / "t.csv", "a,b,c\n" + "\n".join(lines))
     if not options:
         path = written(path, path.read_text().replace("x,", "1,").replace("z", "2"))
-    said = rf"t\.csv: column 'b' must be numbers, got {cell!r} in row 29 .*--null {cell!r}"
+    said = rf"t\.csv: column 'b' must be numbers, got {cell!r} in row 29 .*--nulls {cell!r}"
     with pytest.raises(ArgumentError, match=said.replace("?", r"\?")):
         dataset.measure(path, **options)
 

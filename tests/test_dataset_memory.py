@@ -247,3 +247,53 @@ def test_paths_followed_by_arrays_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.ones((2, 2)))
     with pytest.raises(ArgumentError, match="beside paths"):
         dataset.measure(iter([tmp_path / "x.npy", np.ones((2, 2))]))
+
+
+# ---- tables of other libraries -------------------------------------------------------------------
+
+
+def as_table(library, columns):
+    if library == "pyarrow":
+        return pytest.importorskip("pyarrow").table(columns)
+    return pytest.importorskip(library).DataFrame(columns)
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])
+def test_measure_of_a_table_in_memory_has_its_names(library):
+    pytest.importorskip("pyarrow")
+    x = as_table(library, {"a": [1, 2, 6], "b": [0.5, np.nan, 2.5]})
+    found = dataset.measure(x, missing="skip")
+    assert found.names == ("a", "b")
+    np.testing.assert_array_equal(found.mean, [3.0, 1.5])
+    np.testing.assert_array_equal(found.missing, [0, 1])
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])
+def test_measure_refuses_integers_of_a_table_that_float64_rounds(library):
+    pytest.importorskip("pyarrow")
+    x = as_table(library, {"id": [2**60 + 1, 2**60 + 2], "b": [0.5, 1.5]})
+    with pytest.raises(ArgumentError, match=r"column 'id': integers must be below .* 115292150460"):
+        dataset.measure(x)
+    with pytest.raises(ArgumentError, match=r"batch 0: column 'id'"):
+        dataset.measure([x, x])
+
+
+def test_measure_refuses_integers_of_rows_that_float64_rounds():
+    with pytest.raises(ArgumentError, match="got 1152921504606846977"):
+        dataset.measure([[2**60 + 1, 0.5], [2**60 + 2, 1.5]])
+
+
+def test_measure_of_a_table_in_memory_refuses_text():
+    pytest.importorskip("pyarrow")
+    x = as_table("pandas", {"a": [1.0], "b": ["text"]})
+    with pytest.raises(DTypeError, match=r"x: columns must be numbers, got 'b'"):
+        dataset.measure(x)
+
+
+def test_normalize_refuses_a_table_in_memory_in_another_order():
+    pytest.importorskip("pyarrow")
+    x = as_table("pandas", {"a": [1.0, 2.0], "b": [3.0, 5.0]})
+    found = dataset.measure(x)
+    np.testing.assert_allclose(dataset.normalize(x, found, eps=0.0), [[-1, -1], [1, 1]])
+    with pytest.raises(ArgumentError, match=r"must have the columns of the statistics"):
+        dataset.normalize(x[["b", "a"]], found)

@@ -137,7 +137,7 @@ def test_measure_takes_whole_numbers_that_become_fractions_later(tmp_path, monke
 def test_measure_refuses_text_further_down_and_names_the_column(tmp_path, monkeypatch):
     monkeypatch.setattr(csv_files, "CSV_BYTES", 64)
     path = written(tmp_path / "t.csv", "a\n" + "1\n" * 100 + "oops\n")
-    said = r"t\.csv: column 'a' must be numbers, got 'oops' in row 100 .*--null 'oops'"
+    said = r"t\.csv: column 'a' must be numbers, got 'oops' in row 100 .*--nulls 'oops'"
     with pytest.raises(ArgumentError, match=said) as caught:
         dataset.measure(path)
     assert "\n" not in str(caught.value)

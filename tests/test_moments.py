@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from batchnorm import Moments, moments
+from batchnorm import Moments, batch_norm, moments, normalize
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 
 # A merge or a sum of n ≤ 100 values below 1e3 in float64: n·u·κ² with room. Mean relative to the
@@ -736,3 +736,10 @@ def test_moments_need_little_memory_for_what_is_converted(small_blocks, kind, ma
     finally:
         tracemalloc.stop()
     assert peak < 1 << 20  # as float64, x has 8 MiB
+
+
+@pytest.mark.parametrize("function", [Moments.of, normalize, batch_norm])
+def test_lists_of_masked_rows_are_refused(function):
+    rows = [np.ma.array([1.0, 99.0], mask=[0, 1]), np.ma.array([3.0, 4.0])]
+    with pytest.raises(DTypeError, match=r"list of masked ones.* numpy\.ma\.stack"):
+        function(rows)

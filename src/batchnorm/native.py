@@ -36,6 +36,11 @@ def as_values(x: ArrayLike, name: str = "x") -> Array:
 
 def as_array(x: ArrayLike, name: str = "x") -> Array:
     """`x` as an array that `as_values` converts, checked and not yet converted."""
+    if isinstance(x, (list, tuple)) and any(map(is_masked, x)):
+        raise DTypeError(
+            f"{name} must be an array, got a {type(x).__name__} of masked ones, whose masks NumPy "
+            "drops. Pass numpy.ma.stack of them."
+        )
     array = np.asarray(x)
     dtype = array.dtype
     if is_supported(dtype) or dtype.kind in "iub" or is_supported(dtype.newbyteorder("=")):

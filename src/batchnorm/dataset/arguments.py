@@ -40,7 +40,8 @@ def as_source(source: Any) -> tuple[list[str | Path], Iterator[Any] | None]:
             "by name. Pass one of them."
         )
     several = isinstance(source, (list, tuple))
-    one = hasattr(source, "__array__") or is_dask(source) or not hasattr(source, "__iter__")
+    one = hasattr(source, "__array__") or hasattr(source, "__arrow_c_stream__")
+    one = one or is_dask(source) or not hasattr(source, "__iter__")
     if not several and one:
         return [], None
     items = iter(source)
@@ -49,7 +50,7 @@ def as_source(source: Any) -> tuple[list[str | Path], Iterator[Any] | None]:
         raise ArgumentError("source must be at least one file, folder or batch, got none.")
     items = itertools.chain(first, items)
     if several and not any(isinstance(s, (str, Path)) for s in source):
-        if getattr(first[0], "ndim", 0) < 2:  # numbers, or rows of one array
+        if len(getattr(first[0], "shape", ())) < 2:  # numbers, or rows of one array
             return [], None
         if isinstance(source, tuple):
             raise ArgumentError(

@@ -22,6 +22,10 @@ from .parts import Part
 WRITE_SECONDS = 0.1
 
 
+#: How SQLite's files begin.
+MARK = b"SQLite format 3\0"
+
+
 class Journal:
     """A SQLite file of what was measured, by the fingerprints of files and the options.
 
@@ -43,6 +47,13 @@ class Journal:
         self._waiting: list[tuple[str, str, bytes]] = []
         self._written = -math.inf
         if self.path.exists():
+            with self.path.open("rb") as file:
+                begin = file.read(len(MARK))
+            if not MARK.startswith(begin):
+                raise ArgumentError(
+                    f"out must leave {str(self.path)!r} to what an interrupted run keeps, but that "
+                    "is another file. Move it away, or choose another name."
+                )
             try:
                 self._open()
             except sqlite3.DatabaseError as error:

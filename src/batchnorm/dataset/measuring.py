@@ -213,6 +213,7 @@ def _measure_array(
     else:
         data = open_memory(source, axis)
         part = measure_source(data, how, Meter([data], progress).start(data))
+        return _statistics(part, how, axis, data.names)
     return _statistics(part, how, axis)
 
 
@@ -250,7 +251,7 @@ def _measure_batches(
     assert first is not None  # `as_source` refuses an empty iterator
     part = merge.result(first.features)
     check_overflow(part.moments, "source")
-    return _statistics(part, how, axis)
+    return _statistics(part, how, axis, first.names)
 
 
 def _journal_options(axis: int, how: How, options: FileOptions) -> dict[str, Any]:

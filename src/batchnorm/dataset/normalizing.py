@@ -130,6 +130,11 @@ def normalize(
         return normalize_array(source, affine, axis)
     memory = open_memory(source, axis)
     affine.check_features("x", memory.features)
+    if None not in (memory.names, statistics.names) and memory.names != statistics.names:
+        raise ArgumentError(
+            f"x: must have the columns of the statistics, in their order, {statistics.names}, got "
+            f"{memory.names}. Choose them by x[list(statistics.names)]."
+        )
     advance = Meter([memory], progress).start(memory)
     y = affine(memory.values, memory.channel_axis, label="x")
     advance(memory.nbytes)
@@ -224,7 +229,7 @@ def _check_destination(path: str, destination: Path, inputs: Mapping[Any, str]) 
         example = given if given in WRITABLE else suffixes[0]
         raise ArgumentError(
             f"out must end in {' or '.join(suffixes)} for {path!r}, got "
-            f"{str(destination)!r}. Name it {destination.with_suffix(example).name!r}."
+            f"{str(destination)!r}. Name it '{destination.stem or 'normalized'}{example}'."
         )
     check_not_an_input(destination, inputs)
     if is_statistics(destination):  # a slip of --out for --stats

@@ -402,7 +402,7 @@ def merge(several: Iterable[Statistics]) -> Statistics:
     >>> dataset.merge([dataset.measure(x[:1]), dataset.measure(x[1:])]).mean
     array([ 3., 20.])
     """
-    parts = list(several)
+    parts = [several] if isinstance(several, Statistics) else list(several)
     for part in parts:
         if not isinstance(part, Statistics):
             raise ArgumentError(
@@ -491,7 +491,7 @@ def check_suffix(path: Path, what: str = "out") -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise ArgumentError(
             f"{what} must be a file that ends in .npz or .json, got {str(path)!r}. "
-            f"Name it {path.with_suffix('.npz').name or 'stats.npz'!r}."
+            f"Name it '{path.stem or 'stats'}.npz'."
         )
 
 

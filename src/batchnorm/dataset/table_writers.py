@@ -187,6 +187,7 @@ class _ParquetWriter:
             str(temporary), schema, compression=compression, write_page_checksum=True
         )
         self._waiting: list[Any] = []
+        self._broken = False
         self._rows = self._bytes = 0
         self._size = next(self._groups, GROUP_ROWS)
 
@@ -211,17 +212,19 @@ class _ParquetWriter:
         self._bytes += batch.nbytes
 
     def _flush(self) -> None:
-        if self._rows:
-            table = arrow().Table.from_batches(self._waiting)
-            self._writer.write_table(table, row_group_size=self._rows)
+        waiting, rows = self._waiting, self._rows
         self._waiting, self._rows, self._bytes = [], 0, 0
+        if rows:
+            self._broken = True  # until it is written
+            self._writer.write_table(arrow().Table.from_batches(waiting), row_group_size=rows)
+            self._broken = False
 
     def close(self) -> None:
         """Write what is left, and the index of the file."""
-        try:
-            self._flush()
-        finally:
-            self._writer.close()
+        if self._broken:  # closing would raise another error than what broke it
+            return
+        self._flush()
+        self._writer.close()
 
 
 class _TextWriter:

@@ -72,6 +72,10 @@ def check(path: Path) -> None:
     BatchNormError
         Altair or vl-convert is not installed.
     """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ArgumentError(
+            f"the page must be a file that ends in .html, got {str(path)!r}. Name it so."
+        )
     require("The report", "report", "altair", "vl_convert")
     check_place(path, "an HTML page", "report.html")
 

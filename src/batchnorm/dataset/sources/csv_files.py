@@ -323,7 +323,7 @@ def _refuse_text(path: str, name: str, cell: bytes, row: int) -> None:
     raise ArgumentError(
         f"{path}: column {name!r} must be numbers, got {quote(cell)} in row {row} (the first is 0, "
         f"a header not counted). If it stands for a missing value, pass nulls=[{quote(cell)}], "
-        f"--null {quote(cell)}; otherwise correct it, or leave the column out by columns=[...], "
+        f"--nulls {quote(cell)}; otherwise correct it, or leave the column out by columns=[...], "
         "--columns."
     )
 

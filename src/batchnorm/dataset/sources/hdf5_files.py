@@ -74,14 +74,26 @@ def _opened(path: str) -> Iterator[Any]:
 
 def _datasets(file: Any, h5py: Any) -> Iterator[str]:
     """Names of the datasets of numbers with two axes or more, not followed through links."""
-    names: list[str] = []
-    file.visit(names.append)
-    for name in names:
-        found = file[name]
-        if isinstance(found, h5py.Dataset) and found.shape is not None and found.ndim >= 2:
-            with contextlib.suppress(TypeError):  # of types that NumPy does not have
-                if is_real(found.dtype):
-                    yield name
+    # Not by `visit`, which goes round for ever in some damaged files.
+    waiting, seen = [""], set()
+    while waiting:
+        group = waiting.pop(0)
+        inside = file[group] if group else file
+        for name in inside:
+            path = f"{group}/{name}" if group else name
+            if not isinstance(inside.get(name, getlink=True), h5py.HardLink):
+                continue
+            found = inside[name]
+            place = h5py.h5o.get_info(found.id).addr
+            if place in seen:
+                continue
+            seen.add(place)
+            if isinstance(found, h5py.Group):
+                waiting.append(path)
+            elif isinstance(found, h5py.Dataset) and found.shape is not None and found.ndim >= 2:
+                with contextlib.suppress(TypeError):  # of types that NumPy does not have
+                    if is_real(found.dtype):
+                        yield path
 
 
 def _check_stored_here(label: str, dataset: Any, filename: str) -> None:
