@@ -18,6 +18,7 @@ CORE = {
     "_version": set(),
     "native": {"_core", "errors", "_version"},
     "moments": {"_core", "errors", "native"},
+    "scattered": {"_core", "native", "moments"},
     "functional": {"_core", "errors", "native", "moments"},
     "reference": set(),
     "folding": {"errors"},
@@ -259,7 +260,9 @@ def test_rooms_importing_batchnorm_loads_no_other_package(loaded, name):
     assert name not in loaded
 
 
-@pytest.mark.parametrize("name", ["cli", "demo", "bench", "reference", "folding", "dataset"])
+@pytest.mark.parametrize(
+    "name", ["cli", "demo", "bench", "reference", "folding", "dataset", "scattered"]
+)
 def test_rooms_importing_batchnorm_loads_no_room_that_it_does_not_need(loaded, name):
     assert f"batchnorm.{name}" not in loaded
 
