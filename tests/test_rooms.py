@@ -35,6 +35,7 @@ FRAMEWORKS = {
     "dask",
     "distributed",
     "pyarrow",
+    "sklearn",
 }
 PRESENTATION = {"typer", "rich", "altair", "vl_convert", "pandas", "mlxtend"}
 PRESENTS = {
@@ -90,6 +91,13 @@ def test_rooms_core_module_imports_numpy_and_the_standard_library_alone(name):
 def test_rooms_dataset_imports_the_core_alone(path):
     inside = {m.split(".")[1] for m, _ in _imports(path) if m.startswith("batchnorm.")}
     assert inside <= {*CORE, "dataset"}
+
+
+def test_rooms_the_scaler_of_scikit_learn_imports_the_core_alone():
+    modules = {m for m, _ in _imports(Path("sklearn.py"))}
+    assert {m.split(".")[1] for m in modules if m.startswith("batchnorm.")} <= set(CORE)
+    outside = {m.split(".")[0] for m in modules} - {"batchnorm"}
+    assert outside <= {"numpy", "scipy", "sklearn"} | set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +269,7 @@ def test_rooms_importing_batchnorm_loads_no_other_package(loaded, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["cli", "demo", "bench", "reference", "folding", "dataset", "scattered"]
+    "name", ["cli", "demo", "bench", "reference", "folding", "dataset", "scattered", "sklearn"]
 )
 def test_rooms_importing_batchnorm_loads_no_room_that_it_does_not_need(loaded, name):
     assert f"batchnorm.{name}" not in loaded
