@@ -1,10 +1,13 @@
 """`batchnorm.sklearn.StandardScaler` takes the place of scikit-learn's, and is more exact."""
 
+import csv
+import importlib
 import os
 import pickle
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +35,7 @@ from batchnorm.sklearn import StandardScaler
 
 EPS = np.finfo(np.float64).eps
 NAN = np.nan
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 OFFSETS = (0, 1e3, 1e6)
 FLAGS = [{}, {"with_mean": False}, {"with_std": False}, {"with_mean": False, "with_std": False}]
 CHECKED = [StandardScaler(), StandardScaler(with_mean=False), StandardScaler(with_std=False)]
@@ -490,3 +494,36 @@ def test_import_names_the_extra_where_scikit_learn_is_missing(monkeypatch):
     monkeypatch.delitem(sys.modules, "batchnorm.sklearn")
     with pytest.raises(ImportError, match=r"pip install 'batchnorm\[sklearn\]'"):
         import batchnorm.sklearn  # noqa: F401
+
+
+def test_benchmark_compares_both_scalers(monkeypatch, tmp_path):
+    pytest.importorskip("rich")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark, tables = (importlib.import_module(name) for name in ("sklearn_scaler", "tables"))
+    small = {"QUICK_ROWS": 300, "FEATURES": 3, "SPARSE_FEATURES": 64, "STORED": 0.1}
+    for name, value in {**small, "BATCH_ROWS": 100, "OFFSETS": (0.0, 1e3)}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    assert benchmark.main(["--quick", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    with (tmp_path / "sklearn_scaler.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["provider"] for row in rows} == {"scikit-learn", "batchnorm"}
+    assert len(rows) == 2 * 2 * 2 * len(benchmark.CASES)
+    assert {row["status"] for row in rows} == {"ok"}
+    for row in rows:
+        errors = [float(row[f"{name}_error"] or 0) for name in ("mean", "var", "result")]
+        assert max(errors) < (1e-3 if row["provider"] == "scikit-learn" else 1e-6)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lines = [line for line in tables.sklearn_scaler().split("\n") if line.startswith("| ")]
+    assert len(lines) == 1 + len(benchmark.CASES)
+
+
+def test_benchmark_does_not_time_a_wrong_scaler(monkeypatch, capsys):
+    pytest.importorskip("rich")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = importlib.import_module("sklearn_scaler")
+    for name, value in {"QUICK_ROWS": 30, "DTYPES": ("float32",), "OFFSETS": (0.0,)}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(benchmark, "CASES", [("dense", "transform")])
+    monkeypatch.setattr(StandardScaler, "transform", lambda self, x: np.asarray(x) + 1)
+    assert benchmark.main(["--quick"]) == 1
+    assert "batchnorm, transform of dense float32 at 0: error" in capsys.readouterr().out
