@@ -8,7 +8,15 @@ from typing import Any
 
 from batchnorm.errors import BatchNormError
 
-__all__ = ["import_extra", "require"]
+__all__ = ["import_extra", "install", "require"]
+
+#: Packages that are not called as what is imported.
+PACKAGES = {
+    "PIL": "pillow",
+    "dask": "'dask[array]'",
+    "sklearn": "scikit-learn",
+    "vl_convert": "vl-convert-python",
+}
 
 
 def require(what: str, extra: str, *modules: str) -> None:
@@ -30,8 +38,15 @@ def require(what: str, extra: str, *modules: str) -> None:
     if missing:
         raise BatchNormError(
             f"{what} needs {', '.join(modules)}; not installed: {', '.join(missing)}. "
-            f"Install them with: pip install 'batchnorm[{extra}]'"
+            f"{install(extra, *missing)}"
         )
+
+
+def install(extra: str, *modules: str) -> str:
+    """How to install modules, by the names of their packages; the extra that lists them all."""
+    names = (PACKAGES.get(module, module) for module in modules)
+    them = "it" if len(modules) == 1 else "them"
+    return f"pip install {' '.join(names)} adds {them}; so does the extra [{extra}]."
 
 
 def import_extra(module: str, extra: str, purpose: str) -> Any:
@@ -53,9 +68,8 @@ def import_extra(module: str, extra: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        if error.name is not None and error.name.split(".")[0] != package:
-            package = f"{package} and its requirement {error.name}"
+        lacking = package if error.name is None else error.name.split(".")[0]
+        needed = package if lacking == package else f"{package} and its requirement {lacking}"
         raise BatchNormError(
-            f"{purpose} need {package}, which is not installed. "
-            f"pip install 'batchnorm[{extra}]' adds it."
+            f"{purpose} need {needed}, which is not installed. {install(extra, lacking)}"
         ) from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from batchnorm.errors import ArgumentError, ShapeError
+from batchnorm import native
+from batchnorm.errors import ShapeError
 
 Array = npt.NDArray[Any]
 
@@ -44,16 +45,20 @@ def fold_linear(
     Returns
     -------
     weight : (out, in)
-        A new array in the dtype of `weight`.
+        A new array in the dtype of `weight` (float64 for integers).
     bias : (out,)
-        A new array in the dtype of `weight`.
+        A new array of the same dtype.
 
     Raises
     ------
     ShapeError
         `weight` does not have two axes, or another array does not have one value per row of it.
+    DTypeError
+        `weight` is not float16, bfloat16, float32, float64 or integers, or another argument is not
+        real numbers.
     ArgumentError
-        `var + eps` is not positive, or is NaN.
+        `var` is negative or not finite, `mean` is not finite (the channel is named), `eps` is
+        negative, or var + eps is zero.
 
     References
     ----------
@@ -69,7 +74,7 @@ def fold_linear(
     >>> weight.tolist(), bias.tolist()
     ([[0.5, 1.0]], [-1.5])
     """
-    weight = np.asarray(weight)
+    weight = native.as_values(native.as_real(weight, "weight"), "weight")
     if weight.ndim != 2:
         raise ShapeError(
             f"weight must have shape (out, in), got {weight.shape}. "
@@ -81,29 +86,22 @@ def fold_linear(
     var64 = _per_row("var", var, rows)
     gamma64 = _per_row("gamma", gamma, rows, default=1.0)
     beta64 = _per_row("beta", beta, rows, default=0.0)
+    eps = native.check_eps(eps)
+    native.check_statistics(mean64, var64, eps)
 
-    radicand = var64 + eps
-    refused = np.flatnonzero(~(radicand > 0))
-    if refused.size:
-        first = int(refused[0])
-        raise ArgumentError(
-            f"var + eps must be positive, got {radicand[first]} in channel {first} "
-            f"(var {var64[first]}, eps {eps}). Pass the variance, not the standard deviation or "
-            "the precision, and a positive eps where a channel is constant."
-        )
-    scale = gamma64 / np.sqrt(radicand)
+    scale = gamma64 / np.sqrt(var64 + eps)
     folded_weight = weight.astype(np.float64) * scale[:, np.newaxis]
     folded_bias = (bias64 - mean64) * scale + beta64
     return folded_weight.astype(weight.dtype), folded_bias.astype(weight.dtype)
 
 
 def _per_row(
-    name: str, values: Array | None, rows: int, default: float | None = None
+    name: str, values: npt.ArrayLike | None, rows: int, default: float | None = None
 ) -> npt.NDArray[np.float64]:
     """Convert to float64, and check that there is one value for each row of the weight."""
     if values is None and default is not None:
         return np.full(rows, default)
-    converted = np.asarray(values, dtype=np.float64)
+    converted = native.as_real(cast(Any, values), name).astype(np.float64)
     if converted.shape != (rows,):
         raise ShapeError(
             f"{name} must have shape (out,) = ({rows},), got {converted.shape}. "

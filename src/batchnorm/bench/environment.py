@@ -53,7 +53,7 @@ def limited_threads(threads: int) -> Iterator[None]:
     except ImportError:
         raise BatchNormError(
             f"threads can be {threads} only if threadpoolctl is installed, and it is not. "
-            f"pip install 'batchnorm[bench]' adds it; or use all {usable_cpus()} processors."
+            f"pip install threadpoolctl adds it; or use all {usable_cpus()} processors."
         ) from None
     affinity = os.sched_getaffinity(0) if sys.platform == "linux" else None
     try:

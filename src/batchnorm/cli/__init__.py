@@ -72,9 +72,11 @@ def _run(arguments: list[str]) -> int:
         import rich  # noqa: F401  # the commands need it
         import typer
     except ImportError as error:
+        from batchnorm.extras import install
+
         raise BatchNormError(
             f"the command line needs {error.name}, which is not installed. "
-            f"pip install 'batchnorm[cli]' adds it."
+            f"{install('cli', str(error.name))}"
         ) from error
     # Not by calling the application, which turns some errors into exit statuses of its own.
     command = typer.main.get_command(application())

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeGuard
 
-from batchnorm.errors import ArgumentError
+from batchnorm.errors import ArgumentError, BatchNormError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,6 +107,12 @@ def split_names(text: str | None) -> list[str] | None:
     """Split ``a,b,c``; names that contain commas are quoted."""
     if text is None:
         return None
+    try:
+        parts = next(csv.reader([text], skipinitialspace=True, strict=True), [])
+    except csv.Error as error:
+        raise BatchNormError(
+            f"names must be separated by commas and quoted as in a .csv file, got {text!r} "
+            f"({error})."
+        ) from None
     # Commas alone are a mistake, and are refused as a column without a name.
-    parts = next(csv.reader([text], skipinitialspace=True), [])
-    return [part.strip() for part in parts if part.strip()] or [""]
+    return [part for part in parts if part] or [""]
