@@ -159,6 +159,22 @@ def test_interrupt_ends_with_status_130_and_no_files(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["demo", "report run.parquet"])
+def test_page_does_not_replace_another_kind_of_file(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "run.parquet"
+    kept.write_text("mine")
+    assert cli.main([*command.split(), "--out", str(kept)]) == cli.UNUSABLE
+    assert "out must be a page that ends in .html" in capsys.readouterr().err
+    assert kept.read_text() == "mine"
+
+
+def test_report_refuses_a_page_where_it_writes_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "run.parquet", "--terminal", "--out", "x.html"]) == cli.UNUSABLE
+    assert "--terminal writes no page" in capsys.readouterr().err
+
+
 def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo = pytest.importorskip("batchnorm.demo")
     given: dict[str, Any] = {}

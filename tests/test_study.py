@@ -356,6 +356,8 @@ def test_interrupted_command_keeps_finished_seeds(tmp_path, monkeypatch, capsys)
     ("arguments", "said"),
     [
         (["leek"], "study must be one of batch-size, covariate-shift"),
+        (["all", "leek"], "got 'leek'"),
+        (["--list", "leek"], "got 'leek'"),
         ([], "study needs a name"),
         (["numerics", "--seeds", "1"], "seeds must be from 2"),
         (["numerics", "--seeds", "few"], "valid integer"),

@@ -73,7 +73,8 @@ def find(name: str) -> Study:
 
 def choose(wanted: Sequence[str]) -> list[Study]:
     """Return the studies of these names, each once; all of them for "all"."""
-    return [find(name) for name in dict.fromkeys(names() if ALL in wanted else wanted)]
+    chosen = {name: find(name) for name in wanted if name != ALL}  # refuses slips beside "all"
+    return [find(name) for name in names()] if ALL in wanted else list(chosen.values())
 
 
 def fingerprint(study: Study) -> str:

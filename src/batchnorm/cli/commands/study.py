@@ -40,7 +40,7 @@ def study(
 
     console = make_console()
     if listed:
-        for name in studies.names():
+        for name in names or studies.names():
             console.print(f"[bold]{name:16}[/] {studies.find(name).question}", highlight=False)
         return
     if not names:
