@@ -277,7 +277,7 @@ def test_stats_draws_pages_into_html_files_alone(folder, capsys):
     before = (folder / "data" / "a.npy").read_bytes()
     arguments = ["stats", "data", "--html", "data/a.npy"]
     assert cli.main(arguments) == cli.UNUSABLE
-    assert "must be a file that ends in .html" in capsys.readouterr().err
+    assert "must be a page that ends in .html" in capsys.readouterr().err
     assert (folder / "data" / "a.npy").read_bytes() == before
 
 

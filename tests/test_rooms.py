@@ -105,13 +105,6 @@ def test_rooms_the_scaler_of_scikit_learn_imports_the_core_alone():
     assert outside <= {"numpy", "scipy", "sklearn"} | set(sys.stdlib_module_names)
 
 
-def test_rooms_the_scaler_of_scikit_learn_imports_the_core_alone():
-    modules = {m for m, _ in _imports(Path("sklearn.py"))}
-    assert {m.split(".")[1] for m in modules if m.startswith("batchnorm.")} <= set(CORE)
-    outside = {m.split(".")[0] for m in modules} - {"batchnorm"}
-    assert outside <= {"numpy", "scipy", "sklearn"} | set(sys.stdlib_module_names)
-
-
 @pytest.mark.parametrize(
     "path", [p for p in MODULES if p.parts[:2] == ("dataset", "sources")], ids=str
 )

@@ -6,10 +6,9 @@ import errno
 import io
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeGuard
 
-from batchnorm.errors import ArgumentError, BatchNormError
+from batchnorm.errors import BatchNormError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +18,6 @@ __all__ = [
     "FOUND_WRONG",
     "INTERRUPTED",
     "UNUSABLE",
-    "check_page",
     "drop_broken_output",
     "drop_output",
     "is_output_error",
@@ -80,22 +78,6 @@ def note(text: str) -> None:
 def _drop(stream: TextIO) -> None:
     with contextlib.suppress(io.UnsupportedOperation):  # it has no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def check_page(out: Path) -> Path:
-    """Return the path of a page to write; raise if a slip would replace another kind of file.
-
-    Raises
-    ------
-    ArgumentError
-        It does not end in .html or .htm.
-    """
-    if out.suffix.lower() not in (".html", ".htm") and not out.is_dir():
-        raise ArgumentError(
-            f"out must be a page that ends in .html, got {str(out)!r}. Name it "
-            f"{str(out.with_suffix('.html'))!r}."
-        )
-    return out
 
 
 def many(number: int, what: str) -> str:

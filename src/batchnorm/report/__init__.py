@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from batchnorm.atomic import check_place, explain_write_errors, replacing
+from batchnorm.atomic import check_page, explain_write_errors, replacing
 from batchnorm.errors import ArgumentError
 from batchnorm.extras import require
 
@@ -72,12 +72,8 @@ def check(path: Path) -> None:
     BatchNormError
         Altair or vl-convert is not installed.
     """
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise ArgumentError(
-            f"the page must be a file that ends in .html, got {str(path)!r}. Name it so."
-        )
     require("The report", "report", "altair", "vl_convert")
-    check_place(path, "an HTML page", "report.html")
+    check_page(path, "report.html")
 
 
 def _write(path: Path, text: str) -> None:

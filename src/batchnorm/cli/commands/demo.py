@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.output import check_page, make_console
+from batchnorm.cli.output import make_console
 
 
 def demo(
@@ -19,5 +19,4 @@ def demo(
     """Train a small network with and without batch norm, and show the difference."""
     import batchnorm.demo
 
-    check_page(out)
     batchnorm.demo.run(out=out, seed=seed, steps=steps, quick=quick, console=make_console())

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from batchnorm.cli.output import check_page, make_console
+from batchnorm.cli.output import make_console
 from batchnorm.errors import BatchNormError
 
 
@@ -29,7 +29,11 @@ def report(
 
     if terminal and out is not None:
         raise BatchNormError("--terminal writes no page: leave out either --out or --terminal.")
-    page = check_page(out or Path("report.html"))
+    page = out or Path("report.html")
+    if not terminal:
+        from batchnorm.report import check
+
+        check(page)
     first = Recording.load(recording)
     second = None if other is None else Recording.load(other)
     console = make_console(highlight=False, markup=False)
