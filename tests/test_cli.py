@@ -198,6 +198,20 @@ def test_library_error_is_one_line_on_stderr(
     assert capsys.readouterr().err == "batchnorm: gamma must have shape (3,), got (2,).\n"
 
 
+def test_lack_of_memory_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from batchnorm.bench import harness
+
+    def exhaust(*given: Any, **options: Any) -> None:
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr(harness, "make_inputs", exhaust)
+    assert cli.main(BRIEF_BENCH) == cli.UNUSABLE
+    said = "batchnorm: there is not enough memory (Unable to allocate 9 TiB).\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_missing_extra_is_named_with_its_remedy(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

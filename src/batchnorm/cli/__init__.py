@@ -98,6 +98,9 @@ def _explain(error: BaseException, interrupted: bool) -> int | None:
     if isinstance(error, BatchNormError):
         drop_broken_output()
         return _refuse(str(error))
+    if isinstance(error, MemoryError):
+        drop_broken_output()
+        return _refuse(f"there is not enough memory ({str(error) or 'nothing more is known'}).")
     # The module of click's exceptions depends on the version of typer, so look for a method.
     explain = getattr(error, "format_message", None)
     if explain is not None:
