@@ -350,7 +350,10 @@ class Linear:
         least = float(np.finfo(np.float64).tiny) if np.dtype(dtype).itemsize == 8 else 2.0**-149
         if np.dtype(dtype) == np.float16:
             least = 2.0**-24
-        return relative * magnitude + (2 * n + 13) * least * np.maximum(1, abs(norm.scale))
+        bound: Float64 = relative * magnitude + (2 * n + 13) * least * np.maximum(
+            1, abs(norm.scale)
+        )
+        return bound
 
     def _split(self) -> Float64:
         """The weight as (groups, out/groups, in/groups, *K) in float64."""
@@ -452,8 +455,8 @@ def _narrow(values: Array, dtype: np.dtype[Any], name: str) -> Array:
     if not np.isfinite(narrow.astype(np.float64)).all():
         largest = abs(values.astype(np.float64)).max()
         raise ArgumentError(
-            f"{name} must fit into {dtype}, and the largest is {largest:.3g}. Fold in a wider type, "
-            "or leave the batch norm in place."
+            f"{name} must fit into {dtype}, and the largest is {largest:.3g}. Fold in a wider "
+            "type, or leave the batch norm in place."
         )
     return narrow
 
