@@ -20,7 +20,7 @@ CORE = {
     "moments": {"_core", "errors", "native"},
     "functional": {"_core", "errors", "native", "moments"},
     "reference": set(),
-    "folding": {"errors"},
+    "folding": {"errors", "native"},
     "layer": {"_core", "errors", "native", "moments", "functional"},
     "atomic": {"errors"},
 }

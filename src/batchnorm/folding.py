@@ -16,18 +16,26 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import native
 from .errors import ArgumentError, DTypeError, ShapeError
 from .native import Array, Float64
 
-__all__ = ["Affine", "Linear", "fold_linear"]
+__all__ = ["Affine", "Linear", "fold_linear", "round_to_odd"]
+
+# Rounding errors of a batch norm, in whatever order it computes: each of its terms takes part in
+# at most this many operations, of which a reciprocal root that is off by two units counts as four.
+_PER_NORM = 9
+# Rounding errors in float64 while one batch norm is folded.
+_PER_FOLD = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +48,14 @@ class Affine:
     terms : (C,)
         Sum of the magnitudes of what `shift` is the sum of, such as |β| + |μ·scale|: they may
         cancel, while their rounding errors do not.
+    norms : int
+        Number of batch norms that this composes.
     """
 
     scale: Float64
     shift: Float64
     terms: Float64
+    norms: int = 1
 
     @classmethod
     def of(
@@ -68,38 +79,44 @@ class Affine:
         Raises
         ------
         ShapeError, DTypeError, ArgumentError
-            They are not one real number per channel, or a variance is negative or not finite, or
+            They are not one finite real number for each channel, a variance is negative, or
             var + eps is zero.
 
         References
         ----------
         Ioffe & Szegedy (2015), Algorithm 2, step 11.
         """
-        channels = np.asarray(var).shape[0] if np.ndim(var) == 1 else -1
-        values = [native.per_channel(v, channels, name, 0) for v, name in (
-            (mean, "mean"), (var, "var"), (gamma, "gamma"), (beta, "beta"),
-        )]  # fmt: skip
-        mu, variance, g, b = values
-        assert mu is not None
-        assert variance is not None
+        if np.ndim(mean) != 1:
+            raise ShapeError(f"mean must have shape (C,), got {np.shape(mean)}.")
+        channels = len(np.asarray(mean))
+        given = {"mean": mean, "var": var, "gamma": gamma, "beta": beta}
+        vectors = {
+            name: _vector(values, channels, name, "(C,)", "There is one value for each channel.")
+            for name, values in given.items()
+            if values is not None
+        }
+        mu, variance = vectors["mean"], vectors["var"]
         native.check_variance(variance)
+        for name in given.keys() & vectors.keys() - {"var"}:
+            _check_finite(vectors[name], name)
         eps = native.check_eps(eps)
         if eps == 0 and not variance.all():
-            c = int(np.flatnonzero(variance == 0)[0])
             raise ArgumentError(
-                f"var + eps must be above zero, got 0 in channel {c}. Pass the eps of the layer."
+                f"var + eps must be above zero, got {_in_channel(variance, variance == 0)}; "
+                "pass eps > 0."
             )
-        scale = (1.0 if g is None else g) / np.sqrt(variance + eps)
-        offset = np.zeros(channels) if b is None else b
+        scale = vectors.get("gamma", np.ones(channels)) / np.sqrt(variance + eps)
+        offset = vectors.get("beta", np.zeros(channels))
         return cls(scale, offset - mu * scale, abs(offset) + abs(mu * scale))
 
     def then(self, after: Affine) -> Affine:
         """The composition of this map and `after`, which comes second."""
-        _check_channels(after, self.scale.size, "affine maps to compose")
+        _check_channels(after, self.scale.size, "batch norm after another", "channels")
         return Affine(
             self.scale * after.scale,
             self.shift * after.scale + after.shift,
             self.terms * abs(after.scale) + after.terms,
+            self.norms + after.norms,
         )
 
 
@@ -111,6 +128,7 @@ class Linear:
     ----------
     weight : (out, in/groups, *K), or (in, out/groups, *K) if transposed
         As in PyTorch and ONNX; (out, in) of a linear layer, which computes x @ weight.T + bias.
+        Integers become float64.
     bias : (out,)
         None means 0.
     groups : int
@@ -126,23 +144,24 @@ class Linear:
 
     def __post_init__(self) -> None:
         """Check the shapes and types."""
-        w = np.asarray(self.weight)
+        w = native.as_values(_real(self.weight, "weight"), "weight")
         if w.ndim < 2:
             raise ShapeError(
                 f"weight must have at least 2 axes, (out, in, *K), got shape {w.shape}."
             )
-        if w.dtype.kind in "iub":
-            w = w.astype(np.float64)
-        if not native.is_supported(w.dtype):
-            raise DTypeError(f"weight must be real numbers, got {w.dtype}.")
-        if not (isinstance(self.groups, int) and self.groups > 0) or w.shape[0] % self.groups:
+        try:
+            groups = operator.index(self.groups)
+        except TypeError:
+            groups = 0
+        if groups < 1 or w.shape[0] % groups:
             raise ShapeError(
                 f"groups must divide the {w.shape[0]} {'in' if self.transposed else 'out'}put "
                 f"channels of the weight, got {self.groups!r}."
             )
         object.__setattr__(self, "weight", w)
+        object.__setattr__(self, "groups", groups)
         if self.bias is not None:
-            b = np.asarray(self.bias)
+            b = native.as_values(_real(self.bias, "bias"), "bias")
             if b.shape != (self.outputs,):
                 raise ShapeError(f"bias must have shape (out,) = ({self.outputs},), got {b.shape}.")
             object.__setattr__(self, "bias", b)
@@ -150,14 +169,12 @@ class Linear:
     @property
     def outputs(self) -> int:
         """Number of output channels."""
-        axis = 1 if self.transposed else 0
-        return int(self.weight.shape[axis]) * (self.groups if self.transposed else 1)
+        return int(self.weight.shape[1]) * self.groups if self.transposed else len(self.weight)
 
     @property
     def inputs(self) -> int:
         """Number of input channels."""
-        axis = 0 if self.transposed else 1
-        return int(self.weight.shape[axis]) * (1 if self.transposed else self.groups)
+        return len(self.weight) if self.transposed else int(self.weight.shape[1]) * self.groups
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -166,20 +183,27 @@ class Linear:
 
     @classmethod
     def identity(cls, channels: int, kernel: Sequence[int] = (), groups: int = 1) -> Linear:
-        """The layer that returns its input, with an odd kernel and padding of half of it."""
+        """The layer that returns its input, with an odd kernel and padding of half of it.
+
+        Raises
+        ------
+        ShapeError
+            A kernel is even, or `groups` does not divide `channels`.
+        """
         if any(k % 2 == 0 for k in kernel):
             raise ShapeError(f"kernel must be odd to have a centre, got {tuple(kernel)}.")
+        if groups < 1 or channels % groups:
+            raise ShapeError(f"groups must divide the {channels} channels, got {groups}.")
         inside = channels // groups
         weight = np.zeros((channels, inside, *kernel))
-        centre = tuple(k // 2 for k in kernel)
-        for c in range(channels):
-            place = (c, c % inside, *centre)
-            weight[place] = 1.0
-        return cls(weight, np.zeros(channels), groups)
+        each = np.arange(channels)
+        centre: Any = (each, each % inside, *(k // 2 for k in kernel))
+        weight[centre] = 1.0
+        return cls(weight, None, groups)
 
     def then(self, norm: Affine) -> Linear:
         """One layer for this one with `norm` after it, in float64."""
-        _check_channels(norm, self.outputs, "weight and batch norm after it")
+        _check_channels(norm, self.outputs, "batch norm after a layer", "output channels")
         w = self._split() * _along(norm.scale, self.groups, 1, len(self.kernel))
         return self._with(w, self._bias64() * norm.scale + norm.shift)
 
@@ -193,7 +217,7 @@ class Linear:
         padded
             Whether the layer pads its input with zeros. What is padded has not passed through
             `norm`, so this is right only where its shift is zero; `border` returns what else is to
-            be added.
+            be added. Padding by values of the input (reflect, replicate, circular) does not count.
 
         Raises
         ------
@@ -201,18 +225,25 @@ class Linear:
             Folding would be wrong: a shift is not zero, and the layer is padded, or transposed,
             where the bias would differ from place to place.
         """
-        _check_channels(norm, self.inputs, "weight and batch norm before it")
+        _check_channels(norm, self.inputs, "batch norm before a layer", "input channels")
         if (padded or (self.transposed and self.kernel)) and norm.shift.any():
-            why = "is transposed" if self.transposed else "pads with zeros, which do not pass it"
+            why = (
+                "transposed convolution, whose outputs do not all see every weight"
+                if self.transposed
+                else "convolution that pads with zeros, which do not pass through the batch norm"
+            )
             raise ArgumentError(
-                "shift of a batch norm before a convolution must be zero, since the convolution "
-                f"{why}, got {norm.shift[norm.shift != 0][0]}. Leave it in place, or add `border`."
+                f"shift of a batch norm before a {why}, must be zero, got "
+                f"{_in_channel(norm.shift, norm.shift != 0)}."
+                + ("" if self.transposed else " Leave it in place, or add `border`.")
             )
         split = self._split()
-        w = split * _along(norm.scale, self.groups, 2, len(self.kernel))
-        shifts = split * _along(norm.shift, self.groups, 2, len(self.kernel))
-        taps = (2, *range(3, split.ndim))
-        return self._with(w, self._bias64() + shifts.sum(axis=taps).reshape(-1))
+        rank = len(self.kernel)
+        shifts = split * _along(norm.shift, self.groups, 2, rank)
+        return self._with(
+            split * _along(norm.scale, self.groups, 2, rank),
+            self._bias64() + _over_inputs(shifts),
+        )
 
     def border(
         self,
@@ -239,7 +270,13 @@ class Linear:
         (out, *S)
             Minus the shifts that the bias has counted for values that were padded; S is the size of
             the output.
+
+        Raises
+        ------
+        ArgumentError
+            The convolution is transposed.
         """
+        _check_channels(norm, self.inputs, "batch norm before a layer", "input channels")
         if self.transposed:
             raise ArgumentError("border must be asked of a convolution, got a transposed one.")
         rank = len(self.kernel)
@@ -257,7 +294,7 @@ class Linear:
                 at = np.arange(sizes[axis]) * steps[axis] + tap[axis] * gaps[axis] - pads[axis]
                 within = (at >= 0) & (at < size[axis])
                 inside = inside[..., None] & within
-            place = (slice(None), *tap)
+            place: Any = (slice(None), *tap)
             total -= taps[place].reshape(-1, *[1] * rank) * ~inside
         return total
 
@@ -274,28 +311,29 @@ class Linear:
         """
         if not isinstance(other, Linear):
             return NotImplemented
-        same = [
+        kinds = [
             (layer.outputs, layer.inputs, layer.groups, layer.transposed, len(layer.kernel))
             for layer in (self, other)
         ]
-        if same[0] != same[1]:
+        if kinds[0] != kinds[1]:
             raise ShapeError(
-                "layers to add must agree in outputs, inputs, groups, kind and number of kernel "
-                f"axes, got {same[0]} and {same[1]}."
+                "layers to add must agree in outputs, inputs, groups, transposed and number of "
+                f"kernel axes, got {kinds[0]} and {kinds[1]}."
             )
         kernel = tuple(map(max, zip(self.kernel, other.kernel, strict=True)))
         a, b = (layer._widened(kernel) for layer in (self, other))
         return replace(a, weight=a.weight + b.weight, bias=self._bias64() + other._bias64())
 
     def rounded(self, dtype: DTypeLike) -> Linear:
-        """Weight and bias in the type of a model.
+        """Weight and bias in the type of a model, each rounded once.
 
         Raises
         ------
         DTypeError
             It is no floating type.
         ArgumentError
-            Something overflows it, as happens in half precision where a variance is tiny.
+            Something overflows it, as happens in half precision where a variance is tiny, or is
+            not finite already.
         """
         kind = np.dtype(dtype)
         if not native.is_supported(kind):
@@ -305,60 +343,98 @@ class Linear:
 
     def difference(
         self,
-        norm: Affine,
+        norm: Affine | None,
         largest: ArrayLike,
         dtype: DTypeLike,
         *,
+        before: Affine | None = None,
         sums: DTypeLike | None = None,
+        steps: DTypeLike | None = None,
+        original: DTypeLike | None = None,
     ) -> Float64:
-        """Bound of how much folding `norm` after this layer changes the output by rounding.
+        """Bound of how much folding changes the output, by rounding.
 
         Parameters
         ----------
         norm
-            The batch norm after it.
+            The batch norm after it; None for none.
         largest : () or (in,)
             Bound of the magnitudes of the input, or of those of each channel.
         dtype
-            Type of weights and outputs.
+            Type of the folded layer and its output; "bfloat16" needs no package.
+        before
+            The batch norm before it.
         sums
             Type in which products are summed; None for `dtype`.
+        steps
+            Type in which the batch norms are computed; None for `sums`.
+        original
+            Type of the layers that were folded, if it is another than `dtype`: their input is then
+            rounded to `dtype`.
 
         Returns
         -------
         (out,)
-            With M = |scale|·(Σ|w|·largest + |b|) + terms, n products in a sum, and u the unit
-            roundoff: (γ₂ₙ₊₂(sums) + γ₁₃(dtype))·M, with γₖ = ku/(1 − ku). Infinite where ku ≥ 1.
+            Bound of |original − folded|, of outputs on the same input.
 
         Notes
         -----
-        Both layers round each product and each sum, at most n + 1 times each term; the batch norm
-        rounds at most nine times, in whatever order, and the folded weights once. Products that are
-        summed after a transform (Winograd, FFT) are not covered.
+        `docs/numerics.md` derives it. It holds for products that are summed directly in any order,
+        with or without fused multiply-adds, and with results that are flushed to zero; not after a
+        transform (Winograd, FFT), nor where something overflows, or underflows inside the batch
+        norm.
 
         References
         ----------
-        Higham (2002), Accuracy and Stability of Numerical Algorithms, sections 3.1 and 3.3.
+        Higham (2002), Accuracy and Stability of Numerical Algorithms, sections 2.2, 3.1 and 3.3.
         """
-        _check_channels(norm, self.outputs, "weight and batch norm after it")
+        first, last = before or _none(self.inputs), norm or _none(self.outputs)
+        _check_channels(first, self.inputs, "batch norm before a layer", "input channels")
+        _check_channels(last, self.outputs, "batch norm after a layer", "output channels")
         bounds = np.broadcast_to(np.asarray(largest, np.float64), (self.inputs,))
-        split = abs(self._split()) * _along(bounds, self.groups, 2, len(self.kernel))
-        size = split.sum(axis=(2, *range(3, split.ndim))).reshape(-1)
-        magnitude = abs(norm.scale) * (size + abs(self._bias64())) + norm.terms
+        if not (bounds >= 0).all():
+            raise ArgumentError(f"largest must not be negative or NaN, got {bounds.min()}.")
+        stored, summed = _precision(dtype), _precision(sums or dtype)
+        given, step = _precision(original or dtype), _precision(steps or sums or dtype)
+
+        split, rank, scale = abs(self._split()), len(self.kernel), abs(last.scale)
         n = math.prod(split.shape[2:])
-        relative = _gamma(2 * n + 2, sums or dtype) + _gamma(13, dtype)
-        least = float(np.finfo(np.float64).tiny) if np.dtype(dtype).itemsize == 8 else 2.0**-149
-        if np.dtype(dtype) == np.float16:
-            least = 2.0**-24
-        bound: Float64 = relative * magnitude + (2 * n + 13) * least * np.maximum(
-            1, abs(norm.scale)
-        )
-        return bound
+        entering = abs(first.scale) * bounds + first.terms
+
+        def total(values: Float64) -> Float64:
+            return _over_inputs(split * _along(values, self.groups, 2, rank))
+
+        # Numbers of float64, of which a product may be too large for the last few channels only.
+        with np.errstate(over="ignore", invalid="ignore"):
+            magnitude = scale * (total(entering) + abs(self._bias64())) + last.terms
+            norms = first.norms + last.norms
+            unfolded = (
+                (1 + _gamma(n + 1, summed[0]))
+                * (1 + _gamma(_PER_NORM * norms, step[0]))
+                * (1 + given[0]) ** (1 + norms)
+            )
+            in_float64 = _PER_FOLD * norms + 2 + (n if first.norms else 0)
+            folded = (
+                (1 + _gamma(n + 1, summed[0]))
+                * (1 + _gamma(in_float64, 2.0**-53))
+                * (1 + stored[0]) ** (2 + (stored != given))
+            )
+            relative = (unfolded - 1) + (folded - 1)
+            # What flushing to zero, or rounding a number below the normal ones, adds.
+            inputs = scale * total(abs(first.scale))
+            ones = np.ones_like(split) * _along(bounds, self.groups, 2, rank)
+            lost = (
+                (1 + scale) * (n * summed[1] + given[1])
+                + scale * total(np.ones(self.inputs)) * given[1]
+                + stored[1] * (2 + _over_inputs(ones) + inputs)
+            )
+            bound: Float64 = relative * magnitude + (1 + relative) * lost
+        return np.where(np.isnan(bound), math.inf, bound)
 
     def _split(self) -> Float64:
         """The weight as (groups, out/groups, in/groups, *K) in float64."""
         w = self.weight.astype(np.float64)
-        w = w.reshape(self.groups, -1, *w.shape[1:])
+        w = w.reshape(self.groups, len(w) // self.groups, *w.shape[1:])
         return np.swapaxes(w, 1, 2) if self.transposed else w
 
     def _with(self, split: Float64, bias: Float64) -> Linear:
@@ -366,9 +442,7 @@ class Linear:
         return replace(self, weight=w.reshape(self.weight.shape), bias=bias)
 
     def _bias64(self) -> Float64:
-        if self.bias is None:
-            return np.zeros(self.outputs)
-        return np.asarray(self.bias).astype(np.float64)
+        return np.zeros(self.outputs) if self.bias is None else self.bias.astype(np.float64)
 
     def _widened(self, kernel: tuple[int, ...]) -> Linear:
         """The same layer with a larger kernel, zero around its own."""
@@ -413,16 +487,20 @@ def fold_linear(
     Returns
     -------
     weight : (out, in)
-        A new array in the dtype of `weight`.
+        A new array in the dtype of `weight` (float64 for integers).
     bias : (out,)
-        A new array in the dtype of `weight`.
+        A new array of the same dtype.
 
     Raises
     ------
     ShapeError
         `weight` does not have two axes, or another array does not have one value per row of it.
+    DTypeError
+        `weight` is not float16, bfloat16, float32, float64 or integers, or another argument is not
+        real numbers.
     ArgumentError
-        `var + eps` is not positive, or is NaN.
+        `var` is negative or not finite, another argument is not finite (the channel is named),
+        `eps` is negative, var + eps is zero, or a result overflows the dtype.
 
     References
     ----------
@@ -438,25 +516,103 @@ def fold_linear(
     >>> weight.tolist(), bias.tolist()
     ([[0.5, 1.0]], [-1.5])
     """
-    layer = Linear(np.asarray(weight), None if bias is None else np.asarray(bias))
-    if layer.kernel:
+    if np.ndim(weight) != 2:
         raise ShapeError(
-            f"weight must have shape (out, in), got {layer.weight.shape}. "
+            f"weight must have shape (out, in), got {np.shape(weight)}. "
             "Flatten every axis after the first: weight.reshape(len(weight), -1)."
         )
-    folded = layer.then(Affine.of(mean, var, gamma, beta, eps=eps)).rounded(layer.weight.dtype)
+    layer = Linear(cast(Any, weight))
+    remedy = "weight is (out, in); pass weight.T if yours is (in, out)."
+    given = {"bias": bias, "mean": mean, "var": var, "gamma": gamma, "beta": beta}
+    rows = {
+        name: None
+        if values is None and name in ("bias", "gamma", "beta")
+        else _vector(values, layer.outputs, name, "(out,)", remedy)
+        for name, values in given.items()
+    }
+    layer = replace(layer, bias=rows.pop("bias"))
+    norm = Affine.of(**cast(Any, rows), eps=eps)
+    folded = layer.then(norm).rounded(layer.weight.dtype)
     assert folded.bias is not None
     return folded.weight, folded.bias
 
 
-def _narrow(values: Array, dtype: np.dtype[Any], name: str) -> Array:
-    with np.errstate(over="ignore"):
-        narrow = values.astype(dtype)
-    if not np.isfinite(narrow.astype(np.float64)).all():
-        largest = abs(values.astype(np.float64)).max()
+def round_to_odd(values: Float64) -> NDArray[np.float32]:
+    """Round float64 to float32 such that rounding again, to a narrower type, is as rounding once.
+
+    What is not exact is rounded to the neighbour whose last bit is one.
+
+    References
+    ----------
+    Boldo & Melquiond (2008), Emulation of a FMA and correctly rounded sums: proved algorithms using
+    rounding to odd.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        nearest = values.astype(np.float32)
+    beyond = abs(nearest.astype(np.float64)) > abs(values)
+    toward_zero = np.where(beyond, np.nextafter(nearest, np.float32(0)), nearest)
+    inexact = np.isfinite(values) & (toward_zero.astype(np.float64) != values)
+    odd: NDArray[np.float32] = (toward_zero.view(np.uint32) | inexact).view(np.float32)
+    return odd
+
+
+# ---- checks and shapes --------------------------------------------------------------------------
+
+
+def _real(values: ArrayLike, name: str) -> Array:
+    """An array of real numbers of any type, none of which is masked."""
+    v = np.asarray(values)
+    if v.dtype.kind not in "fiub" and not native.is_bfloat16(v.dtype):
+        raise DTypeError(f"{name} must be real numbers, got {v.dtype}.")
+    ma = sys.modules.get("numpy.ma")  # without which there are no masked arrays
+    if ma is not None and (masked := np.count_nonzero(ma.getmask(values))):
         raise ArgumentError(
-            f"{name} must fit into {dtype}, and the largest is {largest:.3g}. Fold in a wider "
-            "type, or leave the batch norm in place."
+            f"{name} must not have masked values, got {masked} of {v.size} masked. "
+            "Give each a value, by filled()."
+        )
+    return v if v.dtype.isnative else v.astype(v.dtype.newbyteorder("="))
+
+
+def _vector(values: Any, size: int, name: str, axes: str, remedy: str) -> Float64:
+    """One real number for each channel, in float64."""
+    v = _real(values, name)
+    if v.shape != (size,):
+        raise ShapeError(f"{name} must have shape {axes} = ({size},), got {v.shape}. {remedy}")
+    return v.astype(np.float64)
+
+
+def _check_finite(values: Float64, name: str) -> None:
+    if not np.isfinite(values).all():
+        raise ArgumentError(
+            f"{name} must be finite, got {_in_channel(values, ~np.isfinite(values))}."
+        )
+
+
+def _in_channel(values: Float64, wrong: NDArray[np.bool_]) -> str:
+    """The first value that is wrong, its channel, and how many are."""
+    c = int(np.flatnonzero(wrong)[0])
+    return f"{values[c]} in channel {c} ({np.count_nonzero(wrong)} of {values.size} channels)"
+
+
+def _check_channels(norm: Affine, channels: int, what: str, of: str) -> None:
+    if norm.scale.size != channels:
+        raise ShapeError(f"{what} must have its {channels} {of}, got {norm.scale.size}.")
+
+
+def _narrow(values: Array, dtype: np.dtype[Any], name: str) -> Array:
+    """Round once, and raise if something does not fit."""
+    wide = values.astype(np.float64)
+    if not np.isfinite(wide).all():
+        raise ArgumentError(
+            f"{name} must be finite to be folded, got {wide[~np.isfinite(wide)][0]}."
+        )
+    with np.errstate(over="ignore", under="ignore"):
+        # ml_dtypes would round to float32 first, as torch does, but to the nearest.
+        narrow = (round_to_odd(wide) if native.is_bfloat16(dtype) else wide).astype(dtype)
+    if not np.isfinite(narrow.astype(np.float64)).all():
+        raise ArgumentError(
+            f"{name} must fit into {dtype}, and the largest is {abs(wide).max():.3g}. Fold in a "
+            "wider type, or leave the batch norm in place."
         )
     return narrow
 
@@ -469,19 +625,37 @@ def _along(values: Float64, groups: int, axis: int, rank: int) -> Float64:
     return shaped
 
 
+def _over_inputs(values: Float64) -> Float64:
+    """(groups, out, in, *K) summed over inputs and kernel, for each output."""
+    summed: Float64 = values.sum(axis=tuple(range(2, values.ndim))).reshape(-1)
+    return summed
+
+
 def _each(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     return (value,) * rank if isinstance(value, int) else tuple(value)
 
 
-def _gamma(k: int, dtype: DTypeLike) -> float:
+def _none(channels: int) -> Affine:
+    """No batch norm."""
+    zero = np.zeros(channels)
+    return Affine(np.ones(channels), zero, zero, norms=0)
+
+
+def _gamma(k: int, u: float) -> float:
+    """γₖ = ku/(1 − ku), which bounds k rounding errors with unit roundoff u."""
+    return k * u / (1 - k * u) if k * u < 1 else math.inf
+
+
+def _precision(dtype: DTypeLike) -> tuple[float, float]:
+    """Unit roundoff, and the largest error of a result that is not a normal number."""
+    if isinstance(dtype, str) and dtype == "bfloat16":
+        return 2.0**-8, 2.0**-126
     kind = np.dtype(dtype)
-    bits = 8 if native.is_bfloat16(kind) else np.finfo(kind).nmant + 1
-    ku = k * 2.0**-bits
-    return ku / (1 - ku) if ku < 1 else math.inf
-
-
-def _check_channels(norm: Affine, channels: int, what: str) -> None:
-    if norm.scale.size != channels:
-        raise ShapeError(
-            f"{what} must have the same number of channels, got {channels} and {norm.scale.size}."
-        )
+    if not native.is_supported(kind):
+        raise DTypeError(f"dtype must be a floating type, got {kind}.")
+    if native.is_bfloat16(kind):
+        return 2.0**-8, 2.0**-126
+    if kind == np.float16:  # which nothing flushes to zero
+        return 2.0**-11, 2.0**-25
+    about = np.finfo(kind)
+    return float(about.eps) / 2, float(about.tiny)
