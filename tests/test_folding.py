@@ -511,7 +511,36 @@ def test_difference_is_reached_within_a_factor_of_two(n):
     original = np.float32(1.5) * np.add.accumulate(w * x)[-1]
     folded = np.add.accumulate(layer.then(norm).rounded(np.float32).weight[0] * x)[-1]
     bound = layer.difference(norm, 1.0, np.float32)[0]
-    assert abs(float(original) - float(folded)) > bound / (2 if n > 100 else 4)
+    found = abs(float(original) - float(folded))
+    assert bound / (2 if n > 100 else 4) < found < bound
+
+
+def test_difference_counts_every_rounding_to_half_precision():
+    # Of four roundings by up to 2^-11, found by search: those of z, y, the weight and the output.
+    half = np.float16
+    w, x, gamma = half(1.014), half(1.035), np.float32(1.0274597)
+    layer, norm = Linear(np.array([[w]])), Affine.of([0.0], [1.0], [gamma], eps=0.0)
+    original = half(gamma * np.float32(half(np.float32(w) * np.float32(x))))
+    folded = half(np.float32(layer.then(norm).rounded(half).weight[0, 0]) * np.float32(x))
+    bound = layer.difference(norm, x, half, sums=np.float32)[0]
+    assert 0.9 * bound < abs(float(original) - float(folded)) < bound
+
+
+@pytest.mark.parametrize("after", [None, Affine.of([0.0], [1e-10], eps=0.0)])
+def test_difference_counts_terms_of_the_shift_that_cancel(after):
+    # β = μ·scale but for rounding, and z is 0: what is left of y are rounding errors.
+    f = np.float32
+    mean, var, eps = f(1000.1), f(1 / 3), f(1e-3)
+    scale = f(1) / np.sqrt(var + eps)
+    beta = mean * scale
+    norm = Affine.of([mean], [var], None, [beta], eps=float(eps))
+    original = float(f(0) * scale + (beta - mean * scale))
+    layer = Linear(np.zeros((1, 1), f))
+    if after is not None:
+        norm, original = norm.then(after), 1e5 * original
+    folded = float(layer.then(norm).rounded(f).bias[0])
+    bound = layer.difference(norm, 0.0, f)[0]
+    assert bound / 1e3 < abs(original - folded) < bound
 
 
 def test_difference_covers_weights_that_underflow_half_precision():
