@@ -38,6 +38,7 @@ TORCH_MODULES = [
             "freeze",
             "accumulate",
             "parameters",
+            "fold",
             "diagnose.check",
             "diagnose.watch",
         )

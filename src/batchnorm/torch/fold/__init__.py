@@ -1,0 +1,249 @@
+"""Fold the batch norms of a model into its linear layers and convolutions, and prove it."""
+
+from __future__ import annotations
+
+import copy
+from functools import reduce
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ArgumentError
+from ...folding import Affine
+from ..internals import has_global_hooks
+from ..population.layers import check_values, unwrapped
+from ..population.state import RngState
+from .calls import record
+from .layers import absorb, affine_of, linear_of, release, short, zero_padded
+from .pairs import Group, Plan, make_plan, of_layer
+from .paths import explore
+from .report import FoldedLayer, FoldError, FoldReport
+from .verify import Examples, Folding, compare_outputs, compare_pairs
+
+__all__ = ["FoldError", "FoldReport", "FoldedLayer", "fold"]
+
+M = TypeVar("M", bound=nn.Module)
+
+_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def fold(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    strict: bool = False,
+    tol: float | None = None,
+) -> tuple[nn.Module, FoldReport]:
+    """Fold batch norms into the linear layers and convolutions before or after them.
+
+    A batch norm is folded only where it is proven that, on every path through the forward, it and
+    the linear layer are used for nothing but each other; otherwise it stays, and the report says
+    why. Then both models run on the examples, and their outputs are compared.
+
+    Parameters
+    ----------
+    model : Module
+        In evaluation mode; on any device. It is not changed.
+    example_inputs : Tensor, tuple, dict or list
+        A tensor, a tuple of arguments, or a dict of keyword arguments; or a list of several such
+        examples. What no example reaches is not folded.
+    dtype : torch.dtype
+        Type of the folded model: float16, bfloat16, float32 or float64; None to keep types.
+        Weights are folded before they are rounded to it.
+    strict : bool
+        Whether to raise if a batch norm next to a linear layer was refused, or an error is too
+        large.
+    tol : float
+        With `strict`, the largest error allowed of a pair and of the model's outputs. None allows
+        each pair its proven bound, and the outputs any error that is finite.
+
+    Returns
+    -------
+    folded : Module
+        A copy of `model`, without data parallelism and `torch.compile` around it. Linear layers
+        keep their names and classes and have a bias; a folded batch norm is an `Identity`, or its
+        activation.
+    report : FoldReport
+        Prints as text.
+
+    Raises
+    ------
+    ArgumentError
+        `model` is not a Module in evaluation mode, has tensors without values, or cannot be
+        copied; `example_inputs`, `dtype` or `tol` are not as above.
+    FoldError
+        With `strict`; it has the report.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from batchnorm.torch import fold
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    >>> folded, report = fold(net, torch.randn(2, 3, 16, 16))
+    >>> folded
+    Sequential(
+      (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+      (1): Identity()
+      (2): ReLU()
+    )
+    >>> report.folded, report.share < 1
+    ({'1': '0'}, True)
+    """
+    model = _checked(model, dtype, tol)
+    rng = RngState()
+    try:
+        report, folded = _folded(model, Examples(example_inputs), dtype)
+    finally:
+        rng.restore()
+    if strict:
+        _check_report(report, tol)
+    return folded, report
+
+
+def _checked(model: object, dtype: Any, tol: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"fold takes a torch.nn.Module, got {type(model).__name__}.")
+    model = unwrapped(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError(
+            "model must be an ordinary Module, got one compiled by TorchScript. Fold before "
+            "torch.jit.script or torch.jit.trace."
+        )
+    if model.training:
+        raise ArgumentError(
+            "model must be in evaluation mode, got one in training mode, in which batch norm "
+            "depends on the batch. Call model.eval() first."
+        )
+    if dtype is not None and dtype not in _TYPES:
+        raise ArgumentError(
+            f"dtype must be one of {', '.join(map(short, _TYPES))}, or None, got {dtype!r}."
+        )
+    if tol is not None and not (isinstance(tol, (int, float)) and tol >= 0):
+        raise ArgumentError(f"tol must be a number that is not negative, or None, got {tol!r}.")
+    if has_global_hooks():
+        raise ArgumentError(
+            "fold must see all that happens to a model, and hooks are registered that every module "
+            "calls (torch.nn.modules.module.register_module_forward_hook). Remove them first."
+        )
+    for name, module in model.named_modules():
+        check_values(module, name, "fold")
+    return model
+
+
+def copied(model: M) -> M:
+    """A deep copy, also of a model that keeps tensors computed from others."""
+    memo: dict[int, Any] = {
+        id(t): t.detach().clone()
+        for module in model.modules()
+        for t in vars(module).values()
+        if isinstance(t, Tensor) and not t.is_leaf
+    }
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # whatever the attributes of a model do
+        raise ArgumentError(
+            f"model must be one that copy.deepcopy can copy, but {type(error).__name__}: {error}"
+        ) from error
+
+
+def _folded(
+    model: nn.Module, examples: Examples, dtype: torch.dtype | None
+) -> tuple[FoldReport, nn.Module]:
+    # Each run has a copy of its own, since forwards may change what belongs to a model.
+    probe = copied(model)
+    calls = record(probe, examples.run)
+    probe = copied(model)
+    plan = make_plan(probe, explore(probe, calls), calls)
+    del probe
+    while True:
+        result = copied(model)
+        foldings = _apply(result, plan, dtype)
+        original = copied(model)
+        outputs = compare_pairs(original, examples, foldings, dtype)
+        failed = [f for f in foldings if f.overflows or not f.calls]
+        if not failed:
+            break
+        for folding in failed:
+            why = "its output overflows" if folding.overflows else "it could not be compared"
+            _refuse(plan, folding.group, f"folded into '{folding.group.layer}', {why}")
+    modules = dict(original.named_modules())
+    report = FoldReport(refused=plan.refused, alone=plan.alone)
+    for folding in foldings:
+        into = dtype or folding.layer.weight.dtype
+        report.pairs.append(folding.record(into, modules))
+    types = {short(dtype or f.layer.weight.dtype) for f in foldings}
+    report.dtype = ", ".join(sorted(types))
+    got = examples.run(copied(result), dtype)
+    report.error, report.relative_error = compare_outputs(outputs, got)
+    exact = _in_float64(model, examples)
+    if exact is not None:
+        report.original_error = compare_outputs(exact, outputs)[0]
+        report.folded_error = compare_outputs(exact, got)[0]
+    return report, result
+
+
+def _in_float64(model: nn.Module, examples: Examples) -> list[Any] | None:
+    """What the model returns in float64; None if it does not run there, or is there already."""
+    if all(p.dtype == torch.float64 for p in model.parameters() if p.is_floating_point()):
+        return None
+    try:
+        return examples.run(copied(model).double(), torch.float64)
+    except Exception:  # a type that its forward demands, or a device without float64
+        return None
+
+
+def _apply(result: nn.Module, plan: Plan, dtype: torch.dtype | None) -> list[Folding]:
+    """Fold what is planned; what overflows is moved to what is refused."""
+    foldings = []
+    for group in plan.groups:
+        layer: Any = result.get_submodule(group.layer)
+        norms = [
+            [affine_of(result.get_submodule(name)) for name in names]
+            for names in (group.before, group.after)
+        ]
+        before, after = (reduce(Affine.then, affines) if affines else None for affines in norms)
+        with torch.no_grad():
+            linear = linear_of(layer)
+        foldings.append(Folding(group, linear, before, after, layer, layer.bias is None))
+    if dtype is not None:
+        result.to(dtype)
+    done = []
+    for folding in foldings:
+        folded = folding.linear
+        if folding.before is not None:
+            folded = folded.after(folding.before, padded=zero_padded(folding.layer))
+        if folding.after is not None:
+            folded = folded.then(folding.after)
+        try:
+            absorb(folding.layer, folded, dtype or folding.layer.weight.dtype)
+        except ArgumentError as error:
+            _refuse(plan, folding.group, of_layer(folding.group.layer, str(error)))
+            continue
+        for name in (*folding.group.before, *folding.group.after):
+            release(result.get_submodule(name))
+        done.append(folding)
+    return done
+
+
+def _refuse(plan: Plan, group: Group, why: str) -> None:
+    plan.groups.remove(group)
+    plan.refused.update(dict.fromkeys((*group.before, *group.after), why))
+
+
+def _check_report(report: FoldReport, tol: float | None) -> None:
+    problems = [f"'{name}' was refused: {why}" for name, why in report.refused.items()]
+    for pair in report.pairs:
+        allowed = pair.bound if tol is None else tol
+        if pair.share > 1 if tol is None else pair.error > tol:
+            problems.append(f"'{pair.layer}' differs by {pair.error:.3g}, more than {allowed:.3g}")
+    limit = float("inf") if tol is None else tol
+    if report.error is not None and (report.error > limit or report.error == float("inf")):
+        problems.append(f"outputs of the model differ by {report.error:.3g}")
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise FoldError(
+            f"the model was not folded as strict=True demands: {problems[0]}{more}", report
+        )
