@@ -487,6 +487,22 @@ def test_computed_weights_that_overflow_stay_computed():
     assert parametrize.is_parametrized(folded[0])
 
 
+class Autocast(nn.Sequential):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_error_beyond_the_bound_is_refused():
+    model = filled(Autocast(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    _, report = fold(model, images())
+    assert "folded into '0', its error is" in report.refused["1"]
+    assert "times the bound: the model may compute in coarser arithmetic" in report.refused["1"]
+    with torch.autocast("cpu", torch.bfloat16):  # of the caller: it does not count
+        _, report = fold(filled(nn.Sequential(*model)), images())
+    assert report.folded == {"1": "0"}
+
+
 def test_output_that_overflows_is_refused():
     model = filled(nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1), nn.Tanh()))
     with torch.no_grad():

@@ -377,8 +377,65 @@ class Catches(Net):
             return self.bn(y)
 
 
+class ByExactType(Net):
+    def __init__(self):
+        super().__init__(act=nn.Tanh())
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(y) if type(x) is torch.Tensor else self.bn(y)
+
+
 def test_path_that_only_tracing_takes_is_noticed():
-    refuses(Catches(), images(), "on the examples it took a path that could not be foreseen")
+    refuses(Catches(), images(), "it makes a number of a tensor or a size (test_torch_fold_paths")
+    refuses(ByExactType(), images(), "on the examples it took a path that could not be foreseen")
+
+
+class Recursive(Net):
+    def forward(self, x, depth=0):
+        return self(self.bn(self.conv(x)), depth + 1) if depth < 2 else x
+
+
+def test_model_that_calls_itself_is_refused():
+    refuses(Recursive(), images(), "it calls itself")
+
+
+class Keeps(Net):
+    def forward(self, x):
+        self.seen = {"y": [self.conv(x)]}
+        return self.bn(self.seen["y"][0])
+
+
+def test_output_that_is_kept_as_an_attribute_is_refused():
+    refuses(Keeps(), images(), "the output of 'conv' also goes to the attribute 'seen' of a module")
+
+
+class Plain(Net):
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_hooks_of_a_parent_are_followed(inside):
+    net = Plain()
+    net.register_forward_hook(lambda module, args, y: y + module.conv(args[0]))
+    model, name = (nn.Sequential(net), "0.bn") if inside else (net, "bn")
+    refuses(model, images(), "conv' is also called without it: then its output goes to add", name)
+
+
+class ByTypeOfLayer(Net):
+    """An isinstance of what a layer returns has one answer; a loop in the other is not followed."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        if not isinstance(y, torch.Tensor):
+            y = [part + 1 for part in y]
+        return self.bn(y)
+
+
+def test_layers_return_tensors():
+    _, report = folds(ByTypeOfLayer(), images())
+    assert report.folded == {"bn": "conv"}
 
 
 class Endless(Net):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from functools import reduce
 from typing import Any, TypeVar
 
@@ -57,7 +58,7 @@ def fold(
         large.
     tol : float
         With `strict`, the largest error allowed of a pair and of the model's outputs. None allows
-        each pair its proven bound, and the outputs any error that is finite.
+        the outputs any error that is finite; no pair is folded whose error exceeds its bound.
 
     Returns
     -------
@@ -158,24 +159,20 @@ def _folded(
     probe = copied(model)
     plan = make_plan(probe, explore(probe, calls), calls)
     del probe
+    report = FoldReport(refused=plan.refused, alone=plan.alone)
     while True:
         result = copied(model)
         foldings = _apply(result, plan, dtype)
         original = copied(model)
         outputs = compare_pairs(original, examples, foldings, dtype)
-        failed = [f for f in foldings if f.overflows or not f.calls]
-        if not failed:
+        modules = dict(original.named_modules())
+        report.pairs = [folding.record(modules) for folding in foldings]
+        problems = {f: why for f in foldings if (why := f.problem())}
+        if not problems:
             break
-        for folding in failed:
-            why = "its output overflows" if folding.overflows else "it could not be compared"
+        for folding, why in problems.items():
             _refuse(plan, folding.group, f"folded into '{folding.group.layer}', {why}")
-    modules = dict(original.named_modules())
-    report = FoldReport(refused=plan.refused, alone=plan.alone)
-    for folding in foldings:
-        into = dtype or folding.layer.weight.dtype
-        report.pairs.append(folding.record(into, modules))
-    types = {short(dtype or f.layer.weight.dtype) for f in foldings}
-    report.dtype = ", ".join(sorted(types))
+    report.dtype = ", ".join(sorted({short(f.layer.weight.dtype) for f in foldings}))
     got = examples.run(copied(result), dtype)
     report.error, report.relative_error = compare_outputs(outputs, got)
     exact = _in_float64(model, examples)
@@ -235,12 +232,15 @@ def _refuse(plan: Plan, group: Group, why: str) -> None:
 
 def _check_report(report: FoldReport, tol: float | None) -> None:
     problems = [f"'{name}' was refused: {why}" for name, why in report.refused.items()]
-    for pair in report.pairs:
-        allowed = pair.bound if tol is None else tol
-        if pair.share > 1 if tol is None else pair.error > tol:
-            problems.append(f"'{pair.layer}' differs by {pair.error:.3g}, more than {allowed:.3g}")
-    limit = float("inf") if tol is None else tol
-    if report.error is not None and (report.error > limit or report.error == float("inf")):
+    if tol is not None:
+        problems += [
+            f"'{pair.layer}' differs by {pair.error:.3g}, more than {tol:.3g}"
+            for pair in report.pairs
+            if pair.error > tol
+        ]
+    if report.error is not None and not report.error <= (
+        sys.float_info.max if tol is None else tol
+    ):
         problems.append(f"outputs of the model differ by {report.error:.3g}")
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

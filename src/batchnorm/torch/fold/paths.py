@@ -19,7 +19,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from ..population.layers import unwrapped
 from .calls import TENSOR, Call, Spec
 from .layers import is_linear, is_norm
 
-__all__ = ["METADATA", "Paths", "explore", "is_torchs"]
+__all__ = ["METADATA", "Paths", "Used", "explore", "is_torchs"]
 
 #: Paths of one module that are followed.
 MOST_PATHS = 256
@@ -39,10 +39,10 @@ MOST_PATHS = 256
 MOST_DECISIONS = 24
 
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-_PYTHON = os.path.dirname(os.path.abspath(os.__file__))
 _TORCH = os.path.dirname(os.path.abspath(inspect.getfile(torch)))
+_PYTHON = os.path.dirname(os.path.abspath(os.__file__))
 
-# What one may ask of a tensor that does not tell its values.
+#: What one may ask of a tensor that does not tell its values.
 METADATA = frozenset(
     {
         "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_mps", "is_meta",
@@ -51,6 +51,14 @@ METADATA = frozenset(
         "is_complex", "element_size", "__len__", "get_device",
     }
 )  # fmt: skip
+
+
+@dataclass
+class Used:
+    """ids of tensors of which values, or only things like their type, were asked for."""
+
+    values: set[int] = field(default_factory=set)
+    metadata: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -70,15 +78,7 @@ class Paths:
 
     graphs: dict[str, list[fx.Graph]] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
-    used: Used = field(default_factory=lambda: Used())
-
-
-@dataclass
-class Used:
-    """ids of tensors of which values, or only things like their type, were asked for."""
-
-    values: set[int] = field(default_factory=set)
-    metadata: set[int] = field(default_factory=set)
+    used: Used = field(default_factory=Used)
 
 
 def explore(model: nn.Module, calls: Call) -> Paths:
@@ -91,10 +91,8 @@ def explore(model: nn.Module, calls: Call) -> Paths:
     calls
         A run of the model on examples: what its modules were called with.
     """
-    names = _names(model)
-    specs = calls.specs()
-    found = Paths()
-    apart: set[int] = set()  # ids of modules that are followed on their own
+    context = _Context(model, calls)
+    found = Paths(used=context.used)
     queue = [model]
     seen: set[int] = set()
     while queue:
@@ -102,36 +100,63 @@ def explore(model: nn.Module, calls: Call) -> Paths:
         if id(root) in seen:
             continue
         seen.add(id(root))
-        name = names[id(root)]
-        apart.add(id(root))
-        problem = ""
-        graphs: list[fx.Graph] = []
-        inside: set[int] = set()
+        context.apart.add(id(root))
+        name = context.names[id(root)]
         while True:  # until no more modules have to be followed apart
             try:
-                inside = set(apart)
-                graphs = list(_paths(root, specs.get(name, []), apart, found.used))
-                problem = _mismatch(root, graphs, calls.of(name), inside, names)
+                found.graphs[name] = _graphs(root, context)
             except _Apart as other:
-                apart.add(id(other.module))
+                context.apart.add(id(other.module))
                 queue.append(other.module)
                 continue
             except _Opaque as error:
-                problem = str(error)
+                found.opaque[name] = str(error)
+                queue.extend(_callable_children(root))
             break
-        if problem:
-            found.opaque[name] = problem
-            queue.extend(_callable_children(root))
-        else:
-            for graph in graphs:
-                _rename(graph, root, names)
-            found.graphs[name] = graphs
     return found
 
 
-def _names(model: nn.Module) -> dict[int, str]:
-    """For the id of each module its first name."""
-    return {id(module): name for name, module in model.named_modules()}
+class _Context:
+    """What is known of a model before a module of it is followed.
+
+    Attributes
+    ----------
+    names : dict of int to str
+        For the id of each module its first name.
+    calls : Call
+        The run on examples.
+    specs : dict of str to list of Spec
+        What each module was called with there.
+    apart : set of int
+        ids of modules that are followed on their own.
+    """
+
+    def __init__(self, model: nn.Module, calls: Call) -> None:
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.calls, self.specs, self.used = calls, calls.specs(), Used()
+        self.apart: set[int] = set()
+        self._others = {call.name for call in calls if call.rank is None}
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        """Whether a call of this module stands in a graph as a call."""
+        if unwrapped(module) is not module:  # data parallelism, or compiled
+            return False
+        known = is_linear(module) or is_norm(module) or isinstance(module, torch.jit.ScriptModule)
+        return known or id(module) in self.apart or is_torchs(module)
+
+    def returns_a_tensor(self, module: nn.Module) -> bool:
+        """Whether this is a layer that is known to return a tensor."""
+        known = id(module) not in self.apart and not isinstance(module, torch.jit.ScriptModule)
+        return known and self.names[id(module)] not in self._others
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Whether this is one of torch's layers, which call nothing but their own parts."""
+    return unwrapped(module) is module and fx.Tracer().is_leaf_module(module, "")
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
 
 
 def _callable_children(module: nn.Module) -> Iterator[nn.Module]:
@@ -144,56 +169,6 @@ def _callable_children(module: nn.Module) -> Iterator[nn.Module]:
             yield from _callable_children(child)
         elif not is_torchs(child):
             yield child
-
-
-def _has_forward(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
-
-
-def is_torchs(module: nn.Module) -> bool:
-    """Whether this is one of torch's layers, which call nothing but their own parts."""
-    return unwrapped(module) is module and fx.Tracer().is_leaf_module(module, "")
-
-
-def _rename(graph: fx.Graph, root: nn.Module, names: dict[int, str]) -> None:
-    """Let targets be names in the model."""
-    for node in graph.nodes:
-        if node.op == "call_module":
-            node.target = names[id(root.get_submodule(str(node.target)))]
-
-
-def _mismatch(
-    root: nn.Module,
-    graphs: list[fx.Graph],
-    calls: list[Call],
-    apart: set[int],
-    names: dict[int, str],
-) -> str:
-    """Why the paths cannot be all: what happened on the examples is none of them."""
-    modules = dict(root.named_modules(remove_duplicate=False))
-    by_name = {names[id(m)]: m for m in modules.values()}
-    tracer = _Tracer(Spec((), {}), [], apart, Used())
-
-    def happened(call: Call) -> Iterator[str]:
-        for inner in call.inner:
-            module = by_name.get(inner.name)
-            if module is None or tracer.is_leaf_module(module, inner.name):
-                yield inner.name
-            else:
-                yield from happened(inner)
-
-    foreseen = [
-        [
-            names[id(modules[str(node.target)])]
-            for node in graph.nodes
-            if node.op == "call_module"
-            and not isinstance(modules[str(node.target)], torch.jit.ScriptModule)
-        ]
-        for graph in graphs
-    ]
-    if all(list(happened(call)) in foreseen for call in calls):
-        return ""
-    return "on the examples it took a path that could not be foreseen"
 
 
 # ---- the paths of one module --------------------------------------------------------------------
@@ -212,61 +187,89 @@ class _Apart(BaseException):  # which `except Exception` in a model does not sto
 
 
 class _Endless(BaseException):
-    """A path has too many questions."""
+    """Raised where a path has no end in sight."""
 
 
-def _paths(root: nn.Module, specs: list[Spec], apart: set[int], used: Used) -> Iterator[fx.Graph]:
-    """Each path for each way in which the module is called."""
-    if not specs:
+def _graphs(root: nn.Module, context: _Context) -> list[fx.Graph]:
+    """All paths of a module, with targets of calls by their names in the model."""
+    name = context.names[id(root)]
+    if name not in context.specs:
         raise _Opaque("it did not run on the example inputs")
-    if not _has_forward(root):
+    if not _has_forward(root) and "forward" not in root.__dict__:
         raise _Opaque("it has no forward")
+    found = [graph for spec in context.specs[name] for graph in _paths(root, spec, context)]
+    if len(found) > MOST_PATHS:
+        raise _Opaque(f"it has more than {MOST_PATHS} paths")
+    modules = dict(root.named_modules(remove_duplicate=False))
+    by_name = {context.names[id(module)]: module for module in modules.values()}
+    foreseen = []
+    for graph in found:
+        calls = [node for node in graph.nodes if node.op == "call_module"]
+        for node in calls:
+            node.target = context.names[id(modules[str(node.target)])]
+        # Which calls no hook sees.
+        scripted = torch.jit.ScriptModule
+        foreseen.append([n.target for n in calls if not isinstance(by_name[n.target], scripted)])
+
+    def happened(call: Call) -> Iterator[str]:
+        for inner in call.inner:
+            module = by_name.get(inner.name)
+            if module is None or context.is_leaf(module):
+                yield inner.name
+            else:
+                yield from happened(inner)
+
+    if not all(list(happened(call)) in foreseen for call in context.calls.of(name)):
+        raise _Opaque("on the examples it took a path that could not be foreseen")
+    return found
+
+
+def _paths(root: nn.Module, spec: Spec, context: _Context) -> list[fx.Graph]:
+    """Each path of a module that is called with `spec`."""
+    found: list[fx.Graph] = []
+    decisions: list[bool] = []
     count = 0
-    for spec in specs:
-        decisions: list[bool] = []
-        ended = 0
-        while True:
-            count += 1
-            if count > MOST_PATHS:
-                raise _Opaque(f"it has more than {MOST_PATHS} paths")
-            graph = _follow(root, spec, decisions, apart, used)
-            if graph is not None:
-                ended += 1
-                yield graph
-            while decisions and not decisions[-1]:
-                decisions.pop()
-            if not decisions:
-                break
-            decisions[-1] = False
-        if not ended:
-            raise _Opaque("no path through its forward ends without an exception")
+    while count <= MOST_PATHS:
+        count += 1
+        graph = _follow(root, spec, decisions, context)
+        if graph is not None:
+            found.append(graph)
+        while decisions and not decisions[-1]:
+            decisions.pop()
+        if not decisions:
+            if not found:
+                raise _Opaque("no path through its forward ends without an exception")
+            return found
+        decisions[-1] = False
+    raise _Opaque(f"it has more than {MOST_PATHS} paths")
 
 
 def _follow(
-    root: nn.Module, spec: Spec, decisions: list[bool], apart: set[int], used: Used
+    root: nn.Module, spec: Spec, decisions: list[bool], context: _Context
 ) -> fx.Graph | None:
     """One path, with these decisions and True for further ones; None if the model raises there."""
-    tracer = _Tracer(spec, decisions, apart - {id(root)}, used)
+    tracer = _Tracer(root, spec, decisions, context)
     before = _random_state()
-    problem: BaseException | None = None
+    problem: Exception | None = None
     graph = None
     try:
         with torch.no_grad(), _Watch(tracer):
             graph = tracer.trace(root)
-    except _Apart:
-        raise
-    except _Endless:
-        raise _Opaque(f"it asks for more than {MOST_DECISIONS} decisions on values") from None
+    except _Endless as error:
+        raise _Opaque(str(error)) from None
     except Exception as error:
-        if tracer.taken and _is_of_model(error):
+        if tracer.taken and not tracer.limits and _is_of_model(error):
             return None
         problem = error
-    if tracer.failed is not None and tracer.failed is not root:  # also if the model caught it
+    if tracer.failed is not None:  # also if the model has caught it
         raise _Apart(tracer.failed)
-    if problem is not None:
-        raise _Opaque(f"its forward cannot be followed: {_place(problem)}")
+    if problem is not None or tracer.limits:
+        why = tracer.limits[0] if tracer.limits else _place(problem)
+        raise _Opaque(f"its forward cannot be followed: {why}")
     if _random_state() != before:
         raise _Opaque("it draws random numbers, on which its path may depend")
+    assert graph is not None
+    _add_kept(root, tracer, graph)
     return graph
 
 
@@ -292,17 +295,35 @@ def _is_of_model(error: Exception) -> bool:
     )
 
 
-def _place(error: BaseException) -> str:
+def _place(error: BaseException | None) -> str:
     """The message in one line, and the last line of the model that led to it."""
     text = " ".join(str(error).split())[:100] or type(error).__name__
     last = None
-    traceback = error.__traceback__
+    traceback = None if error is None else error.__traceback__
     while traceback is not None:
         code = traceback.tb_frame.f_code
         if not code.co_filename.startswith((_TORCH, _HERE)):
             last = f"{os.path.basename(code.co_filename)}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
     return f"{text} ({last})" if last else text
+
+
+def _add_kept(root: nn.Module, tracer: _Tracer, graph: fx.Graph) -> None:
+    """Let attributes that a forward has set be users of what they hold."""
+    for module in root.modules():
+        for name, value in vars(module).items():
+            if name not in ("_modules", "_parameters", "_buffers"):
+                for proxy in _proxies_in(value):
+                    if proxy.tracer is tracer:
+                        graph.call_method(f"the attribute '{name}' of a module", (proxy.node,))
+
+
+def _proxies_in(value: Any) -> Iterator[fx.Proxy]:
+    if isinstance(value, fx.Proxy):
+        yield value
+    elif isinstance(value, (list, tuple, set, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _proxies_in(item)
 
 
 class _Watch(TorchFunctionMode):
@@ -315,11 +336,11 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name == "__bool__" and type(args[0]) is not _Proxy:
+        if name == "__bool__":
             return self._tracer.decide()  # of a buffer, or of random numbers
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
-        used = self._tracer.used
+        used = self._tracer.context.used
         into = used.metadata if name in METADATA else used.values
         into.update(id(t) for t in tensors_in([args, kwargs]))
         return func(*args, **kwargs)
@@ -330,15 +351,28 @@ class _Proxy(fx.Proxy):
 
     _is_param = False
     _is_tensor: bool | None = None
+    tracer: _Tracer
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # which isinstance asks for
         if not _asked_by_a_model(sys._getframe(1)):
             return type(self)
         if self._is_tensor is None:
-            tracer: Any = self.tracer
-            self.__dict__["_is_tensor"] = tracer.decide()
+            self.__dict__["_is_tensor"] = self.tracer.decide()
         return Tensor if self._is_tensor else type(self)
+
+    # Noted, since a model may catch the exception, and take a path that it takes in no run.
+    def __len__(self) -> NoReturn:
+        self.tracer.limit("it asks for the length of a tensor")
+
+    def __int__(self) -> NoReturn:
+        self.tracer.limit("it makes a number of a tensor or a size")
+
+    def __index__(self) -> NoReturn:
+        self.tracer.limit("it counts up to a tensor or a size")
+
+    def __float__(self) -> NoReturn:
+        self.tracer.limit("it makes a number of a tensor or a size")
 
 
 def _asked_by_a_model(frame: Any) -> bool:
@@ -365,65 +399,86 @@ class _Tracer(fx.Tracer):
     ----------
     decisions : list of bool
         Answers to the questions for truth values; those that are missing are added.
+    taken : int
+        How many have been asked.
     failed : Module or None
-        The innermost module that an exception left.
+        The innermost module below the root that an exception left.
+    limits : list of str
+        What was asked of a placeholder that it has not got, in the root.
     """
 
-    def __init__(self, spec: Spec, decisions: list[bool], apart: set[int], used: Used) -> None:
+    def __init__(
+        self, root: nn.Module, spec: Spec, decisions: list[bool], context: _Context
+    ) -> None:
         super().__init__()
-        self.spec, self.decisions, self.apart, self.used = spec, decisions, apart, used
+        self.spec, self.decisions, self.context = spec, decisions, context
         self.taken = 0
         self.failed: nn.Module | None = None
+        self.limits: list[str] = []
+        self._root = root
         self._stack: list[nn.Module] = []
 
     def decide(self) -> bool:
         """The answer to the next question."""
-        if self._stack:
-            raise _Apart(self._stack[-1])
+        self._only_in_root()
         if self.taken == len(self.decisions):
             if self.taken >= MOST_DECISIONS:
-                raise _Endless
+                raise _Endless(f"it asks for more than {MOST_DECISIONS} decisions on values")
             self.decisions.append(True)
         self.taken += 1
         return self.decisions[self.taken - 1]
 
+    def limit(self, what: str) -> NoReturn:
+        """Note that a placeholder was asked for something that it has not got, and raise."""
+        self._only_in_root()
+        frame = sys._getframe(2)
+        place = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+        self.limits.append(f"{what} ({place})")
+        raise TypeError(what)
+
+    def _only_in_root(self) -> None:
+        if len(self._stack) > 1:
+            inner = self._stack[-1]
+            if inner is self._root:
+                raise _Endless("it calls itself")
+            raise _Apart(inner)
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         return self.decide()
+
+    def iter(self, obj: fx.Proxy) -> NoReturn:
+        self.limit("it loops over a tensor or a shape")
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if unwrapped(m) is not m:
-            return False
-        if id(m) in self.apart or is_linear(m) or is_norm(m):
-            return True
-        if isinstance(m, torch.jit.ScriptModule):
-            return True
-        return super().is_leaf_module(m, module_qualified_name)
+        return m is not self._root and self.context.is_leaf(m)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         inside = unwrapped(m)
-        if inside is not m:  # data parallelism, or compiled
+        if inside is not m:
             return inside(*args, **kwargs)
-        leaf = self.is_leaf_module(m, "")
-        if not leaf:
-            self._stack.append(m)
+        if self.is_leaf_module(m, ""):
+            result = super().call_module(m, forward, args, kwargs)
+            if isinstance(result, _Proxy) and self.context.returns_a_tensor(m):
+                result.__dict__["_is_tensor"] = True
+            return result
+        self._stack.append(m)
         try:
             return super().call_module(m, forward, args, kwargs)
-        except BaseException:
-            if self.failed is None:
-                self.failed = self._stack[-1] if self._stack else None
+        except Exception:
+            if self.failed is None and m is not self._root:
+                self.failed = m
             raise
         finally:
-            if not leaf:
-                self._stack.pop()
+            self._stack.pop()
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
         if isinstance(a, Tensor):
-            self.used.values.add(id(a))
+            self.context.used.values.add(id(a))
         return super().create_arg(a)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
@@ -435,8 +490,10 @@ class _Tracer(fx.Tracer):
         root: Any = self.root
 
         def run() -> Any:
+            self._stack.append(root)  # for questions that concern its arguments
             args, kwargs = self._arguments(root)
-            return root.forward(*args, **kwargs)
+            self._stack.pop()
+            return root(*args, **kwargs)
 
         return run, []
 

@@ -114,7 +114,7 @@ def _wide(t: Tensor) -> Tensor:
 # ---- each pair ----------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Folding:
     """A group that was folded: what was there, and what came of it.
 
@@ -131,6 +131,10 @@ class Folding:
         Of each channel, the largest seen.
     overflows
         Whether its output was not finite where the original's was.
+    calls
+        How many were compared.
+    share
+        Largest error of a channel over its bound.
     """
 
     group: Group
@@ -144,30 +148,45 @@ class Folding:
     input: Any = 0.0
     overflows: bool = False
     calls: int = 0
+    share: float = 0.0
 
-    def record(self, dtype: torch.dtype, original: dict[str, Any]) -> FoldedLayer:
-        """As a line of the report."""
-        given = original[self.group.layer].weight.dtype
-        bound = self._bound(dtype, given, [original[n] for n in self.group.stages])
+    def problem(self) -> str:
+        """Why the layer must not be folded, by what was seen; "" if it may."""
+        if not self.calls:
+            return "it could not be compared"
+        if self.overflows:
+            return "its output overflows"
+        if self.share > 1:
+            return (
+                f"its error is {self.share:.3g} times the bound: the model may compute in coarser "
+                "arithmetic than its types, by autocast for example"
+            )
+        return ""
+
+    def record(self, original: dict[str, Any]) -> FoldedLayer:
+        """As a line of the report; `original` are the modules of the original model."""
+        stages = [original[name] for name in self.group.stages]
+        bound = self._bound(original[self.group.layer].weight.dtype, stages)
         error = np.asarray(self.error)
         with np.errstate(invalid="ignore", divide="ignore"):
-            shares = np.where(error > 0, error / bound, 0.0)
-        worst = max(float(t.detach().abs().max()) for t in (self.layer.weight, self.layer.bias))
+            self.share = float(np.where(error > 0, error / bound, 0.0).max(initial=0.0))
         largest = float(error.max(initial=0.0))
+        weights = (self.layer.weight, self.layer.bias)
         return FoldedLayer(
             self.group.layer,
             self.group.before,
             self.group.after,
             self.new_bias,
-            worst,
+            max(float(t.detach().abs().max()) for t in weights if t.numel()),
             largest,
             largest / self.output if self.output else 0.0,
             float(bound.max(initial=0.0)),
-            float(shares.max(initial=0.0)),
+            self.share,
         )
 
-    def _bound(self, dtype: torch.dtype, given: torch.dtype, stages: list[Any]) -> Any:
+    def _bound(self, given: torch.dtype, stages: list[Any]) -> Any:
         """Of the error of each channel, on inputs no larger than those that were seen."""
+        dtype = self.layer.weight.dtype
         double = torch.float64 in (dtype, given) and torch.float32 not in (dtype, given)
         steps = "float64" if double else "float32"
         if (narrow := _type_of_steps(stages)) is not None:
