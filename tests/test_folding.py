@@ -500,6 +500,32 @@ def test_difference_bounds_a_batch_norm_before_and_a_narrower_type(data):
     assert abs(Fraction(float(original)) - Fraction(float(folded))) <= Fraction(float(bound[0]))
 
 
+@given(data=st.data())
+def test_difference_bounds_branches_that_are_added(data):
+    dtype = data.draw(st.sampled_from(_types()))
+    sums = np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)
+    n, branches = data.draw(st.integers(1, 6)), data.draw(st.integers(2, 3))
+    draw = lambda count: np.array(data.draw(st.lists(_VALUES, min_size=count, max_size=count)))  # noqa: E731
+    x, eps = draw(n).astype(dtype), 2.0**-10
+    layers, norms, outputs = [], [], []
+    for _ in range(branches):
+        w, (b, mean, gamma, beta) = draw(n).astype(dtype), draw(4).astype(dtype)
+        var = dtype.type(abs(draw(1)[0]) + 0.0625)
+        z = _dot(w, x, b, range(n), dtype, sums)
+        outputs.append(_one_by_one(z, mean, var, gamma, beta, eps, 0, dtype, sums))
+        layers.append(Linear(w[None], np.array([b])))
+        norms.append(Affine.of([mean], [var], [gamma], [beta], eps=eps))
+    original = _in_order(outputs, data.draw(st.permutations(range(branches))), dtype)
+    folded = [layer.then(norm) for layer, norm in zip(layers, norms, strict=True)]
+    once = sum(folded[1:], start=folded[0]).rounded(dtype)
+    found = _dot(once.weight[0], x, once.bias[0], range(n), dtype, sums)
+    bound = sum(
+        layer.difference(norm, abs(x.astype(float)), dtype, sums=sums, additions=branches - 1)[0]
+        for layer, norm in zip(layers, norms, strict=True)
+    )
+    assert abs(Fraction(float(original)) - Fraction(float(found))) <= Fraction(float(bound))
+
+
 @pytest.mark.parametrize("n", [10, 1000])
 def test_difference_is_reached_within_a_factor_of_two(n):
     # Next to 1, the small terms are lost one by one. Times 1.5 they are more than half of a unit in

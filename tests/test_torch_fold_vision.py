@@ -127,7 +127,7 @@ def test_norm_before_a_convolution_that_pads_is_refused():
 
 def test_convolutions_that_standardize_their_weights_are_refused():
     model = filled(nn.Sequential(std_conv.StdConv2d(3, 4, 3), nn.BatchNorm2d(4)))
-    assert "StdConv2d is a subclass" in folds(model, images())[1].refused["1"]
+    assert "StdConv2d is a subclass of Conv2d" in folds(model, images())[1].refused["1"]
 
 
 # Name to batch norms that are folded, refused and left.

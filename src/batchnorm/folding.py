@@ -351,6 +351,8 @@ class Linear:
         sums: DTypeLike | None = None,
         steps: DTypeLike | None = None,
         original: DTypeLike | None = None,
+        additions: int = 0,
+        products: int | None = None,
     ) -> Float64:
         """Bound of how much folding changes the output, by rounding.
 
@@ -371,6 +373,11 @@ class Linear:
         original
             Type of the layers that were folded, if it is another than `dtype`: their input is then
             rounded to `dtype`.
+        additions
+            Number of other branches that are added to this one and folded into the same layer. The
+            sum of the bounds of all is then that of the sum.
+        products
+            Number of products in an output of that layer; None for those of this one.
 
         Returns
         -------
@@ -411,11 +418,12 @@ class Linear:
             unfolded = (
                 (1 + _gamma(n + 1, summed[0]))
                 * (1 + _gamma(_PER_NORM * norms, step[0]))
-                * (1 + given[0]) ** (1 + norms)
+                * (1 + given[0]) ** (1 + norms + additions)
             )
-            in_float64 = _PER_FOLD * norms + 2 + (n if first.norms else 0)
+            in_float64 = _PER_FOLD * norms + 2 + additions + (n if first.norms else 0)
+            terms = n if products is None else products
             folded = (
-                (1 + _gamma(n + 1, summed[0]))
+                (1 + _gamma(terms + 1, summed[0]))
                 * (1 + _gamma(in_float64, 2.0**-53))
                 * (1 + stored[0]) ** (2 + (stored != given))
             )
@@ -424,7 +432,7 @@ class Linear:
             inputs = scale * total(abs(first.scale))
             ones = np.ones_like(split) * _along(bounds, self.groups, 2, rank)
             lost = (
-                (1 + scale) * (n * summed[1] + given[1])
+                (1 + scale) * (max(n, terms) * summed[1] + given[1])
                 + scale * total(np.ones(self.inputs)) * given[1]
                 + stored[1] * (2 + _over_inputs(ones) + inputs)
             )

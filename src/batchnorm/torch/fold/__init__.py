@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import copy
 import sys
-from functools import reduce
+
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
-from ...folding import Affine
+
 from ..internals import has_global_hooks
 from ..population.layers import check_values, unwrapped
 from ..population.state import RngState
+from .branches import become_sequential
 from .calls import record
-from .layers import absorb, affine_of, linear_of, release, short, zero_padded
-from .pairs import Group, Plan, make_plan, of_layer
+from .foldings import Folding
+from .groups import Group, Plan
+from .layers import absorb, release, short
+from .pairs import make_plan, of_layer
 from .paths import explore
 from .report import FoldedLayer, FoldError, FoldReport
-from .verify import Examples, Folding, compare_outputs, compare_pairs
+from .verify import Examples, compare_groups, compare_outputs
 
 __all__ = ["FoldError", "FoldReport", "FoldedLayer", "fold"]
 
@@ -96,7 +99,8 @@ def fold(
     model = _checked(model, dtype, tol)
     rng = RngState()
     try:
-        report, folded = _folded(model, Examples(example_inputs), dtype)
+        with torch.inference_mode(False):  # the copies must be able to train
+            report, folded = _folded(model, Examples(example_inputs), dtype)
     finally:
         rng.restore()
     if strict:
@@ -162,16 +166,15 @@ def _folded(
     report = FoldReport(refused=plan.refused, alone=plan.alone)
     while True:
         result = copied(model)
-        foldings = _apply(result, plan, dtype)
-        original = copied(model)
-        outputs = compare_pairs(original, examples, foldings, dtype)
-        modules = dict(original.named_modules())
-        report.pairs = [folding.record(modules) for folding in foldings]
-        problems = {f: why for f in foldings if (why := f.problem())}
+        foldings, problems = _apply(result, plan, dtype)
+        if not problems:
+            outputs = compare_groups(copied(model), examples, foldings, dtype)
+            report.pairs = [folding.record() for folding in foldings]
+            problems = [(f.group, f.problem()) for f in foldings if f.problem()]
         if not problems:
             break
-        for folding, why in problems.items():
-            _refuse(plan, folding.group, f"folded into '{folding.group.layer}', {why}")
+        for group, why in problems:
+            _refuse(plan, group, why)
     report.dtype = ", ".join(sorted({short(f.layer.weight.dtype) for f in foldings}))
     got = examples.run(copied(result), dtype)
     report.error, report.relative_error = compare_outputs(outputs, got)
@@ -192,42 +195,40 @@ def _in_float64(model: nn.Module, examples: Examples) -> list[Any] | None:
         return None
 
 
-def _apply(result: nn.Module, plan: Plan, dtype: torch.dtype | None) -> list[Folding]:
-    """Fold what is planned; what overflows is moved to what is refused."""
+def _apply(
+    result: nn.Module, plan: Plan, dtype: torch.dtype | None
+) -> tuple[list[Folding], list[tuple[Group, str]]]:
+    """Fold what is planned; also returns what does not fit, and why."""
     foldings = []
     for group in plan.groups:
-        layer: Any = result.get_submodule(group.layer)
-        norms = [
-            [affine_of(result.get_submodule(name)) for name in names]
-            for names in (group.before, group.after)
-        ]
-        before, after = (reduce(Affine.then, affines) if affines else None for affines in norms)
-        with torch.no_grad():
-            linear = linear_of(layer)
-        foldings.append(Folding(group, linear, before, after, layer, layer.bias is None))
+        foldings.append(Folding(group, result.get_submodule(group.layer)))
+        foldings[-1].read(result)
     if dtype is not None:
         result.to(dtype)
-    done = []
+    problems = []
     for folding in foldings:
-        folded = folding.linear
-        if folding.before is not None:
-            folded = folded.after(folding.before, padded=zero_padded(folding.layer))
-        if folding.after is not None:
-            folded = folded.then(folding.after)
+        group, layer = folding.group, folding.layer
         try:
-            absorb(folding.layer, folded, dtype or folding.layer.weight.dtype)
+            absorb(layer, folding.folded(), dtype or layer.weight.dtype)
         except ArgumentError as error:
-            _refuse(plan, folding.group, of_layer(folding.group.layer, str(error)))
+            problems.append((group, of_layer(group.layer, str(error))))
             continue
-        for name in (*folding.group.before, *folding.group.after):
+        for name in group.norms:
             release(result.get_submodule(name))
-        done.append(folding)
-    return done
+    for group in plan.groups:
+        if group.beside and not problems:
+            become_sequential(result, group.block, [group.call, *group.chain])
+    return foldings, problems
 
 
 def _refuse(plan: Plan, group: Group, why: str) -> None:
+    """Take a group out of the plan; branches that do not fit together are folded one by one."""
     plan.groups.remove(group)
-    plan.refused.update(dict.fromkeys((*group.before, *group.after), why))
+    apart = [Group(b.layer, b.before, b.after) for b in group.branches if b.before or b.after]
+    apart = [each for each in apart if each.layer] if group.beside else []
+    plan.groups += apart
+    left = set(group.norms) - {norm for each in apart for norm in each.norms}
+    plan.refused.update((norm, why) for norm in group.norms if norm in left)
 
 
 def _check_report(report: FoldReport, tol: float | None) -> None:

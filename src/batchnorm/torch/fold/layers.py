@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "absorb",
     "activation_of",
     "affine_of",
+    "geometry_of",
     "is_linear",
     "is_norm",
     "is_transparent",
@@ -88,7 +89,7 @@ def reason_of_linear(module: Any) -> str:
     """Why nothing may be folded into this layer; "" if something may."""
     kind = _kind(module)
     if kind not in _EXACT and _named(kind) not in _PADDING:
-        return f"{kind.__name__} is a subclass, which may compute something else"
+        return _unknown(kind)
     reason = _reason_of_module(module, (WeightNorm, SpectralNorm))
     if reason:
         return reason
@@ -103,7 +104,7 @@ def reason_of_norm(module: Any) -> str:
     """Why this batch norm cannot be folded; "" if it can."""
     kind = _kind(module)
     if not is_built_in(kind):
-        return f"{kind.__name__} is a subclass, which may compute something else"
+        return _unknown(kind)
     reason = _reason_of_module(module, ())
     if reason:
         return reason
@@ -122,6 +123,12 @@ def reason_of_norm(module: Any) -> str:
     except ArgumentError as error:
         return str(error)
     return ""
+
+
+def _unknown(kind: type) -> str:
+    base = kind.__bases__[0]
+    what = f"a subclass of {base.__name__}" if base is not nn.Module else "an unknown class"
+    return f"{kind.__name__} is {what}, which may compute something else"
 
 
 def _describe(t: Tensor) -> str:
@@ -280,3 +287,67 @@ def release(module: nn.Module) -> None:
     module.__dict__.clear()
     module.__dict__.update(after.__dict__)
     module.training = training
+
+
+# ---- geometry -----------------------------------------------------------------------------------
+
+
+class Geometry(NamedTuple):
+    """Where a layer takes its input from; a linear layer is a convolution of no axes."""
+
+    kind: type
+    inputs: int
+    outputs: int
+    groups: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[float, ...]
+    mode: str
+
+    def is_centred(self) -> bool:
+        """Whether the middle of the kernel lies on the value at the place of the output."""
+        middle = tuple(d * (k - 1) / 2 for k, d in zip(self.kernel, self.dilation, strict=True))
+        odd = all(k % 2 for k in self.kernel)
+        return self._is_plain() and odd and set(self.stride) <= {1} and self.padding == middle
+
+    def lies_within(self, other: Geometry) -> bool:
+        """Whether this is the other layer with a kernel that is smaller, or as large."""
+        same = (self.kind, self.inputs, self.outputs, self.groups, self.stride)
+        if same != (other.kind, other.inputs, other.outputs, other.groups, other.stride):
+            return False
+        if not self._is_plain() or (any(self.padding) and self.mode != other.mode):
+            return False
+        axes = zip(
+            self.kernel, other.kernel, self.dilation, other.dilation, self.padding, other.padding,
+            strict=True,
+        )  # fmt: skip
+        return all(
+            large >= small
+            and (large - small) % 2 == 0
+            and (small == 1 or gap == wide)
+            and pads - pad == wide * (large - small) / 2
+            for small, large, gap, wide, pad, pads in axes
+        )
+
+    def _is_plain(self) -> bool:
+        return self.kind in _EXACT[:4]  # not transposed, and no padding of its own
+
+
+def geometry_of(module: Any) -> Geometry:
+    """The geometry of a linear layer or convolution."""
+    kind = _kind(module)
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        none: tuple[int, ...] = ()
+        return Geometry(
+            kind, module.in_features, module.out_features, 1, none, none, none, none, "zeros"
+        )
+    kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
+    padding = module.padding
+    if isinstance(padding, str):
+        factor = 0.5 if padding == "same" else 0.0
+        padding = [factor * d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    return Geometry(
+        kind, module.in_channels, module.out_channels, module.groups, kernel,
+        tuple(module.stride), dilation, tuple(map(float, padding)), module.padding_mode,
+    )  # fmt: skip

@@ -7,13 +7,15 @@ else, and every input of the second comes from the first.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from .branches import find_sums
 from .calls import Call
+from .groups import Group, Plan
 from .layers import (
     activation_of,
     affine_of,
@@ -27,40 +29,7 @@ from .layers import (
 from .paths import METADATA, Paths, is_torchs
 from .reach import may_take_apart
 
-__all__ = ["Group", "Plan", "make_plan", "of_layer"]
-
-
-@dataclass
-class Group:
-    """A linear layer, and the batch norms to fold into it, in the order in which they run."""
-
-    layer: str
-    before: list[str] = field(default_factory=list)
-    after: list[str] = field(default_factory=list)
-
-    @property
-    def stages(self) -> list[str]:
-        """All layers, in the order in which they run."""
-        return [*self.before, self.layer, *self.after]
-
-
-@dataclass
-class Plan:
-    """What is to be done with each batch norm of a model, by name.
-
-    Attributes
-    ----------
-    groups : list of Group
-        What is folded.
-    refused : dict of str to str
-        Batch norms next to a linear layer that are not folded, and why.
-    alone : dict of str to str
-        Batch norms that no linear layer is next to, and what is.
-    """
-
-    groups: list[Group] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-    alone: dict[str, str] = field(default_factory=dict)
+__all__ = ["make_plan", "of_layer"]
 
 
 def make_plan(model: nn.Module, paths: Paths, calls: Call) -> Plan:
@@ -107,6 +76,15 @@ def make_plan(model: nn.Module, paths: Paths, calls: Call) -> Plan:
             ):
                 break
             first = norm
+
+    def reason(name: str) -> str:
+        return "it is folded elsewhere" if name in taken else reasons.of(name)
+
+    for group in list(find_sums(model, paths, calls, groups, reason)):
+        for branch in group.beside:
+            groups.pop(branch.layer, None)
+        groups[group.layer] = group
+        taken.update(group.norms)
 
     plan = Plan([groups[layer] for layer in layers if layer in groups])
     for name, module in modules.items():

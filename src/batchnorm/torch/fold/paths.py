@@ -31,7 +31,7 @@ from ..population.layers import unwrapped
 from .calls import TENSOR, Call, Spec
 from .layers import is_linear, is_norm
 
-__all__ = ["METADATA", "Paths", "Used", "explore", "is_torchs"]
+__all__ = ["METADATA", "Context", "Paths", "Used", "explore", "is_torchs", "only_path"]
 
 #: Paths of one module that are followed.
 MOST_PATHS = 256
@@ -91,7 +91,7 @@ def explore(model: nn.Module, calls: Call) -> Paths:
     calls
         A run of the model on examples: what its modules were called with.
     """
-    context = _Context(model, calls)
+    context = Context(model, calls)
     found = Paths(used=context.used)
     queue = [model]
     seen: set[int] = set()
@@ -116,7 +116,19 @@ def explore(model: nn.Module, calls: Call) -> Paths:
     return found
 
 
-class _Context:
+def only_path(module: nn.Module, context: Context, apart: set[int]) -> fx.Graph | None:
+    """The path through a module, with the modules in `apart` as calls; None unless there is one."""
+    before, context.apart = context.apart, apart
+    try:
+        graphs = _graphs(module, context)
+    except (_Opaque, _Apart):
+        return None
+    finally:
+        context.apart = before
+    return graphs[0] if len(graphs) == 1 else None
+
+
+class Context:
     """What is known of a model before a module of it is followed.
 
     Attributes
@@ -190,7 +202,7 @@ class _Endless(BaseException):
     """Raised where a path has no end in sight."""
 
 
-def _graphs(root: nn.Module, context: _Context) -> list[fx.Graph]:
+def _graphs(root: nn.Module, context: Context) -> list[fx.Graph]:
     """All paths of a module, with targets of calls by their names in the model."""
     name = context.names[id(root)]
     if name not in context.specs:
@@ -224,7 +236,7 @@ def _graphs(root: nn.Module, context: _Context) -> list[fx.Graph]:
     return found
 
 
-def _paths(root: nn.Module, spec: Spec, context: _Context) -> list[fx.Graph]:
+def _paths(root: nn.Module, spec: Spec, context: Context) -> list[fx.Graph]:
     """Each path of a module that is called with `spec`."""
     found: list[fx.Graph] = []
     decisions: list[bool] = []
@@ -245,7 +257,7 @@ def _paths(root: nn.Module, spec: Spec, context: _Context) -> list[fx.Graph]:
 
 
 def _follow(
-    root: nn.Module, spec: Spec, decisions: list[bool], context: _Context
+    root: nn.Module, spec: Spec, decisions: list[bool], context: Context
 ) -> fx.Graph | None:
     """One path, with these decisions and True for further ones; None if the model raises there."""
     tracer = _Tracer(root, spec, decisions, context)
@@ -408,7 +420,7 @@ class _Tracer(fx.Tracer):
     """
 
     def __init__(
-        self, root: nn.Module, spec: Spec, decisions: list[bool], context: _Context
+        self, root: nn.Module, spec: Spec, decisions: list[bool], context: Context
     ) -> None:
         super().__init__()
         self.spec, self.decisions, self.context = spec, decisions, context

@@ -21,6 +21,9 @@ class FoldedLayer:
     layer : str
     before, after : list of str
         The batch norms that ran before and after it, in their order.
+    beside, merged : list of str
+        Batch norms and layers of other branches that it has taken in: their outputs were added to its
+        own.
     new_bias : bool
         Whether it had no bias: a model that is built with ``bias=False`` cannot load its state.
     largest_weight : float
@@ -38,12 +41,19 @@ class FoldedLayer:
     layer: str
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
     new_bias: bool = False
     largest_weight: float = 0.0
     error: float = 0.0
     relative_error: float = 0.0
     bound: float = 0.0
     share: float = 0.0
+
+    @property
+    def norms(self) -> list[str]:
+        """All batch norms that it has taken in."""
+        return [*self.before, *self.after, *self.beside]
 
 
 @dataclass
@@ -81,7 +91,7 @@ class FoldReport:
     @property
     def folded(self) -> dict[str, str]:
         """For each batch norm that was folded: the layer that took it in."""
-        return {norm: pair.layer for pair in self.pairs for norm in (*pair.before, *pair.after)}
+        return {norm: pair.layer for pair in self.pairs for norm in pair.norms}
 
     @property
     def share(self) -> float:
@@ -117,7 +127,7 @@ class FoldReport:
         rows = [
             (norm, f"into '{p.layer}': error {p.error:.2g}, bound {p.bound:.2g}")
             for p in self.pairs
-            for norm in (*p.before, *p.after)
+            for norm in p.norms
         ]
         rows += [(name, f"refused: {why}") for name, why in self.refused.items()]
         rows += [(name, f"left: {why}") for name, why in self.alone.items()]

@@ -7,25 +7,21 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
-from ...folding import Affine, Linear
 from .. import functional
-from ..adapters import FrozenLayer
 from ..diagnose.records import eagerly
 from ..population.batches import copy_of, tensors_in
 from ..population.state import RngState
-from .layers import activation_of, short
-from .pairs import Group
-from .report import FoldedLayer
+from .foldings import Folding, wide
+from .layers import activation_of
 
-__all__ = ["Examples", "Folding", "compare_outputs", "compare_pairs"]
+__all__ = ["Examples", "compare_groups", "compare_outputs"]
 
 
 class Examples:
@@ -105,139 +101,11 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _wide(t: Tensor) -> Tensor:
-    """In float64, which some devices do not have."""
-    t = t.detach()
-    return (t.cpu() if t.device.type == "mps" else t).double()
+
+# ---- each group ---------------------------------------------------------------------------------
 
 
-# ---- each pair ----------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Folding:
-    """A group that was folded: what was there, and what came of it.
-
-    Attributes
-    ----------
-    group
-    linear, before, after
-        What the original layers compute.
-    layer
-        The folded layer.
-    new_bias
-        Whether it had none.
-    error, output, input
-        Of each channel, the largest seen.
-    overflows
-        Whether its output was not finite where the original's was.
-    calls
-        How many were compared.
-    share
-        Largest error of a channel over its bound.
-    """
-
-    group: Group
-    linear: Linear
-    before: Affine | None
-    after: Affine | None
-    layer: Any
-    new_bias: bool
-    error: Any = 0.0
-    output: float = 0.0
-    input: Any = 0.0
-    overflows: bool = False
-    calls: int = 0
-    share: float = 0.0
-
-    def problem(self) -> str:
-        """Why the layer must not be folded, by what was seen; "" if it may."""
-        if not self.calls:
-            return "it could not be compared"
-        if self.overflows:
-            return "its output overflows"
-        if self.share > 1:
-            return (
-                f"its error is {self.share:.3g} times the bound: the model may compute in coarser "
-                "arithmetic than its types, by autocast for example"
-            )
-        return ""
-
-    def record(self, original: dict[str, Any]) -> FoldedLayer:
-        """As a line of the report; `original` are the modules of the original model."""
-        stages = [original[name] for name in self.group.stages]
-        bound = self._bound(original[self.group.layer].weight.dtype, stages)
-        error = np.asarray(self.error)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            self.share = float(np.where(error > 0, error / bound, 0.0).max(initial=0.0))
-        largest = float(error.max(initial=0.0))
-        weights = (self.layer.weight, self.layer.bias)
-        return FoldedLayer(
-            self.group.layer,
-            self.group.before,
-            self.group.after,
-            self.new_bias,
-            max(float(t.detach().abs().max()) for t in weights if t.numel()),
-            largest,
-            largest / self.output if self.output else 0.0,
-            float(bound.max(initial=0.0)),
-            self.share,
-        )
-
-    def _bound(self, given: torch.dtype, stages: list[Any]) -> Any:
-        """Of the error of each channel, on inputs no larger than those that were seen."""
-        dtype = self.layer.weight.dtype
-        double = torch.float64 in (dtype, given) and torch.float32 not in (dtype, given)
-        steps = "float64" if double else "float32"
-        if (narrow := _type_of_steps(stages)) is not None:
-            if narrow == "float16" and _has_subnormal_variance(stages):
-                return np.full(self.linear.outputs, math.inf)
-            steps = narrow
-        return self.linear.difference(
-            self.after,
-            self.input,
-            short(dtype),
-            before=self.before,
-            sums="float64" if double and dtype == given else "float32",
-            steps=steps,
-            original=short(given),
-        )
-
-
-def _type_of_steps(stages: list[Any]) -> str | None:
-    """The type in which a batch norm computes, if it is a narrow one: torch's computes in float32.
-
-    Constant layers of torchvision and timm compute with tensors of the type of their buffers.
-    """
-    found = [
-        short(stage.running_var.dtype)
-        for stage in stages
-        if hasattr(stage, "running_var")
-        and not isinstance(stage, (nn.modules.batchnorm._BatchNorm, FrozenLayer))
-        and stage.running_var.dtype.itemsize < 4
-    ]
-    return "bfloat16" if "bfloat16" in found else found[0] if found else None
-
-
-def _has_subnormal_variance(stages: list[Any]) -> bool:
-    tiny = torch.finfo(torch.float16).tiny
-    return any(
-        float(stage.running_var.min()) + stage.eps < tiny
-        for stage in stages
-        if hasattr(stage, "running_var") and stage.running_var.numel()
-    )
-
-
-@dataclass
-class _Passing:
-    """A tensor on its way through the layers of a group."""
-
-    input: Tensor
-    output: Tensor  # of the last layer; kept, so that no other tensor gets its address
-    extra: tuple[tuple[Any, ...], dict[str, Any]] = field(default_factory=lambda: ((), {}))
-
-
-def compare_pairs(
+def compare_groups(
     model: nn.Module, examples: Examples, foldings: list[Folding], dtype: torch.dtype | None
 ) -> list[Any]:
     """Run the original model, and each folded layer beside the layers that it replaces.
@@ -249,61 +117,85 @@ def compare_pairs(
     """
     with ExitStack() as hooks:
         for folding in foldings:
-            passing: dict[int, _Passing] = {}
-            for name in folding.group.stages:
+            watch = _Sum(model, folding, dtype) if folding.group.beside else _Chain(folding, dtype)
+            for name, hook in watch.hooks().items():
                 module = model.get_submodule(name)
-                hook = partial(_see, folding, name, passing, dtype)
                 hooks.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         return examples.run(model)
 
 
-def _see(
-    folding: Folding,
-    name: str,
-    passing: dict[int, _Passing],
-    dtype: torch.dtype | None,
-    module: nn.Module,
-    args: Any,
-    kwargs: Any,
-    output: Any,
-) -> None:
-    stages = folding.group.stages
-    x = args[0] if args else kwargs["input"]
-    state = _Passing(x, output) if name == stages[0] else passing.pop(x.data_ptr(), None)
-    if state is None or not x.numel():
-        return
-    state.output = output
-    if name == folding.group.layer:
-        state.extra = args[1:], {k: v for k, v in kwargs.items() if args or k != "input"}
-    if name != stages[-1]:
-        passing[output.data_ptr()] = state
-        return
-    expected = output
-    if name != folding.group.layer and activation_of(module) is not None:
-        expected = _without_activation(module, x)
-    given = state.input if dtype is None else state.input.to(dtype)
-    got = folding.layer(given, *state.extra[0], **state.extra[1])
-    _measure(folding, state.input, expected, got)
+@dataclass
+class _Passing:
+    """A tensor on its way through the layers of a group."""
+
+    input: Tensor
+    output: Tensor  # of the last layer; kept, so that no other tensor gets its address
+    extra: tuple[tuple[Any, ...], dict[str, Any]] = field(default_factory=lambda: ((), {}))
+
+
+class _Chain:
+    """Compares a layer with batch norms before and after it."""
+
+    def __init__(self, folding: Folding, dtype: torch.dtype | None) -> None:
+        self._folding, self._dtype = folding, dtype
+        self._passing: dict[int, _Passing] = {}
+
+    def hooks(self) -> dict[str, Any]:
+        return {name: partial(self._see, name) for name in self._folding.group.stages}
+
+    def _see(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        folding, stages = self._folding, self._folding.group.stages
+        x = args[0] if args else kwargs["input"]
+        first = name == stages[0]
+        state = _Passing(x, output) if first else self._passing.pop(x.data_ptr(), None)
+        if state is None or not x.numel():
+            return
+        state.output = output
+        if name == folding.group.layer:
+            state.extra = args[1:], {k: v for k, v in kwargs.items() if args or k != "input"}
+        if name != stages[-1]:
+            self._passing[output.data_ptr()] = state
+            return
+        expected = output
+        if name != folding.group.layer and activation_of(module) is not None:
+            expected = _without_activation(module, x)
+        given = state.input if self._dtype is None else state.input.to(self._dtype)
+        folding.add(state.input, expected, folding.layer(given, *state.extra[0], **state.extra[1]))
+
+
+class _Sum:
+    """Compares a layer with parallel branches that are added."""
+
+    def __init__(self, model: nn.Module, folding: Folding, dtype: torch.dtype | None) -> None:
+        self._folding, self._dtype = folding, dtype
+        self._last = [model.get_submodule(name) for name in folding.group.last]
+        self._outputs: list[Tensor] = []
+
+    def hooks(self) -> dict[str, Any]:
+        group = self._folding.group
+        calls = [group.call, *(branch.call for branch in group.beside if branch.call)]
+        return {**dict.fromkeys(calls, self._keep), group.block: self._compare}
+
+    def _keep(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> None:
+        self._outputs.append(output.clone())  # which may be added to in place
+
+    def _compare(self, _module: nn.Module, args: Any, _kwargs: Any, _output: Any) -> None:
+        (x,) = args
+        outputs, self._outputs = self._outputs, []
+        if not x.numel():
+            return
+        outputs += [x for branch in self._folding.group.beside if not branch.call]
+        expected = reduce(torch.add, outputs)
+        for norm in self._last:
+            expected = _without_activation(norm, expected)
+        given = x if self._dtype is None else x.to(self._dtype)
+        self._folding.add(x, expected, self._folding.layer(given))
 
 
 def _without_activation(norm: Any, x: Tensor) -> Tensor:
     return functional.batch_norm(
         x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
     )
-
-
-def _measure(folding: Folding, x: Tensor, expected: Tensor, got: Tensor) -> None:
-    """Add a call to what was seen."""
-    one, other = _wide(expected), _wide(got)
-    known = one.isfinite()
-    folding.overflows |= bool((known & ~other.isfinite()).any())
-    difference = torch.where(known & other.isfinite(), (one - other).abs(), 0.0)
-    others = [axis for axis in range(one.dim()) if axis != 1]
-    folding.error = np.maximum(folding.error, difference.amax(others).cpu().numpy())
-    folding.output = max(folding.output, float(torch.where(known, one.abs(), 0.0).max()))
-    largest = _wide(x).abs().amax([axis for axis in range(x.dim()) if axis != 1]).cpu().numpy()
-    folding.input = np.fmax(folding.input, largest)
-    folding.calls += 1
 
 
 # ---- the whole model ----------------------------------------------------------------------------
@@ -320,7 +212,7 @@ def compare_outputs(one: list[Any], other: list[Any]) -> tuple[float | None, flo
     for s, t in zip(a, b, strict=True):
         if not s.numel():
             continue
-        x, y = _wide(s), _wide(t)
+        x, y = wide(s), wide(t)
         same = (x == y) | (x.isnan() & y.isnan())  # also of infinities
         difference = torch.where(same, 0.0, (x - y).abs()).nan_to_num(math.inf, math.inf)
         error = max(error, float(difference.max()))
