@@ -290,7 +290,9 @@ class Doubled(nn.BatchNorm2d):
 
 def test_subclasses_of_norms_are_refused():
     model = filled(nn.Sequential(nn.Conv2d(3, 4, 3), Doubled(4)))
-    assert "Doubled is a subclass of BatchNorm2d, which may compute something else" in why(model, images())
+    assert "Doubled is a subclass of BatchNorm2d, which may compute something else" in why(
+        model, images()
+    )
 
 
 def test_scales_of_zero_and_below_are_folded():
@@ -450,7 +452,9 @@ def test_subclasses_of_layers_are_refused():
             return F.conv2d(x, w, self.bias)
 
     model = filled(nn.Sequential(Standardized(3, 4, 3), nn.BatchNorm2d(4)))
-    assert "Standardized is a subclass of Conv2d, which may compute something" in why(model, images())
+    assert "Standardized is a subclass of Conv2d, which may compute something" in why(
+        model, images()
+    )
 
 
 def test_weights_that_are_not_finite_are_refused():

@@ -51,9 +51,9 @@ def folds(model, x=None, **options):
     folded, report = fold(model, x, **options)
     assert report.share <= 1
     if not options:
-        torch.testing.assert_close(output(folded, x), output(model, x), rtol=1e-4, atol=1e-4)
-        other = images(x.shape[1], 12, seed=5)
-        torch.testing.assert_close(output(folded, other), output(model, other), rtol=1e-4, atol=1e-4)
+        for each in [*(x if isinstance(x, list) else [x]), images(size=12, seed=5)]:
+            one, two = output(model, each), output(folded, each)
+            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
     return folded, report
 
 
@@ -61,9 +61,7 @@ class Unit(nn.Module):
     def __init__(self, kernel, stride=1, groups=1, padding=None, **options):
         super().__init__()
         padding = kernel // 2 if padding is None else padding
-        self.conv = nn.Conv2d(
-            4, 4, kernel, stride, padding, groups=groups, bias=False, **options
-        )
+        self.conv = nn.Conv2d(4, 4, kernel, stride, padding, groups=groups, bias=False, **options)
         self.bn = nn.BatchNorm2d(4)
 
     def forward(self, x):

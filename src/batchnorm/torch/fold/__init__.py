@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import sys
-
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
-
 from ..internals import has_global_hooks
 from ..population.layers import check_values, unwrapped
 from ..population.state import RngState

@@ -29,8 +29,6 @@ class Folding:
     group : Group
     layer : Module
         The layer of the folded model.
-    norms, original
-        The batch norms of the group, and its layer, before anything was folded.
     error, output, input
         Of each channel, the largest seen.
     overflows : bool
@@ -53,7 +51,6 @@ class Folding:
     def read(self, model: nn.Module) -> None:
         """Take what is to be folded from the modules of a model."""
         group = self.group
-
         self._branches = [_Part.of(branch, model, self.layer) for branch in group.branches]
         self._last = _composed(model, group.last)
         self._given = self.layer.weight.dtype
@@ -121,6 +118,8 @@ class Folding:
         dtype, given = self.layer.weight.dtype, self._given
         double = torch.float64 in (dtype, given) and torch.float32 not in (dtype, given)
         main = self._branches[0].linear
+        if self._steps == _UNKNOWN:
+            return np.full(main.outputs, math.inf)
         products = math.prod(main.weight.shape[1:])
         total: Any = 0.0
         for number, part in enumerate(self._branches):
@@ -141,7 +140,7 @@ class Folding:
                 additions=len(self._branches) - 1,
                 products=None if main.transposed else products,
             )
-        return np.full_like(total, math.inf) if self._steps == _UNKNOWN else total
+        return total
 
 
 @dataclass(eq=False)
@@ -185,7 +184,8 @@ def _type_of_steps(norms: list[Any]) -> str:
     """The type in which batch norms compute, if it is a narrow one; "" if not.
 
     torch's compute in float32. Constant layers of torchvision and timm compute with tensors of the
-    type of their buffers; no bound is known if that is float16 and var + ε below its normal numbers.
+    type of their buffers; if that is float16 and var + ε below its normal numbers, no bound is
+    known.
     """
     found = [
         norm

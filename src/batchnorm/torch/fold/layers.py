@@ -343,10 +343,9 @@ def geometry_of(module: Any) -> Geometry:
             kind, module.in_features, module.out_features, 1, none, none, none, none, "zeros"
         )
     kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
-    padding = module.padding
-    if isinstance(padding, str):
-        factor = 0.5 if padding == "same" else 0.0
-        padding = [factor * d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    half = [d * (k - 1) / 2 for k, d in zip(kernel, dilation, strict=True)]
+    given = {"same": half, "valid": [0.0] * len(half)}
+    padding = given[module.padding] if isinstance(module.padding, str) else module.padding
     return Geometry(
         kind, module.in_channels, module.out_channels, module.groups, kernel,
         tuple(module.stride), dilation, tuple(map(float, padding)), module.padding_mode,

@@ -7,7 +7,6 @@ else, and every input of the second comes from the first.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-
 from typing import Any
 
 import torch

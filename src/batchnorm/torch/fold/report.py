@@ -22,8 +22,8 @@ class FoldedLayer:
     before, after : list of str
         The batch norms that ran before and after it, in their order.
     beside, merged : list of str
-        Batch norms and layers of other branches that it has taken in: their outputs were added to its
-        own.
+        Batch norms and layers of other branches that it has taken in, whose outputs were added to
+        its own.
     new_bias : bool
         Whether it had no bias: a model that is built with ``bias=False`` cannot load its state.
     largest_weight : float

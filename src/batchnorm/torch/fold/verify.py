@@ -101,7 +101,6 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-
 # ---- each group ---------------------------------------------------------------------------------
 
 
