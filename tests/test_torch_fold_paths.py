@@ -1,5 +1,6 @@
 """What `fold` proves: which batch norm gets the output of which layer, on every path."""
 
+import json
 import random
 
 import pytest
@@ -368,6 +369,38 @@ def test_path_on_which_tracing_fails_is_no_path_that_raises():
     refuses(RaisesByLimit(), images(), "the model may call it in ways that cannot be followed")
 
 
+class RaisesForAnother(Net):
+    """On one path, tracing fails, and the model makes an error of its own of that."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        if x.mean() > 100:
+            try:
+                return y * len(json.dumps(x.mean().item()))
+            except TypeError:
+                raise ValueError("no number") from None
+        return self.bn(y)
+
+
+class RaisesInFunction(Net):
+    """On one path, a function raises for what is no tensor."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        return dense(y) if x.mean() > 100 else self.bn(y)
+
+
+def dense(x):
+    if type(x) is not torch.Tensor:
+        raise TypeError("no tensor")
+    return x
+
+
+@pytest.mark.parametrize("kind", [RaisesForAnother, RaisesInFunction], ids=lambda k: k.__name__)
+def test_path_on_which_a_placeholder_is_refused_is_no_path_that_raises(kind):
+    refuses(kind(), images(), "the model may call it in ways that cannot be followed")
+
+
 class Catches(Net):
     def forward(self, x):
         y = self.conv(x)
@@ -561,6 +594,42 @@ def test_blocks_of_a_model_that_cannot_be_followed_are_folded():
     assert "test_torch_fold_paths.py:" in why
 
 
+class WithUntraceable(Net):
+    def __init__(self):
+        super().__init__(inner=Untraceable())
+
+    def forward(self, x):
+        return self.inner(self.bn(self.conv(x)))
+
+
+def test_layers_beside_a_module_that_cannot_be_followed_are_folded():
+    _, report = folds(WithUntraceable(), images())
+    assert report.folded["bn"] == "conv"
+    assert list(report.refused) == ["inner.own_bn"]
+
+
+class Twofold(Net):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y) + self.bn(y).relu()
+
+
+class Wasted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        self.bn(x)
+        return self.conv(self.bn(x))
+
+
+def test_two_uses_of_an_output_by_the_same_layer():
+    _, report = folds(Twofold(), images())
+    assert report.folded == {"bn": "conv"}
+    refuses(Wasted(), images(), "its output goes to 'conv', but is not used in another call")
+
+
 class TakesApart(nn.Module):
     """Does with `self.block` what `act` says, in a forward that cannot be followed."""
 
@@ -688,6 +757,36 @@ class Forward(Net):
 )
 def test_weights_that_are_used_otherwise_are_refused(kind):
     refuses(kind(), images(), "'conv' cannot take it: its weight is also used outside of it")
+
+
+def test_computed_weights_that_are_used_otherwise_are_refused():
+    model = Weights()
+    nn.utils.parametrizations.weight_norm(model.conv)
+    refuses(model, images(), "its parametrization is also called outside of it")
+
+
+class Holder(nn.Module):
+    """Cannot be followed, and calls a layer that also has a name elsewhere."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) * int(x.shape[0])
+
+
+class Held(Net):
+    def __init__(self):
+        super().__init__()
+        self.holder = Holder(self.conv)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + self.holder(x)
+
+
+def test_layers_that_code_calls_by_another_name_are_refused():
+    refuses(Held(), images(), "'holder' may call it in ways that cannot be followed")
 
 
 class Statistics(Net):

@@ -181,10 +181,9 @@ class _Flow:
 
     def next(self, name: str) -> str:
         """The layer that alone gets the outputs of this one, and nothing else; "" if none does."""
-        users = set(self._users.get(name, ()))
-        if len(users) != 1 or len(only := next(iter(users))) != 1:
-            return ""
-        return only[0] if set(self._sources.get(only[0], ())) == {name} else ""
+        users = {user for each in self._users.get(name, ()) for user in each or ("",)}
+        only = next(iter(users)) if len(users) == 1 else ""
+        return only if set(self._sources.get(only, ())) == {name} else ""
 
     def previous(self, name: str) -> str:
         """The layer of which this one is the next; "" if there is none."""
@@ -201,8 +200,8 @@ class _Flow:
             if _MORE in sources:
                 return f"besides the output of '{layer}' it is given another tensor"
             for users in self._users[layer]:
-                if len(users) > 1 and norm in users:
-                    others = [user for user in users if user != norm] or [norm]
+                others = [user for user in users if user != norm]
+                if others and norm in users:
                     return f"the output of '{layer}' also goes to {_listed(others)}"
             for users in self._users[layer]:
                 if norm not in users:
@@ -216,6 +215,8 @@ class _Flow:
             if others:
                 return f"its output goes to '{layer}' and to {_listed(others)}"
             others = [source for source in self._sources[layer] if source != norm]
+            if not others:
+                return f"its output goes to '{layer}', but is not used in another call"
             return f"'{layer}', which comes after it, is also called on {_listed(others)}"
         return ""
 
@@ -230,14 +231,9 @@ class _Flow:
 
 
 def _input_of(node: fx.Node) -> fx.Node | None:
-    """The tensor that a layer is called on, if it is used for nothing else in the call."""
+    """The tensor that a layer is called on."""
     first = node.args[0] if node.args else node.kwargs.get("input")
-    if not isinstance(first, fx.Node):
-        return None
-    others = [*node.args[1:], *(v for k, v in node.kwargs.items() if node.args or k != "input")]
-    found: list[fx.Node] = []
-    fx.map_arg(others, found.append)
-    return None if first in found else first
+    return first if isinstance(first, fx.Node) else None
 
 
 def _asks_for_metadata(node: fx.Node) -> bool:
