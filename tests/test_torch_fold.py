@@ -223,7 +223,8 @@ def test_converted_and_synchronized_layers():
 def test_frozen_layers_fold_in_training_mode():
     model = freeze(convert(filled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))))
     model[1].train()
-    folds(model, images(), {"1": "0"})
+    folded, _ = folds(model, images(), {"1": "0"})
+    assert [m.training for m in folded] == [False, True]
 
 
 def test_residual_is_refused():
@@ -760,6 +761,8 @@ def test_inside_of_inference_mode():
         folded, report = fold(model, images())
     assert report.folded == {"1": "0"}
     assert torch.allclose(output(folded, images()), output(model, images()), atol=1e-5)
+    folded(images()).sum().backward()
+    assert folded[0].weight.grad is not None
 
 
 # ---- examples -----------------------------------------------------------------------------------
@@ -793,9 +796,10 @@ def test_examples_are_tensors_tuples_dicts_and_lists_of_them(examples):
 def test_several_examples_count_together():
     model = filled(block())
     small, large = images(), 1000 * images(seed=1)
-    both, alone = (fold(model, x)[1].pairs[0] for x in ([small, large], small))
-    assert both.error > alone.error
-    assert both.bound > 100 * alone.bound
+    alone, *both = (fold(model, x)[1].pairs[0] for x in (small, [small, large], [large, small]))
+    assert both[0] == both[1]
+    assert both[0].error > alone.error
+    assert both[0].bound > 100 * alone.bound
 
 
 def test_example_is_not_changed():

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from batchnorm.torch import BatchNorm2d, fold
+from batchnorm.torch.fold.layers import geometry_of
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -170,7 +171,7 @@ def test_block_with_hooks_keeps_them():
     model[0].register_forward_hook(lambda *_: seen.append(1))
     folded, report = folds(model)
     assert type(folded[0]) is nn.Sequential
-    assert seen
+    assert len(folded[0]._forward_hooks) == 1
     assert report.pairs[0].merged
 
 
@@ -227,6 +228,12 @@ class WithBranch(Block):
         return self.act(y) if x.mean() > 0 else y
 
 
+class WithMemory(Block):
+    def forward(self, x):
+        self.kept = self.one(x) + self.three(x)
+        return self.act(self.kept)
+
+
 class WithParameter(Block):
     def __init__(self):
         super().__init__()
@@ -239,7 +246,7 @@ class WithParameter(Block):
 @pytest.mark.parametrize(
     "kind",
     [WithSide, WithFactor, WithOffset, WithOtherInput, WithFunction, WithTraining, WithArgument,
-     WithBranch, WithParameter],
+     WithBranch, WithParameter, WithMemory],
     ids=lambda kind: kind.__name__,
 )  # fmt: skip
 def test_blocks_that_do_more_are_folded_branch_by_branch(kind):
@@ -280,6 +287,102 @@ def test_branches_that_do_not_fit_together_stay(change):
     assert type(folded[0]) is type(plain)
 
 
+CONV = {"in_channels": 4, "out_channels": 4, "kernel_size": 3, "padding": 1}
+
+
+@pytest.mark.parametrize(
+    ("large", "small", "expected"),
+    [
+        ({}, {}, True),
+        ({}, {"kernel_size": 1, "padding": 0}, True),
+        ({"padding": "same"}, {"kernel_size": 1, "padding": "valid"}, True),
+        ({"kernel_size": 5, "padding": 4, "dilation": 2}, {"padding": 2, "dilation": 2}, True),
+        ({"kernel_size": (5, 3), "padding": (2, 1)}, {}, True),
+        ({"padding_mode": "reflect"}, {"kernel_size": 1, "padding": 0}, True),
+        ({}, {"padding_mode": "reflect"}, False),
+        ({}, {"kernel_size": 1, "padding": 1}, False),
+        ({}, {"kernel_size": 5, "padding": 2}, False),
+        ({}, {"kernel_size": 2, "padding": 1}, False),
+        ({"stride": 3}, {"stride": 3, "dilation": 2}, False),
+        ({"stride": 2}, {}, False),
+        ({"groups": 2}, {}, False),
+        ({}, {"out_channels": 8}, False),
+        ({}, {"in_channels": 8}, False),
+    ],
+)
+def test_geometries_that_fit(large, small, expected):
+    one, other = (geometry_of(nn.Conv2d(**{**CONV, **options})) for options in (large, small))
+    assert other.lies_within(one) is expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"padding": "same"}, True),
+        ({"kernel_size": 5, "padding": 4, "dilation": 2}, True),
+        ({"padding": 0}, False),
+        ({"stride": 2}, False),
+        ({"kernel_size": 4, "padding": "same"}, False),
+        ({"kernel_size": (3, 1)}, False),
+    ],
+)
+def test_kernels_whose_middle_is_the_input(options, expected):
+    assert geometry_of(nn.Conv2d(**{**CONV, **options})).is_centred() is expected
+
+
+def test_transposed_convolutions_and_linear_layers_as_geometries():
+    up = geometry_of(nn.ConvTranspose2d(4, 4, 3, padding=1))
+    assert not up.is_centred()
+    assert not up.lies_within(up)
+    line = geometry_of(nn.Linear(4, 4))
+    assert line.is_centred()
+    assert line.lies_within(line)
+    assert not line.lies_within(geometry_of(nn.Linear(4, 5)))
+
+
+class Broadcast(nn.Module):
+    """Its sum repeats the only channel of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + x
+
+
+def test_sum_that_broadcasts_stays():
+    model = filled(Broadcast())
+    x = images(1)
+    folded, report = fold(model, x)
+    assert report.folded == {"bn": "conv"}
+    assert type(folded) is Broadcast
+    torch.testing.assert_close(output(folded, x), output(model, x), rtol=1e-4, atol=1e-4)
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Several()
+
+    def forward(self, x):
+        return self.block(x=x)
+
+
+def test_block_that_is_called_with_a_keyword_stays():
+    folded, _ = folds(Named())
+    assert type(folded.block) is Several
+
+
+def test_branch_with_an_activation_stays():
+    block = Other(lambda b: setattr(b.one, "bn", BatchNorm2d(4, activation="relu")))
+    folded, report = folds(nn.Sequential(block))
+    assert type(folded[0]) is Other
+    assert type(folded[0].one.bn) is nn.ReLU
+    assert set(report.folded) == {"0.one.bn", "0.three.bn"}
+
+
 def test_kernels_of_other_sizes_and_dilations_fit():
     large, small = Unit(5, padding=4, dilation=2), Unit(3, padding=2, dilation=2)
     block = Other(lambda b: (setattr(b, "three", large), setattr(b, "one", small)))
@@ -304,12 +407,72 @@ def test_branch_that_is_also_called_elsewhere_stays():
     assert set(report.folded) == {"block.one.bn", "block.three.bn"}
 
 
+class Again(Then):
+    def forward(self, x):
+        return self.bn(self.plain(self.bn(self.conv(x) + x)))
+
+
+class TwiceBranch(Block):
+    def forward(self, x):
+        return self.act(self.three(x) + self.three(x))
+
+
+@pytest.mark.parametrize("kind", [Again, TwiceBranch], ids=lambda kind: kind.__name__)
+def test_block_that_calls_a_module_twice_stays(kind):
+    folded, report = folds(nn.Sequential(kind()))
+    assert type(folded[0]) is kind
+    assert not any(pair.merged for pair in report.pairs)
+
+
 def test_block_that_is_called_twice():
     block = Block()
     folded, report = folds(nn.Sequential(block, block))
     assert type(folded[0]) is nn.Sequential
     assert folded[1] is folded[0]
     assert report.pairs[0].merged == ["0.one.conv"]
+
+
+class Opens(nn.Module):
+    """Does with its block what `act` says."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Several()
+
+    def forward(self, x):
+        return self.block(x) + self.act(x)
+
+
+class CallsAPart(Opens):
+    def __init__(self):
+        super().__init__()
+        self.block.spare = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Tanh()])
+
+    def act(self, x):
+        return self.block.spare[1](x)
+
+
+class ReadsAWeight(Opens):
+    def __init__(self):
+        super().__init__()
+        self.block.spare = nn.Linear(1, 1)
+
+    def act(self, x):
+        return self.block.spare.weight.sum()
+
+
+class LoopsOverParts(Opens):
+    def act(self, x):
+        return x * int(x.shape[0]) + len(list(self.block.children()))
+
+
+@pytest.mark.parametrize(
+    "kind", [CallsAPart, ReadsAWeight, LoopsOverParts], ids=lambda k: k.__name__
+)
+def test_block_of_which_something_else_uses_a_part_stays(kind):
+    folded, report = folds(kind())
+    assert type(folded.block) is Several
+    assert not any(pair.merged for pair in report.pairs)
 
 
 def test_linear_branches():

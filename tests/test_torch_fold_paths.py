@@ -230,6 +230,22 @@ def test_identity_and_dropout_in_evaluation_are_looked_through():
     assert [type(m) for m in folded][1:4] == [nn.Identity, nn.Dropout2d, nn.Identity]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.train(),
+        lambda layer: layer.register_forward_hook(lambda module, args, y: y + 1),
+        lambda layer: setattr(layer, "forward", lambda x: x + 1),
+    ],
+    ids=["training", "hook", "forward"],
+)
+def test_dropout_that_is_no_identity_is_not_looked_through(change):
+    model = filled(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Dropout(0.5), nn.BatchNorm2d(3)))
+    change(model[1])
+    _, report = fold(model, images())
+    assert report.alone == {"2": "its input is '1', and goes to what the model returns"}
+
+
 # ---- control flow -------------------------------------------------------------------------------
 
 
@@ -558,6 +574,34 @@ def test_what_runs_in_training_only_is_left():
     assert report.alone == {"bn": "it is not called on any path of the forward"}
 
 
+class ByClass(Net):
+    """Which functions run depends on the class of a layer."""
+
+    def __init__(self):
+        super().__init__(other=block())
+
+    def forward(self, x):
+        for layer in (self.conv, self.bn):
+            x = layer(x)
+            if isinstance(layer, nn.BatchNorm2d):
+                x = x.relu()
+        return self.other(x)
+
+
+class ByAttributeOfNorm(Net):
+    """On one path, an attribute of the batch norm is read that an Identity does not have."""
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return y * self.bn.num_features if x.mean() > 100 else y
+
+
+@pytest.mark.parametrize("kind", [ByClass, ByAttributeOfNorm], ids=lambda kind: kind.__name__)
+def test_code_that_looks_at_classes_and_attributes_of_layers_is_refused(kind):
+    report = refuses(kind(), images(), "it looks at classes or attributes of its layers")
+    assert not report.folded
+
+
 # ---- models that cannot be followed -------------------------------------------------------------
 
 
@@ -705,6 +749,14 @@ class ByItem(TakesApart):
 )
 def test_blocks_that_may_be_taken_apart_are_refused(kind):
     refuses(kind(), images(), "the model may call it in ways that cannot be followed", "block.1")
+
+
+def test_blocks_of_a_model_whose_forward_was_replaced_are_refused():
+    model = Whole()
+    model.forward = lambda x: model.block(x) * int(x.shape[0])
+    _, report = fold(filled(model), images())
+    assert "it calls a Sequential that is no module of the model" in report.refused["block.1"]
+    assert not report.folded
 
 
 def test_items_that_may_be_taken_apart_are_refused():

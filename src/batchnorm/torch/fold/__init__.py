@@ -14,12 +14,12 @@ from ..internals import has_global_hooks
 from ..population.layers import check_values, unwrapped
 from ..population.state import RngState
 from .branches import become_sequential
-from .calls import record
+from .calls import Call, record
 from .foldings import Folding
 from .groups import Group, Plan
 from .layers import absorb, release, short
 from .pairs import make_plan, of_layer
-from .paths import explore
+from .paths import Paths, explore, outline
 from .report import FoldedLayer, FoldError, FoldReport
 from .verify import Examples, compare_groups, compare_outputs
 
@@ -159,12 +159,14 @@ def _folded(
     probe = copied(model)
     calls = record(probe, examples.run)
     probe = copied(model)
-    plan = make_plan(probe, explore(probe, calls), calls)
+    paths = explore(probe, calls)
+    plan = make_plan(probe, paths, calls)
     del probe
     report = FoldReport(refused=plan.refused, alone=plan.alone)
     while True:
         result = copied(model)
         foldings, problems = _apply(result, plan, dtype)
+        problems = problems or _changes(model, result, plan, paths, calls)
         if not problems:
             outputs = compare_groups(copied(model), examples, foldings, dtype)
             report.pairs = [folding.record() for folding in foldings]
@@ -181,6 +183,27 @@ def _folded(
         report.original_error = compare_outputs(exact, outputs)[0]
         report.folded_error = compare_outputs(exact, got)[0]
     return report, result
+
+
+def _changes(
+    model: nn.Module, result: nn.Module, plan: Plan, paths: Paths, calls: Call
+) -> list[tuple[Group, str]]:
+    """Groups whose folding changes a path, as where code looks at classes of layers, and why."""
+    blocks = [group.block for group in plan.groups if group.beside]
+    norms = {norm for group in plan.groups for norm in group.norms}
+    if blocks:
+        paths = explore(copied(model), calls, blocks)
+    kept = {name for name, _ in result.named_modules()}
+    again = explore(copied(result), calls, [*blocks, *(norms & kept)])
+    found = []
+    for name, graphs in paths.graphs.items():
+        one, other = (list(map(outline, each)) for each in (graphs, again.graphs.get(name, [])))
+        if one != other and name not in blocks:
+            called = {str(node.target) for graph in graphs for node in graph.nodes}
+            where = f"'{name}'" if name else "the model"
+            why = f"{where} would take other paths: it looks at classes or attributes of its layers"
+            found += [(g, why) for g in plan.groups if called & {g.block or g.layer, *g.norms}]
+    return list({id(group): (group, why) for group, why in found}.values())
 
 
 def _in_float64(model: nn.Module, examples: Examples) -> list[Any] | None:

@@ -32,6 +32,7 @@ def find_sums(
     calls: Call,
     groups: dict[str, Group],
     reason: Callable[[str], str],
+    reached: Callable[[nn.Module], str],
 ) -> Iterator[Group]:
     """The blocks that one layer can compute, as groups that take the place of those given.
 
@@ -43,8 +44,10 @@ def find_sums(
         What is folded into each layer, by its name.
     reason
         Why a layer or batch norm must not change; "" if it may.
+    reached
+        Why code that cannot be followed may call a module; "" if it does not.
     """
-    finder = _Finder(model, paths, calls, groups, reason)
+    finder = _Finder(model, paths, calls, groups, reason, reached)
     for name in finder.blocks():
         group = finder.group(name)
         if group is not None:
@@ -59,17 +62,22 @@ class _Finder:
         calls: Call,
         groups: dict[str, Group],
         reason: Callable[[str], str],
+        reached: Callable[[nn.Module], str],
     ) -> None:
         self._modules = dict(model.named_modules())
-        self._groups, self._reason = groups, reason
+        self._groups, self._reason, self._reached = groups, reason, reached
+        self._used = paths.used.values | paths.used.metadata
         self._specs = calls.specs()
         self._context = Context(model, calls)
         self._stacks: dict[str, list[list[str]]] = {}
+        self._opened: set[str] = set()  # modules that others call something inside of
         for root, graphs in paths.graphs.items():
             for graph in graphs:
                 for node in graph.nodes:
                     if node.op == "call_module":
-                        self._stacks.setdefault(str(node.target), []).append(_stack(node, root))
+                        stack = _stack(node, root)
+                        self._stacks.setdefault(str(node.target), []).append(stack)
+                        self._opened.update(_skipped(stack))
 
     def blocks(self) -> Iterator[str]:
         """Modules of others that a linear layer lies in, at most three levels above."""
@@ -89,7 +97,7 @@ class _Finder:
     def group(self, name: str) -> Group | None:
         """What one layer of this block can compute; None if it cannot be the whole block."""
         block = self._modules[name]
-        if block._parameters or block._buffers:
+        if block._parameters or block._buffers or not self._is_closed(name, block):
             return None
         if any(spec.args != (TENSOR,) or spec.kwargs for spec in self._specs[name]):
             return None
@@ -100,6 +108,9 @@ class _Finder:
         chain = reader.chain()
         leaves = reader.leaves(self._returns_its_input)
         if leaves is None or len(leaves) < 2:
+            return None
+        called = [name for name in (*leaves, *chain) if name]
+        if len(set(called)) < len(called):  # a Sequential holds each once
             return None
         branches = [self._branch(leaf, name) for leaf in leaves]
         if any(branch is None for branch in branches):
@@ -122,6 +133,15 @@ class _Finder:
             if activation_of(self._modules[part]) is not None:
                 break
         return Group(main.layer, main.before, main.after, others, last, name, main.call, chain)
+
+    def _is_closed(self, name: str, block: nn.Module) -> bool:
+        """Whether nothing else uses what is inside of a block, which may then lose parts."""
+        inside = (*block.parameters(), *block.buffers())
+        return (
+            name not in self._opened
+            and not any(id(t) in self._used for t in inside)
+            and not any(self._reached(part) for part in block.modules() if part is not block)
+        )
 
     def _outline(self, block: nn.Module) -> fx.Graph | None:
         """The only path through a block, its modules being calls; the same in training."""
@@ -201,6 +221,18 @@ def _stack(node: fx.Node, root: str) -> list[str]:
     return [f"{root}.{name}".strip(".") for name, _ in found]
 
 
+def _skipped(stack: list[str]) -> Iterator[str]:
+    """Modules that something inside of is called, but that are not called themselves."""
+    for k, name in enumerate(stack):
+        parts = name.split(".") if name else []
+        known = set(stack[:k])
+        first = stack[0].split(".") if stack[0] else []
+        for length in range(len(first) if k else len(parts), len(parts)):
+            above = ".".join(parts[:length])
+            if above not in known:
+                yield above
+
+
 class _Reader:
     """Reads a graph from its end."""
 
@@ -212,8 +244,8 @@ class _Reader:
         self._last = output.args[0]
 
     def _take(self, node: Any) -> bool:
-        """Whether this is a node, used once and not looked at before."""
-        if node not in self._left or len(node.users) != 1:
+        """Whether this is a node that was not looked at before."""
+        if node not in self._left:
             return False
         self._left.discard(node)
         return True

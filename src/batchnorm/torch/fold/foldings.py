@@ -122,13 +122,10 @@ class Folding:
             return np.full(main.outputs, math.inf)
         products = math.prod(main.weight.shape[1:])
         total: Any = 0.0
-        for number, part in enumerate(self._branches):
+        for part in self._branches:
             after = part.after
-            if (last := self._last) is not None:
-                if number:  # the shift is added once
-                    zero = np.zeros_like(last.shift)
-                    last = Affine(last.scale, zero, zero, last.norms)
-                after = last if after is None else after.then(last)
+            if self._last is not None:
+                after = self._last if after is None else after.then(self._last)
             total = total + part.linear.difference(
                 after,
                 self.input,

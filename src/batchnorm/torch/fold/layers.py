@@ -269,12 +269,11 @@ def absorb(module: Any, folded: Linear, dtype: torch.dtype) -> None:
     weight = narrowed(folded.weight, dtype, "weight")
     bias = narrowed(folded.bias, dtype, "bias").to(module.weight.device)
     materialize(module)
-    # New memory: whatever else may look at the old one is not folded.
-    module.weight.data = torch.empty_like(module.weight, dtype=dtype).copy_(weight)
+    module.weight.data.copy_(weight)
     if module.bias is None:
         module.bias = nn.Parameter(bias, requires_grad=module.weight.requires_grad)
     else:
-        module.bias.data = bias
+        module.bias.data.copy_(bias)
 
 
 def release(module: nn.Module) -> None:

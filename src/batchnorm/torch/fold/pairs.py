@@ -79,7 +79,7 @@ def make_plan(model: nn.Module, paths: Paths, calls: Call) -> Plan:
     def reason(name: str) -> str:
         return "it is folded elsewhere" if name in taken else reasons.of(name)
 
-    for group in list(find_sums(model, paths, calls, groups, reason)):
+    for group in list(find_sums(model, paths, calls, groups, reason, reasons.reached)):
         for branch in group.beside:
             groups.pop(branch.layer, None)
         groups[group.layer] = group

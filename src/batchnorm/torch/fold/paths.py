@@ -17,7 +17,7 @@ import inspect
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -31,7 +31,7 @@ from ..population.layers import unwrapped
 from .calls import TENSOR, Call, Spec
 from .layers import is_linear, is_norm
 
-__all__ = ["METADATA", "Context", "Paths", "Used", "explore", "is_torchs", "only_path"]
+__all__ = ["METADATA", "Context", "Paths", "Used", "explore", "is_torchs", "only_path", "outline"]
 
 #: Paths of one module that are followed.
 MOST_PATHS = 256
@@ -81,7 +81,7 @@ class Paths:
     used: Used = field(default_factory=Used)
 
 
-def explore(model: nn.Module, calls: Call) -> Paths:
+def explore(model: nn.Module, calls: Call, closed: Iterable[str] = ()) -> Paths:
     """Follow a model.
 
     Parameters
@@ -90,8 +90,11 @@ def explore(model: nn.Module, calls: Call) -> Paths:
         Used up: forwards run on placeholders, and may keep them.
     calls
         A run of the model on examples: what its modules were called with.
+    closed
+        Names of modules that stand in graphs as calls, and are not followed.
     """
     context = Context(model, calls)
+    context.apart.update(id(model.get_submodule(name)) for name in closed)
     found = Paths(used=context.used)
     queue = [model]
     seen: set[int] = set()
@@ -114,6 +117,19 @@ def explore(model: nn.Module, calls: Call) -> Paths:
                 queue.extend(_callable_children(root))
             break
     return found
+
+
+def outline(graph: fx.Graph) -> list[Any]:
+    """What is called with what, to compare graphs by."""
+    numbers = {node: number for number, node in enumerate(graph.nodes)}
+
+    def numbered(args: Any) -> str:
+        return repr(fx.map_arg(args, lambda node: f"%{numbers[node]}"))
+
+    return [
+        (node.op, str(node.target), numbered(node.args), numbered(node.kwargs))
+        for node in graph.nodes
+    ]
 
 
 def only_path(module: nn.Module, context: Context, apart: set[int]) -> fx.Graph | None:
@@ -471,6 +487,8 @@ class _Tracer(fx.Tracer):
         inside = unwrapped(m)
         if inside is not m:
             return inside(*args, **kwargs)
+        if id(m) not in self.context.names:
+            raise NameError(f"it calls a {type(m).__name__} that is no module of the model")
         if self.is_leaf_module(m, ""):
             result = super().call_module(m, forward, args, kwargs)
             if isinstance(result, _Proxy) and self.context.returns_a_tensor(m):
