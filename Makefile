@@ -15,7 +15,7 @@ TORCH ?= torch
 SOURCES := $(shell find csrc src -type f ! -name '*.pyc') pyproject.toml CMakeLists.txt
 
 SANITIZE_VENV := .venv-sanitize
-SANITIZE_TESTS := $(wildcard $(foreach name,kernels layer_core layout numerics moments,tests/test_$(name).py))
+SANITIZE_TESTS := $(wildcard $(foreach name,kernels layer_core layout numerics moments scattered,tests/test_$(name).py))
 
 .PHONY: help demo test check bench docs sanitize wheel wheel-test clean
 .DELETE_ON_ERROR:

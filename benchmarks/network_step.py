@@ -72,12 +72,13 @@ from network_worker import (
 )
 
 import batchnorm
-from batchnorm.bench.environment import resolve_threads, usable_cpus
+from batchnorm.bench.environment import resolve_threads
 from batchnorm.bench.rows import TimedRow, timed
 from batchnorm.bench.timing import Sample, interleave
 from batchnorm.bench.worker import Worker, WorkerError
 from batchnorm.errors import ArgumentError
 from batchnorm.progress import steps
+from batchnorm.workers import usable_cpus
 
 #: The file that defines the worker's class.
 WORKER = Path(network_worker.__file__)

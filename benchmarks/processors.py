@@ -39,11 +39,12 @@ from batchnorm.bench.cases import (
     make_inputs,
     parse_shape,
 )
-from batchnorm.bench.environment import limited_threads, usable_cpus
+from batchnorm.bench.environment import limited_threads
 from batchnorm.bench.harness import Plan, SpeedRow, UsableProviders, measure
 from batchnorm.bench.providers import PROVIDERS, Call, Provider, copies
 from batchnorm.errors import ArgumentError
 from batchnorm.progress import steps
+from batchnorm.workers import usable_cpus
 
 SMALL = ((32, 64), (128, 100), (256, 256))
 #: Bytes of x up to which NumPy is timed as well.

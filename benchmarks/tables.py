@@ -298,6 +298,75 @@ def dataset_stats() -> str:
     )
 
 
+def images() -> str:
+    """A folder of images: `benchmarks/images.py`."""
+    rows, about = read("images"), read_about("images")
+    first = rows[0]
+
+    def cells(row: Any) -> Iterable[str]:
+        yield row.provider
+        yield f"{row.p50_ms / 1e3:.0f} s, {row.ratio:.2f} × batchnorm"
+        yield f"{row.peak_bytes / 1e6:,.0f} MB"
+        yield from (plain(row.mean_error), plain(row.std_error))
+
+    return markdown(
+        f"{first.images:,} images of 64 to 400 pixels a side, {first.pixels / 1e6:,.0f} million "
+        "pixels, in PNG and JPEG of several modes. Memory is that of all processes together, "
+        "errors are in standard deviations, to sums of whole numbers over the images as Pillow "
+        f"decodes them. {about['cpu']}, {about['cpus']} processors; Pillow "
+        f"{about['versions']['pillow']}, torchvision {about['versions']['torchvision']}.",
+        ["", "time", "most memory", "error of mean", "error of std"],
+        map(cells, rows),
+    )
+
+
+def sklearn_scaler() -> str:
+    """`StandardScaler` beside scikit-learn's: `benchmarks/sklearn_scaler.py`."""
+    rows, about = read("sklearn_scaler"), read_about("sklearn_scaler")
+    cases = by(rows, "data", "op", "dtype", "offset")
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    means = sorted({row.offset for row in rows})
+
+    def speedup(*case: str) -> str:
+        ratios = [found["batchnorm"].ratio for key, found in cases.items() if key[:3] == case]
+        return f"{1 / statistics.geometric_mean(ratios):.1f} ({1 / max(ratios):.1f})"
+
+    def error(row: Any) -> str:
+        found = (row.mean_error, row.var_error, row.result_error)
+        return plain(float(f"{max(one for one in found if not math.isnan(one)):.0e}"))
+
+    def errors(*case: str) -> str:
+        found = cases[(*case, means[-1])]
+        return f"{error(found['scikit-learn'])}, {error(found['batchnorm'])}"
+
+    return markdown(
+        "Speed: times as fast as scikit-learn, geometric mean over means of "
+        f"{', '.join(f'{mean:,.0f}' for mean in means)} standard deviations, in parentheses the "
+        f"worst of them. Error at a mean of {means[-1]:,.0f}, scikit-learn's, then ours: the "
+        "largest of any mean, in standard deviations, of any variance, relative to it, or of any "
+        f"result. {rows[0].rows:,} rows of {about['features']} features; sparse: "
+        f"{about['sparse_features']:,}, of which {100 * about['stored']:g} % are stored; "
+        f"`partial_fit` in batches of {about['batch_rows']:,} rows. Median of {about['rounds']} "
+        f"interleaved rounds. {about['cpu']}, {about['threads']} threads, of which scikit-learn "
+        f"uses one; scikit-learn {about['versions']['scikit-learn']}.",
+        [
+            *("data", "method"),
+            *(f"speed, {dtype}" for dtype in dtypes),
+            *(f"error, {dtype}" for dtype in dtypes),
+        ],
+        [
+            [
+                data,
+                f"`{op}`",
+                *(speedup(data, op, dtype) for dtype in dtypes),
+                *(errors(data, op, dtype) for dtype in dtypes),
+            ]
+            for data, op in dict.fromkeys(key[:2] for key in cases)
+        ],
+        words=2,
+    )
+
+
 def processors() -> str:
     """Calls on arrays by instruction set and threads: `benchmarks/processors.py`."""
     about = read_about("processors")
@@ -419,6 +488,8 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "recalibrate": ("docs/statistics.md", recalibrate),
     "recalibrate_errors": ("docs/statistics.md", recalibrate_errors),
     "dataset_stats": ("docs/howto/large-data.md", dataset_stats),
+    "images": ("docs/howto/images.md", images),
+    "sklearn_scaler": ("docs/howto/scikit-learn.md", sklearn_scaler),
 }
 END = "<!-- /benchmark -->"
 

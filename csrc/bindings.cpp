@@ -13,6 +13,7 @@
 #include "machine.hpp"
 #include "numpy_array.hpp"
 #include "quick.hpp"
+#include "scattered.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -70,7 +71,11 @@ class View {
     if (PyObject_GetBuffer(object.ptr(), &buffer_, flags)) throw nb::python_error();
     held_ = true;
     array_.data = static_cast<char*>(buffer_.buf);
-    switch (buffer_.format ? buffer_.format[0] : 'B') {
+    // NumPy writes the sign of this machine's byte order where a type was given with one.
+    const std::uint16_t one = 1;
+    const char sign = *reinterpret_cast<const char*>(&one) ? '<' : '>';
+    const char* format = buffer_.format ? buffer_.format : "B";
+    switch (*format == sign ? format[1] : *format) {
       case 'f': array_.dtype = DType::f32; break;
       case 'd': array_.dtype = DType::f64; break;
       case 'e': array_.dtype = DType::f16; break;
@@ -343,6 +348,59 @@ void merge(nb::handle count_a, nb::handle mean_a, nb::handle m2_a, nb::handle co
             out_mean.data(), out_m2.data());
 }
 
+// A C-contiguous vector of int32 or int64, or nothing.
+class Integers {
+ public:
+  Integers(nb::handle object, const char* name) {
+    if (object.is_none()) return;
+    if (PyObject_GetBuffer(object.ptr(), &buffer_, PyBUF_ND | PyBUF_FORMAT)) throw nb::python_error();
+    held_ = true;
+    const bool whole = buffer_.format && std::string("ilq").find(buffer_.format[0]) != std::string::npos;
+    if (buffer_.ndim != 1 || !whole || (buffer_.itemsize != 4 && buffer_.itemsize != 8)) {
+      PyBuffer_Release(&buffer_);
+      throw nb::type_error((std::string(name) + ": not a vector of int32 or int64").c_str());
+    }
+  }
+  Integers(const Integers&) = delete;
+  Integers& operator=(const Integers&) = delete;
+  ~Integers() {
+    if (held_) PyBuffer_Release(&buffer_);
+  }
+  index size() const { return held_ ? buffer_.shape[0] : -1; }
+  const std::int32_t* narrow() const { return of_size<std::int32_t>(); }
+  const std::int64_t* wide() const { return of_size<std::int64_t>(); }
+
+ private:
+  template <class T>
+  const T* of_size() const {
+    return held_ && buffer_.itemsize == sizeof(T) ? static_cast<const T*>(buffer_.buf) : nullptr;
+  }
+  Py_buffer buffer_ = {};
+  bool held_ = false;
+};
+
+void moments_of_entries(nb::handle values, nb::handle starts, nb::handle places, index rows,
+                        index columns, bool by_row, nb::handle weights, nb::handle count,
+                        nb::handle mean, nb::handle m2, nb::handle missing, nb::handle stored,
+                        nb::handle stored_low) {
+  const View x(values, false, "values");
+  const Integers s(starts, "starts"), p(places, "places");
+  const Array& a = x.array();
+  if (a.rank != 1 || (a.shape[0] > 1 && a.stride[0] != 1))
+    throw nb::value_error("values: not a contiguous vector");
+  if (!s.wide() || s.size() < 1) throw nb::value_error("starts: not int64, or empty");
+  if (p.size() >= 0 && p.size() != a.shape[0])
+    throw nb::value_error("places: not one for each value");
+  const Channels w(weights, rows, "weights"), n(count, columns, "count", true),
+      m(mean, columns, "mean", true), d(m2, columns, "m2", true),
+      gaps(missing, columns, "missing", true), all(stored, columns, "stored", true),
+      low(stored_low, columns, "stored_low", true);
+  nb::gil_scoped_release released;
+  bn::moments_of_entries({a, s.wide(), s.size() - 1, rows, columns, by_row, p.narrow(), p.wide(),
+                          w.data()},
+                         {n.data(), m.data(), d.data(), gaps.data(), all.data(), low.data()});
+}
+
 index given_statistics(nb::handle mean, nb::handle var, nb::handle statistics) {
   const Parameter m(mean, -1, "mean");
   const index c = m.array().shape[0];
@@ -437,6 +495,9 @@ NB_MODULE(_core, m) {
         "activation"_a = 0, "slope"_a = 0.01);
   m.def("merge", &merge, "count_a"_a, "mean_a"_a, "m2_a"_a, "count_b"_a, "mean_b"_a, "m2_b"_a,
         "mean"_a, "m2"_a);
+  m.def("moments_of_entries", &moments_of_entries, "values"_a, "starts"_a, "places"_a.none(),
+        "rows"_a, "columns"_a, "by_row"_a, "weights"_a.none(), "count"_a, "mean"_a, "m2"_a,
+        "missing"_a, "stored"_a, "stored_low"_a);
   m.def("given_statistics", &given_statistics, "mean"_a, "var"_a, "statistics"_a,
         "The first channel of negative variance, or -1.");
   m.def("update_running", &update_running, "statistics"_a, "mean"_a, "var"_a, "tracked"_a,

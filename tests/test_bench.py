@@ -27,6 +27,7 @@ from batchnorm.bench.providers import Call, Provider, UnavailableError
 from batchnorm.bench.timing import Sample
 from batchnorm.bench.worker import Worker, WorkerError
 from batchnorm.errors import ArgumentError, BatchNormError
+from batchnorm.workers import usable_cpus
 
 SMALL = (6, 5, 4, 3)
 BRIEF = Plan(
@@ -511,7 +512,7 @@ def test_resolve_threads_follows_the_environment(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert environment.resolve_threads(None) == 1
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert environment.resolve_threads(None) == environment.usable_cpus()
+    assert environment.resolve_threads(None) == usable_cpus()
 
 
 def test_noting_others_warns_of_a_busy_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,10 +531,34 @@ def test_noting_others_warns_of_a_busy_machine_alone(monkeypatch: pytest.MonkeyP
 
 def test_limited_threads_restores_what_it_found() -> None:
     pytest.importorskip("threadpoolctl")
-    before = environment.usable_cpus()
+    before = usable_cpus()
     with environment.limited_threads(1):
-        assert environment.usable_cpus() == 1 or sys.platform != "linux"
-    assert environment.usable_cpus() == before
+        assert usable_cpus() == 1 or sys.platform != "linux"
+    assert usable_cpus() == before
+
+
+def test_check_memory_names_the_first_case_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = Plan(shapes=((256, 1024), (512, 1024)), ops=("inference", "forward"))
+    array = 512 * 1024 * 4
+    for there_is, message in (
+        (14 * array, None),
+        (13 * array, "512x1024, for which forward takes about 0.0 GB"),
+        (9 * array, "512x1024, for which inference"),
+    ):
+        monkeypatch.setattr(harness, "available", lambda there_is=there_is: there_is)
+        if message is None:
+            harness.check_memory(plan)
+        else:
+            with pytest.raises(ArgumentError, match=message):
+                harness.check_memory(plan)
+
+
+def test_available_memory_is_less_than_there_is() -> None:
+    assert memory.available() > 0
+    if sys.platform == "linux":
+        assert memory.available() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # --- progress -------------------------------------------------------------------------------------

@@ -29,8 +29,14 @@ BRIEF_BENCH = (
 )
 
 
-def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
+def python(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,6 +53,7 @@ def python(*arguments: str) -> "subprocess.CompletedProcess[str]":
         (["bench", "--shapes", "7"], "got '7'"),
         (["bench", "--providers", "tensorflow"], "got 'tensorflow'"),
         (["bench", "--threads", "0"], "got 0"),
+        (["bench", "--shapes", "256x1024,1000000x1000000"], "got 1000000x1000000"),
     ],
     ids=" ".join,
 )
@@ -152,6 +159,22 @@ def test_interrupt_ends_with_status_130_and_no_files(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["demo", "report run.parquet"])
+def test_page_does_not_replace_another_kind_of_file(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "run.parquet"
+    kept.write_text("mine")
+    assert cli.main([*command.split(), "--out", str(kept)]) == cli.UNUSABLE
+    assert "out must be a page that ends in .html" in capsys.readouterr().err
+    assert kept.read_text() == "mine"
+
+
+def test_report_refuses_a_page_where_it_writes_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "run.parquet", "--terminal", "--out", "x.html"]) == cli.UNUSABLE
+    assert "--terminal writes no page" in capsys.readouterr().err
+
+
 def test_demo_passes_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo = pytest.importorskip("batchnorm.demo")
     given: dict[str, Any] = {}
@@ -185,7 +208,7 @@ def test_missing_extra_is_named_with_its_remedy(
     errors = capsys.readouterr().err
     assert errors.count("\n") == 1
     assert missing in errors
-    assert "pip install 'batchnorm[cli]'" in errors
+    assert "the extra [cli]" in errors
 
 
 def test_module_runs_as_the_command_does() -> None:
@@ -200,16 +223,79 @@ def test_module_exits_with_the_status() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
-def test_closed_pipe_is_no_error() -> None:
-    done = subprocess.run(
-        f"{sys.executable} -m batchnorm --help | true",
-        shell=True,
+def test_program_says_in_one_line_why_the_package_cannot_be_imported() -> None:
+    done = python("-m", "_batchnorm_program", "--version", BATCHNORM_ISA="abacus")
+    assert (done.returncode, done.stdout) == (cli.UNUSABLE, "")
+    assert done.stderr.startswith("batchnorm: BATCHNORM_ISA must be one of the instruction sets")
+    assert done.stderr.count("\n") == 1
+
+
+def test_program_imports_the_package_only_once_it_is_guarded() -> None:
+    done = python(
+        "-c",
+        "import _batchnorm_program, sys; print({'batchnorm', 'numpy'} & sys.modules.keys())",
+    )
+    assert done.stdout == "set()\n"
+
+
+# ---- streams ------------------------------------------------------------------------------------
+
+
+def shell(command: str) -> "subprocess.CompletedProcess[str]":
+    """Run bash, where `batchnorm` is the command."""
+    if os.name == "nt":
+        pytest.skip("Windows has no such shell")
+    return subprocess.run(
+        ["bash", "-c", f'batchnorm() {{ {sys.executable} -m batchnorm "$@"; }}; {command}'],
         capture_output=True,
         text=True,
         check=False,
+        timeout=60,
     )
-    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "arguments", ["--help", "--version", "bench --help", "check --explain BN101"]
+)
+def test_reader_that_has_enough_is_no_error(arguments: str) -> None:
+    # `:` reads nothing, and has exited before the output comes.
+    done = shell(f"{{ sleep 0.2; batchnorm {arguments}; }} | :; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stderr) == (cli.DONE, "")
+
+
+def test_what_is_done_beside_printing_goes_on_without_a_reader(tmp_path: Path) -> None:
+    bench = " ".join(BRIEF_BENCH)
+    done = shell(f"batchnorm {bench} --out {tmp_path} | :; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stderr) == (cli.DONE, "")
+    assert (tmp_path / "speed.csv").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+@pytest.mark.parametrize("arguments", ["--help", "--version", "check --explain BN101"])
+def test_full_disk_is_one_line(arguments: str) -> None:
+    done = shell(f"batchnorm {arguments} > /dev/full")
+    assert done.returncode == cli.UNUSABLE
+    assert done.stderr.startswith("batchnorm: standard output cannot be written (No space left")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
+def test_closed_streams_are_no_error(streams: str) -> None:
+    done = shell(f"batchnorm --version {streams}")
+    assert (done.returncode, done.stderr) == (cli.DONE, "")
+    assert shell(f"batchnorm polish {streams}").returncode == cli.UNUSABLE
+
+
+def test_closed_output_is_not_the_next_file_that_is_opened(tmp_path: Path) -> None:
+    # Or what a library prints would end up in the data.
+    done = shell(
+        f"{sys.executable} -c 'import sys, _batchnorm_program as p; p._open_streams(); "
+        f'file = open("{tmp_path}/data", "w"); sys.exit(file.fileno())' + "' >&-"
+    )
+    assert done.returncode > 2
+
+
+# ---- what is imported ----------------------------------------------------------------------------
 
 
 def test_importing_the_command_line_imports_neither_typer_nor_a_framework() -> None:

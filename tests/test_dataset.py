@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from batchnorm import Moments, _core, dataset
 from batchnorm.dataset import Statistics, journal, parts
 from batchnorm.dataset.arguments import as_source
-from batchnorm.dataset.sources import array_files, blocks, prefetch
+from batchnorm.dataset.sources import arrays, blocks, prefetch
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 
 # Float64 sums of n ≤ 1e4 values, in any order, about a value of the data: n·u with room.
@@ -28,7 +28,7 @@ ROUNDING = 1e-12
 def small_blocks(monkeypatch):
     """Blocks of 64 float32, so that small files have many."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(array_files, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(arrays, "BLOCK_ROWS", 1)
 
 
 def exact(x, axis=1):
@@ -100,7 +100,7 @@ def test_measure_counts_what_is_missing_however_blocks_are_cut(
     path = saved(tmp_path_factory.mktemp("x") / "x.npy", x)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_BYTES", block)
-        patch.setattr(array_files, "BLOCK_ROWS", 1)
+        patch.setattr(arrays, "BLOCK_ROWS", 1)
         found = dataset.measure(path, missing="skip")
     assert_exact(found, x)
     np.testing.assert_array_equal(found.missing, np.isnan(x).sum(0))
@@ -447,7 +447,7 @@ def test_measure_says_that_a_file_shrank_while_it_was_read(tmp_path, small_block
         ({"columns": []}, ArgumentError, r"list of texts, got \[\]"),
         ({"channel_axis": 2}, ShapeError, r"no axis 2, its shape is \(2, 2\)"),
         ({"array": "x"}, ArgumentError, r"\.npz"),
-        ({"columns": ["a"]}, ArgumentError, "no named columns"),
+        ({"columns": ["a"]}, ArgumentError, "columns is for tables"),
         ({"columns": "a"}, ArgumentError, "must be a list of texts"),
         ({"out": "s.txt"}, ArgumentError, r"\.npz or \.json"),
         ({"out": "none/s.npz"}, ArgumentError, "existing directory"),
@@ -611,7 +611,7 @@ def test_measure_begins_anew_with_a_journal_that_was_cut_short(interrupted):
     assert found == dataset.measure(folder, missing="skip")
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{}\n{}\n", b"[]\n1\n"])
+@pytest.mark.parametrize("content", [b"", b"SQLite", b"SQLite format 3\0" + b"1" * 90])
 def test_measure_ignores_a_journal_that_is_none(content, three_files, tmp_path):
     (tmp_path / "stats.npz.partial").write_bytes(content)
     _, read, _ = read_by(three_files, tmp_path / "stats.npz")
@@ -640,8 +640,9 @@ def test_measure_begins_anew_with_another_instruction_set(interrupted):
     assert len(read) == 3
 
 
-def test_measure_goes_on_beside_another_run_with_other_options(three_files, tmp_path):
+def test_measure_goes_on_beside_another_run_with_other_options(three_files, tmp_path, monkeypatch):
     """A second run with the same out begins while the first is at work."""
+    monkeypatch.setattr(journal, "WRITE_SECONDS", 0)
     out = tmp_path / "stats.npz"
     seen = []
 
@@ -689,12 +690,39 @@ def test_measure_keeps_what_is_done_when_the_result_cannot_be_saved(
     assert read == ["2.npy"]
 
 
+def test_journal_that_another_run_has_locked_is_kept(interrupted, monkeypatch):
+    folder, out = interrupted
+    before = kept_by(out)
+    connect = sqlite3.connect
+    monkeypatch.setattr(journal.sqlite3, "connect", lambda path, **_: connect(path, timeout=0))
+    with contextlib.closing(connect(out.with_name("stats.npz.partial"))) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ArgumentError, match=r"partial: cannot be used \(database is locked\)"):
+            dataset.measure(folder, missing="skip", out=out)
+    assert kept_by(out) == before
+
+
+def test_journal_is_not_written_for_each_of_many_small_files(three_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "WRITE_SECONDS", 1e9)
+    seen = []
+
+    def look(label, done, whole):
+        if Path(label).name == "2.npy":
+            seen.append(len(kept_by(tmp_path / "s.npz")))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dataset.measure(three_files, missing="skip", out=tmp_path / "s.npz", progress=look)
+    assert seen == [1]  # the first, at once
+    assert len(kept_by(tmp_path / "s.npz")) == 2
+
+
 def test_journal_names_itself_when_it_cannot_be_written(three_files, tmp_path, monkeypatch):
     def full(*_, **__):
         raise sqlite3.OperationalError("database or disk is full")
 
     monkeypatch.setattr(journal.sqlite3, "connect", full)
-    with pytest.raises(ArgumentError, match=r"s\.npz\.partial: cannot be written \(database or"):
+    with pytest.raises(ArgumentError, match=r"s\.npz\.partial: cannot be used \(database or"):
         dataset.measure(three_files, missing="skip", out=tmp_path / "s.npz")
 
 

@@ -1,6 +1,7 @@
 """The benchmark of data sets: its exact answers are exact, and a run says what it found."""
 
 import importlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +57,36 @@ def test_unusable_calls_are_refused(size, benchmark):
 def test_sizes_beyond_the_disk_are_refused(benchmark, capsys):
     assert benchmark.main(["--size", "90000TB"]) == 2
     assert "--size must fit on the disk" in capsys.readouterr().err
+
+
+@pytest.fixture
+def images(monkeypatch):
+    pytest.importorskip("PIL")
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = importlib.import_module("images")
+    monkeypatch.setattr(module, "SIDES", (8, 20))
+    monkeypatch.setattr(module, "PROVIDERS", dict(itertools.islice(module.PROVIDERS.items(), 4)))
+    return module
+
+
+def test_images_are_made_with_their_exact_answer(images, tmp_path):
+    mean, std, pixels = images.make(tmp_path, 40, seed=1)
+    arrays = images._arrays(tmp_path)
+    x = np.concatenate([a.reshape(-1, 3) for a in arrays]).astype(np.longdouble)
+    assert len(x) == pixels
+    # Values are k/255 in float32, off by 2⁻²⁵ at the most.
+    np.testing.assert_allclose(x.mean(0).astype(float), [float(m) for m in mean], rtol=1e-7)
+    np.testing.assert_allclose(x.std(0).astype(float), std, rtol=1e-6)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".jpg", ".png"}
+
+
+def test_image_run_prints_and_writes_what_it_measured(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(images.importlib.metadata, "version", lambda name: "1")
+    options = images.argparse.Namespace(quick=False, images=12, rounds=1, seed=0, directory=None)
+    files = {}
+    assert images.measure(options, files) == []
+    ours, alone, float32, average = files["images.csv"]
+    assert (ours.provider, alone.provider) == (images.OURS, images.OURS_ALONE)
+    assert max(ours.mean_error, ours.std_error) <= images.LIMIT < float32.mean_error
+    assert average.std_error > 0.01
+    assert "batchnorm, 1 process" in capsys.readouterr().out

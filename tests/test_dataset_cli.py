@@ -15,16 +15,18 @@ pytest.importorskip("rich")
 
 from batchnorm import cli, dataset
 from batchnorm.cli.commands import stats
+from batchnorm.cli.output import split_names
 from batchnorm.dataset import Statistics, block_moments, journal
-from batchnorm.dataset.sources import array_files, blocks
+from batchnorm.dataset.sources import arrays, blocks
+from batchnorm.errors import BatchNormError
 
 # Files are read in blocks of 256 bytes; `at` is called with the name of each before it is summed.
 BEGIN = """
 import os, signal, sys
 from batchnorm import cli
 from batchnorm.dataset import block_moments, journal
-from batchnorm.dataset.sources import array_files, blocks
-blocks.BLOCK_BYTES, array_files.BLOCK_ROWS = 256, 1
+from batchnorm.dataset.sources import arrays, blocks
+blocks.BLOCK_BYTES, arrays.BLOCK_ROWS = 256, 1
 measure_block, seen = block_moments.measure_block, []
 def stopping(*given, label, **more):
     seen.append(label)
@@ -108,7 +110,7 @@ def test_stats_takes_columns_and_tables_without_names(folder, capsys):
         (["stats", "data", "gaps.npy", "data"], "named twice"),
         (["stats", "data", "--out", "s.txt"], "'s.npz'"),
         (["stats", "data", "--out", "none/s.npz"], "Create the directory first"),
-        (["stats", "data", "--columns", ","], "no named columns"),
+        (["stats", "data", "--columns", ","], "columns is for tables"),
         (["stats", ""], "got an empty name"),
         (["normalize", "data/a.npy", "--out", "y.npy"], "Missing option '--stats'"),
         (["normalize", "data/a.npy", "--stats", "stats.npz"], "Missing option '--out'"),
@@ -245,7 +247,7 @@ def test_stats_killed_goes_on_and_has_the_same_bits(folder, monkeypatch):
     assert done.returncode == -signal.SIGKILL
     ((found,),) = kept(folder / "s.npz.partial")
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(array_files, "BLOCK_ROWS", 1)
+    monkeypatch.setattr(arrays, "BLOCK_ROWS", 1)
     expected = dataset.measure("data/a.npy")
     assert journal.from_bytes(found, expected.features).moments == expected.moments
     notes = []
@@ -264,8 +266,41 @@ def test_help_is_on_stdout(command, capsys):
 def test_dask_needs_its_package(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "distributed", None)
     assert cli.main(["stats", "data", "--dask", "tcp://localhost:1"]) == cli.UNUSABLE
-    assert "pip install 'batchnorm[dask]'" in capsys.readouterr().err
+    assert "pip install distributed adds it; so does the extra [dask]." in capsys.readouterr().err
 
 
 def test_stats_offers_what_measure_takes():
     assert tuple(choice.value for choice in stats.Missing) == block_moments.POLICIES
+
+
+def test_stats_draws_pages_into_html_files_alone(folder, capsys):
+    before = (folder / "data" / "a.npy").read_bytes()
+    arguments = ["stats", "data", "--html", "data/a.npy"]
+    assert cli.main(arguments) == cli.UNUSABLE
+    assert "must be a page that ends in .html" in capsys.readouterr().err
+    assert (folder / "data" / "a.npy").read_bytes() == before
+
+
+def test_stats_keeps_a_file_with_the_name_of_its_journal(folder, capsys):
+    (folder / "kept.npz.partial").write_text("precious")
+    assert cli.main(["stats", "data", "--out", "kept.npz"]) == cli.UNUSABLE
+    assert "that is another file" in capsys.readouterr().err
+    assert (folder / "kept.npz.partial").read_text() == "precious"
+
+
+@pytest.mark.parametrize("out", [".", "", "/"])
+def test_outputs_without_a_name_are_one_line(out, folder, capsys):
+    for arguments in (
+        ["stats", "data", "--out", out],
+        ["normalize", "data/a.npy", "--stats", "stats.npz", "--out", out],
+        ["merge", "stats.npz", "--out", out],
+        ["merge", out, "--out", "m.npz"],
+    ):
+        assert cli.main(arguments) == cli.UNUSABLE
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_names_of_columns_keep_their_spaces():
+    assert split_names('" a ",b, c') == [" a ", "b", "c"]
+    with pytest.raises(BatchNormError, match="names must be separated by commas"):
+        split_names('"b,c')

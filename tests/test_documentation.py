@@ -23,8 +23,12 @@ MODULES = [
     "batchnorm.functional",
     "batchnorm.layer",
     "batchnorm.folding",
+    "batchnorm.workers",
     "batchnorm.dataset",
+    "batchnorm.dataset.hints",
     "batchnorm.dataset.measuring",
+    "batchnorm.dataset.statistics",
+    "batchnorm.sklearn",
 ]
 TORCH_MODULES = [
     "batchnorm.torch",
@@ -88,8 +92,10 @@ def run_doctest(test: doctest.DocTest) -> None:
 def test_page_code_gives_the_output_shown(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where pages may write
     source, _ = python_blocks(page.read_text(encoding="utf-8"))
-    if re.search(r"^>>> (import torch|from torch |from batchnorm\.torch )", source, re.MULTILINE):
-        pytest.importorskip("torch")
+    for package in ("torch", "sklearn", "PIL"):
+        used = rf"^>>> (import {package}|from {package}[. ]|from batchnorm\.{package} )"
+        if re.search(used, source, re.MULTILINE):
+            pytest.importorskip(package)
     run_doctest(doctest.DocTestParser().get_doctest(source, {}, name_of(page), str(page), 0))
 
 
@@ -111,6 +117,8 @@ def test_page_links_lead_to_files(page):
 def test_docstring_examples_give_the_output_shown(module):
     if module in TORCH_MODULES:
         pytest.importorskip("torch")
+    if module == "batchnorm.sklearn":
+        pytest.importorskip("sklearn")
     tests = doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(module))
     tests = [test for test in tests if test.examples]
     assert tests, f"{module} has no examples"

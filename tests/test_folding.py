@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchnorm import batch_norm_inference
 from batchnorm.errors import ArgumentError, DTypeError, ShapeError
 from batchnorm.folding import Affine, Linear, fold_linear, round_to_odd
 
@@ -81,10 +82,80 @@ def test_fold_linear_refuses_a_weight_that_is_not_a_matrix():
         fold_linear(np.ones((2, 3, 3)), None, np.zeros(2), np.ones(2))
 
 
-@pytest.mark.parametrize("bad", [-1.0, np.nan])
-def test_fold_linear_refuses_a_variance_without_a_root(bad):
-    with pytest.raises(ArgumentError, match="channel 1"):
-        fold_linear(np.ones((2, 3)), None, np.zeros(2), np.array([1.0, bad]))
+@pytest.mark.parametrize("kind", [np.int8, np.uint32, bool, int])
+def test_fold_linear_of_integers_is_float64(kind):
+    weight = np.array([[1, 0]], kind)
+    folded_weight, folded_bias = fold_linear(weight, None, [1.0], [4.0], eps=0.0)
+    assert (folded_weight.dtype, folded_bias.dtype) == (np.float64, np.float64)
+    assert (folded_weight.tolist(), folded_bias.tolist()) == ([[0.5, 0.0]], [-0.5])
+
+
+def test_fold_linear_keeps_the_type_of_weight(dtype):
+    weight = np.array([[1, -2, 3]]).astype(dtype)
+    folded_weight, folded_bias = fold_linear(weight, None, [0.5], [4.0], [3.0], eps=0.0)
+    assert (folded_weight.dtype, folded_bias.dtype) == (dtype, dtype)
+    assert folded_weight.astype(float).tolist() == [[1.5, -3.0, 4.5]]
+
+
+def test_fold_linear_takes_another_byte_order():
+    folded_weight, _ = fold_linear(np.array([[3.0]], ">f4"), None, [0.0], [4.0], eps=0.0)
+    assert folded_weight.dtype == np.dtype("=f4")
+    assert folded_weight == 1.5
+
+
+@pytest.mark.parametrize("kind", [complex, "U3", object, "M8[s]", np.longdouble])
+def test_fold_linear_refuses_a_weight_of_another_type(kind):
+    if np.dtype(kind) == np.float64:
+        pytest.skip("longdouble is float64 here")
+    with pytest.raises(DTypeError, match="weight must be real numbers"):
+        fold_linear(np.zeros((2, 3), kind), None, np.zeros(2), np.ones(2))
+
+
+@pytest.mark.parametrize("name", ["bias", "mean", "var", "gamma", "beta"])
+@pytest.mark.parametrize("kind", [complex, "U3"])
+def test_fold_linear_refuses_vectors_of_another_type(name, kind):
+    given = {"bias": None, "mean": np.zeros(2), "var": np.ones(2), name: np.ones(2).astype(kind)}
+    with pytest.raises(DTypeError, match=f"{name} must be real numbers, got"):
+        fold_linear(np.ones((2, 3)), **given)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "mean", "var", "gamma", "beta"])
+def test_fold_linear_refuses_masked_values(name):
+    names = ("weight", "bias", "mean", "var", "gamma", "beta")
+    given = dict(zip(names, _parts(np.random.default_rng(5)), strict=True))
+    given[name] = np.ma.MaskedArray(
+        given[name], np.arange(given[name].size).reshape(given[name].shape) == 3
+    )
+    with pytest.raises(ArgumentError, match=f"{name} must not have masked values, got 1 of"):
+        fold_linear(**given)
+
+
+# What one refuses, the other has to refuse, in the same words.
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"var": [1.0, -1.0]}, "var must be finite and not negative, got -1.0 in channel 1"),
+        ({"var": [1.0, np.nan]}, "var must be finite and not negative, got nan in channel 1"),
+        ({"var": [np.inf, 1.0]}, "var must be finite and not negative, got inf in channel 0"),
+        ({"mean": [0.0, np.nan]}, "mean must be finite, got nan in channel 1"),
+        ({"mean": [-np.inf, 0.0]}, "mean must be finite, got -inf in channel 0"),
+        ({"var": [1.0, 0.0], "eps": 0}, r"var \+ eps must be above zero, got 0.0 in channel 1"),
+        ({"eps": -1e-5}, "eps must be finite and not negative, got -1e-05"),
+        ({"eps": np.nan}, "eps must be finite and not negative, got nan"),
+        ({"eps": "small"}, "eps must be a number, got 'small'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "divide",
+    [
+        lambda **v: fold_linear(np.ones((2, 3)), None, **v),
+        lambda **v: batch_norm_inference(np.ones((3, 2)), **v),
+    ],
+    ids=["fold_linear", "batch_norm_inference"],
+)
+def test_fold_linear_refuses_what_inference_refuses(divide, changed, message):
+    with pytest.raises(ArgumentError, match=message):
+        divide(**{"mean": [0.0, 0.0], "var": [1.0, 1.0], **changed})
 
 
 @pytest.mark.parametrize("name", ["weight", "mean", "gamma"])

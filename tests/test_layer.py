@@ -1,6 +1,8 @@
 """BatchNorm: running statistics, modes, state, and that a call which raises changes nothing."""
 
+import copy
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -255,6 +257,111 @@ def test_layer_equals_torch_over_several_steps(rng, shape, momentum):
         assert ours.num_batches_tracked == int(theirs.num_batches_tracked)
 
 
+# ---- masked arrays ------------------------------------------------------------------------------
+
+
+def _masked(rng, shape=(8, 3, 4)):
+    x, mask = rng.normal(3, 2, shape), rng.random(shape) < 0.3
+    x[mask] = np.nan
+    return np.ma.MaskedArray(x, mask)
+
+
+def test_layer_in_training_honours_a_mask(rng):
+    x, g = _masked(rng), rng.normal(size=(8, 3, 4))
+    layer = BatchNorm(3, momentum=1.0, dtype=np.float64)
+    y = layer(x)
+    expected, saved = batchnorm.batch_norm(x, np.ones(3), np.zeros(3))
+    np.testing.assert_array_equal(y.mask, x.mask)
+    np.testing.assert_array_equal(y.data, expected.data)
+    np.testing.assert_array_equal(layer.running_mean, saved.moments.mean)
+    np.testing.assert_array_equal(layer.running_var, saved.moments.var(ddof=1))
+    grad_x, grad_gamma, grad_beta = batchnorm.batch_norm_backward(g, saved)
+    np.testing.assert_array_equal(layer.backward(g), grad_x)
+    np.testing.assert_array_equal(layer.grad_gamma, grad_gamma)
+    np.testing.assert_array_equal(layer.grad_beta, grad_beta)
+
+
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_layer_in_evaluation_honours_a_mask(rng, channel_axis):
+    x = _masked(rng, (8, 3, 3))
+    layer = BatchNorm(3, channel_axis=channel_axis, dtype=np.float64)
+    layer(rng.normal(1, 2, (9, 3, 3)))
+    y = layer.eval()(x)
+    np.testing.assert_array_equal(y.mask, x.mask)
+    grad_x = layer.backward(np.ones((8, 3, 3)))
+    sums = layer.grad_gamma, layer.grad_beta
+    plain = layer(x.filled(5))
+    np.testing.assert_array_equal(y.data, np.where(x.mask, 0, plain))
+    # A value whose gradient is zero counts as little as one that is masked.
+    np.testing.assert_allclose(grad_x, layer.backward(~x.mask), rtol=1e-15)
+    np.testing.assert_allclose(sums, (layer.grad_gamma, layer.grad_beta), rtol=1e-13)
+
+
+def test_layer_keeps_the_statistics_of_a_channel_that_is_masked(rng):
+    x = np.ma.MaskedArray(rng.normal(3, 2, (8, 3)))
+    x[:, 0] = np.ma.masked
+    layer = BatchNorm(3)
+    layer(x)
+    assert layer.num_batches_tracked == 1
+    assert (layer.running_mean[0], layer.running_var[0]) == (0, 1)
+    np.testing.assert_allclose(layer.running_mean[1:], 0.1 * x.data[:, 1:].mean(0), rtol=1e-13)
+
+
+def test_layer_is_unchanged_by_a_batch_that_is_masked():
+    layer = BatchNorm(3)
+    y = layer(np.ma.MaskedArray(np.full((4, 3), np.nan), True))
+    np.testing.assert_array_equal(y.data, np.zeros((4, 3)))
+    np.testing.assert_array_equal(layer.running_mean, np.zeros(3))
+    np.testing.assert_array_equal(layer.running_var, np.ones(3))
+    assert layer.num_batches_tracked == 0
+
+
+def test_layer_refuses_a_masked_array_of_another_number_of_channels():
+    with pytest.raises(ShapeError, match=r"x must have num_features = 3.*got shape \(4, 2\)"):
+        BatchNorm(3)(np.ma.MaskedArray(np.ones((4, 2)), True))
+
+
+# ---- the inverse --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channel_axis", [1, -1])
+def test_layer_inverse_undoes_evaluation(rng, channel_axis):
+    layer = BatchNorm(3, channel_axis=channel_axis, eps=1e-3, dtype=np.float64)
+    layer.gamma[:], layer.beta[:] = rng.uniform(1, 2, (2, 3))
+    layer(rng.normal(3, 2, (9, 3, 3)))
+    x = rng.normal(size=(4, 3, 3))
+    y = layer.eval()(x)
+    before = _state(layer)
+    np.testing.assert_allclose(layer.inverse(y), x, rtol=0, atol=1e-14)
+    assert _state(layer) == before
+
+
+def test_layer_inverse_of_a_masked_array_is_masked(rng):
+    y = _masked(rng)
+    np.testing.assert_array_equal(BatchNorm(3).eval().inverse(y).mask, y.mask)
+
+
+def test_layer_inverse_refuses_training_mode():
+    with pytest.raises(
+        BatchNormError, match=r"inverse needs.*evaluation mode.*call eval\(\) first"
+    ):
+        BatchNorm(3).inverse(np.ones((4, 3)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_inverse_refuses_a_layer_without_running_statistics(training):
+    layer = BatchNorm(3, track_running_stats=False).train(training)
+    with pytest.raises(BatchNormError, match="inverse needs.*track_running_stats=True"):
+        layer.inverse(np.ones((4, 3)))
+
+
+def test_layer_inverse_names_y_in_errors():
+    with pytest.raises(ShapeError, match="y must have num_features = 3"):
+        BatchNorm(3).eval().inverse(np.ones((4, 2)))
+    with pytest.raises(DTypeError, match="y must be real numbers"):
+        BatchNorm(3).eval().inverse(np.ones((4, 3), complex))
+
+
 # ---- modes and options --------------------------------------------------------------------------
 
 
@@ -318,7 +425,15 @@ def test_layer_refuses_unusable_eps(bad):
         BatchNorm(3, eps=bad)
 
 
-@pytest.mark.parametrize("bad", [int, complex, object])
+@pytest.mark.parametrize("bad", ["eval", 1, None])
+def test_layer_refuses_a_mode_that_is_no_boolean(bad):
+    layer = BatchNorm(3)
+    with pytest.raises(ArgumentError, match="mode must be True or False, got"):
+        layer.train(bad)
+    assert layer.training is True
+
+
+@pytest.mark.parametrize("bad", [int, complex, object, "nonsense"])
 def test_layer_refuses_dtypes_that_do_not_float(bad):
     with pytest.raises(DTypeError, match="dtype must be a floating type"):
         BatchNorm(3, dtype=bad)
@@ -411,7 +526,7 @@ def test_layer_set_population_leaves_the_moments_alone(rng):
         (Moments(), ShapeError, "num_features = 3"),
         (Moments(1, np.zeros(3), np.zeros(3)), ArgumentError, "more than one value.*got count 1"),
         (Moments([5, 5, 0], np.zeros(3), np.zeros(3)), ArgumentError, "more than one value"),
-        (Moments(5, [0, np.nan, 0], np.ones(3)), ArgumentError, "finite mean"),
+        (Moments(5, [0, np.nan, 0], np.ones(3)), ArgumentError, r"moments.mean must.*channel 1"),
         (Moments(5, np.zeros(3), [1, 1, np.nan]), ArgumentError, r"moments.var\(\).*channel 2"),
     ],
 )
@@ -420,6 +535,22 @@ def test_layer_set_population_refuses_what_cannot_be_used(moments, error, messag
     before = _state(layer)
     with pytest.raises(error, match=message):
         layer.set_population(moments)
+    assert _state(layer) == before
+
+
+@pytest.mark.parametrize("bad", [None, 3, np.ones((4, 3))])
+def test_layer_set_population_refuses_what_is_not_moments(bad):
+    with pytest.raises(ArgumentError, match=r"moments must be Moments, got .*Moments\.of\(x"):
+        BatchNorm(3).set_population(bad)
+
+
+def test_layer_set_population_refuses_a_variance_that_evaluation_would_refuse():
+    layer = BatchNorm(3, eps=0.0)
+    before = _state(layer)
+    with pytest.raises(
+        ArgumentError, match=r"moments.var\(\) \+ eps must be above zero.*channel 2"
+    ):
+        layer.set_population(Moments(5, np.zeros(3), [1, 1, 0]))
     assert _state(layer) == before
 
 
@@ -480,6 +611,12 @@ _BAD_STATES = {
     ),
     "type": ({"beta": np.ones(3, complex)}, DTypeError, "beta must be real numbers, got complex"),
     "negative": ({"running_var": np.array([1, -1, 1.0])}, ArgumentError, "running_var.*channel 1"),
+    "mean": ({"running_mean": [0, np.inf, 0]}, ArgumentError, "running_mean must be.*channel 1"),
+    "masked": (
+        {"running_var": np.ma.MaskedArray(np.ones(3), [0, 1, 0])},
+        ArgumentError,
+        "running_var must not have masked values",
+    ),
     "nan": ({"running_var": np.array([1, 1, np.nan])}, ArgumentError, "running_var.*channel 2"),
     "count": ({"num_batches_tracked": np.array(-1)}, ArgumentError, "num_batches_tracked must"),
     "float count": ({"num_batches_tracked": np.array(1.5)}, ArgumentError, "num_batches_tracked"),
@@ -498,6 +635,62 @@ def test_layer_loads_all_or_nothing(rng, case):
     with pytest.raises(error, match=message):
         layer.load_state_dict(state)
     assert _state(layer) == before
+
+
+@pytest.mark.parametrize("bad", [None, 3, [("gamma", np.ones(3))]])
+def test_layer_load_state_dict_refuses_what_is_no_mapping(bad):
+    with pytest.raises(ArgumentError, match="state must be a mapping of names to arrays, got"):
+        BatchNorm(3).load_state_dict(bad)
+
+
+_COPIES = {
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+}
+
+
+@pytest.mark.parametrize("how", _COPIES)
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_copies_are_without_the_last_batch(rng, how, training):
+    layer = BatchNorm(3, momentum=None, eps=1e-3, channel_axis=-1)
+    x = rng.normal(size=(50, 3))
+    layer(x)
+    layer.backward(x)
+    layer.train(training)(x)
+    other = _COPIES[how](layer)
+    assert _state(other)[:3] == _state(layer)[:3]
+    assert repr(other) == repr(layer)
+    with pytest.raises(BatchNormError, match="backward needs a forward pass first"):
+        other.backward(x)
+    layer.backward(x)  # the original still has it
+
+
+def test_layer_pickled_is_as_large_as_its_parameters(rng):
+    layer = BatchNorm(3)
+    before = len(pickle.dumps(layer))
+    layer(rng.normal(size=(10_000, 3)))
+    assert len(pickle.dumps(layer)) < before + 100
+
+
+def test_layer_copies_share_no_memory(rng):
+    layer = BatchNorm(3)
+    other = copy.deepcopy(layer)
+    layer(rng.normal(size=(5, 3)))
+    layer.gamma[:] = 7
+    np.testing.assert_array_equal(other.gamma, np.ones(3))
+    np.testing.assert_array_equal(other.running_mean, np.zeros(3))
+
+
+def test_layer_in_evaluation_takes_statistics_of_any_alignment_and_byte_order(rng):
+    x, g = rng.normal(size=(2, 5, 3))
+    layer, other = BatchNorm(3).eval(), BatchNorm(3).eval()
+    layer.running_mean, layer.running_var = rng.uniform(1, 2, (2, 3))
+    other.running_mean = layer.running_mean.astype(">f8")
+    odd = b"\0" + layer.running_var.tobytes()
+    other.running_var = np.frombuffer(odd, np.uint8)[1:].view(np.float64)
+    np.testing.assert_array_equal(other(x), layer(x))
+    np.testing.assert_array_equal(other.backward(g), layer.backward(g))
 
 
 def test_layer_goes_on_from_a_loaded_state_as_if_nothing_had_happened(rng):

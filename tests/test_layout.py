@@ -1,5 +1,7 @@
 """Any memory layout of the same values gives the same answer, and outputs lie as inputs do."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -160,3 +162,17 @@ def test_layout_every_remainder_of_a_vector_is_handled(instruction_set, rng, siz
         expected = (v - mean) / np.sqrt(v.var(axes, keepdims=True) + 1e-5)
         np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(saved.moments.mean, mean.ravel(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["float16", "float32", "float64"])
+def test_layout_a_type_given_with_this_machines_byte_order_is_the_same_type(name, rng):
+    x = rng.standard_normal((20, 3)).astype(name)
+    marked = x.astype(np.dtype(name).newbyteorder("<" if sys.byteorder == "little" else ">"))
+    assert memoryview(marked).format != memoryview(x).format
+    expected, saved = batchnorm.batch_norm(x)
+    out = np.empty_like(marked)
+    y, found = batchnorm.batch_norm(marked, out=out)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(out, expected)
+    assert found.moments == saved.moments
+    assert Moments.of(marked) == Moments.of(x)

@@ -1,4 +1,6 @@
 import pickle
+import tracemalloc
+import weakref
 from fractions import Fraction
 
 import numpy as np
@@ -7,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from batchnorm import Moments
+from batchnorm import Moments, batch_norm, moments, normalize
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 
 # A merge or a sum of n ≤ 100 values below 1e3 in float64: n·u·κ² with room. Mean relative to the
@@ -280,6 +282,113 @@ def test_moments_add_refuses_another_type():
         Moments() + 1
 
 
+@pytest.mark.parametrize("number", [1, 2, 7])
+def test_moments_sum_merges_them(rng, number):
+    x = rng.normal(size=(number, 5, 3))
+    total = sum(Moments.of(part) for part in x)
+    assert isinstance(total, Moments)
+    _assert_same(total, Moments.of(x.reshape(-1, 3)), np.abs(x).max())
+
+
+@pytest.mark.parametrize("other", [1, 0.5, None, [0]])
+def test_moments_radd_refuses_what_is_not_zero(other):
+    with pytest.raises(TypeError):
+        other + Moments.of(np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("other", [0, 3, np.ones((4, 2))])
+def test_moments_merge_refuses_what_is_not_moments(other):
+    with pytest.raises(ArgumentError, match=r"parts must be Moments, got .*Moments\.of"):
+        Moments.merge([other])
+
+
+def _one_by_one(parts):
+    """Merge pairwise by ``+``, in a binary counter: part 2k with 2k + 1, and so on."""
+    stack = []
+    for part in parts:
+        size = 1
+        while stack and stack[-1][0] == size:
+            part = stack.pop()[1] + part
+            size *= 2
+        stack.append((size, part))
+    total = Moments()
+    for _, part in reversed(stack):
+        total = part + total
+    return total
+
+
+def _bits(m):
+    return [(v.shape, v.tobytes()) for v in (m.count, m.mean, m.m2, m.dof)] + [m._dof is None]
+
+
+def _parts(random, number, channels, kinds):
+    """`number` moments: plain, with a count per channel, weighted, both, empty, or neutral."""
+    for _ in range(number):
+        kind = random.choice(kinds)
+        mean, m2 = random.normal(1e3, 1, channels), random.exponential(1, channels)
+        count, dof = random.integers(0, 9, channels), random.uniform(0, 5, channels)
+        if kind == "neutral":
+            yield Moments()
+        elif kind == "empty":
+            yield Moments.of(np.empty((0, channels)))
+        else:
+            one = (lambda v: v) if kind in ("channels", "both") else (lambda v: v[0])
+            weighted = kind in ("weighted", "both")
+            yield Moments(one(count), mean, m2, one(dof) if weighted else None)
+
+
+@given(
+    st.integers(0, 140),
+    st.integers(1, 3),
+    st.lists(
+        st.sampled_from(["plain", "channels", "weighted", "both", "empty", "neutral"]),
+        min_size=1,
+        max_size=3,
+    ),
+    st.integers(0, 2**32 - 1),
+)
+def test_moments_merge_gives_the_bits_of_merging_one_by_one(number, channels, kinds, seed):
+    parts = list(_parts(np.random.default_rng(seed), number, channels, kinds))
+    assert _bits(Moments.merge(parts)) == _bits(_one_by_one(parts))
+
+
+@pytest.mark.parametrize("number", [4095, 4096, 4097, 9000])
+@pytest.mark.parametrize("kind", ["plain", "both"])
+def test_moments_merge_of_more_than_are_merged_together_gives_the_same_bits(rng, number, kind):
+    parts = list(_parts(rng, number, 2, [kind]))
+    assert number > moments.MERGED_VALUES // 2
+    assert _bits(Moments.merge(iter(parts))) == _bits(_one_by_one(parts))
+
+
+@pytest.mark.parametrize("channels", [0, 1, 700])
+def test_moments_merge_of_few_or_many_channels_gives_the_same_bits(rng, channels):
+    parts = [Moments.of(rng.normal(size=(3, channels))) for _ in range(40)]
+    assert _bits(Moments.merge(parts)) == _bits(_one_by_one(parts))
+
+
+@pytest.mark.parametrize(("channels", "most"), [(1, 1 << 12), (64, 64), (5000, 1)])
+def test_moments_merge_holds_few_parts_of_a_generator(channels, most):
+    alive, largest = 0, 0
+
+    def ended():
+        nonlocal alive
+        alive -= 1
+
+    def generate():
+        nonlocal alive, largest
+        for _ in range(5 * most):
+            alive += 1
+            largest = max(largest, alive)
+            part = Moments(1, np.zeros(channels), np.zeros(channels))
+            weakref.finalize(part, ended)
+            yield part
+            del part
+
+    merged = Moments.merge(generate())
+    assert merged.count == 5 * most
+    assert largest <= 2 * most + 3  # those that are merged, the next, and some on their way
+
+
 # ---- weights ------------------------------------------------------------------------------------
 
 
@@ -415,3 +524,222 @@ def test_moments_merge_of_small_parts_at_a_large_offset_is_within_its_bound(rng,
     merged = Moments.merge(Moments.of(x[i : i + rows]) for i in range(0, 700, rows))
     exact = _exact(x)[2]
     assert np.abs(merged.m2 / exact - 1).max() < 4 * 2.0**-53 * offset
+
+
+# ---- masked arrays ------------------------------------------------------------------------------
+
+
+def _masked(rng, shape, dtype=np.float64, shared=False, axis=1):
+    """Values with NaN (or 99) where they are masked."""
+    x = rng.normal(3, 2, shape).astype(dtype)
+    mask = rng.random(shape) < 0.3
+    if shared:
+        mask[...] = mask.take([0], axis)
+    hidden = x.copy()
+    hidden[mask] = np.nan if x.dtype.kind in "fV" else 99
+    return np.ma.MaskedArray(hidden, mask)
+
+
+def _of_present(x, axis=1, weights=None):
+    """Exact count, mean and m2 of each channel of a masked array, without its masked values."""
+    by_channel = np.moveaxis(x.data, axis, 0), ~np.moveaxis(x.mask, axis, 0)
+    w = np.ones(by_channel[0].shape[1:]) if weights is None else weights
+    found = [
+        _exact(values[present][:, None], np.broadcast_to(w, values.shape)[present])
+        for values, present in zip(*by_channel, strict=True)
+    ]
+    return (np.hstack(row) for row in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((40, 3), 1), ((7, 4, 6), -1), ((3, 5, 6), 0)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_moments_of_a_masked_array_are_those_of_its_other_values(rng, shape, axis, weighted):
+    x = _masked(rng, shape, axis=axis)
+    others = tuple(n for k, n in enumerate(shape) if k != axis % len(shape))
+    w = rng.choice([0.5, 1.0, 2.0], others) if weighted else None
+    found = Moments.of(x, channel_axis=axis, weights=w)
+    count, mean, m2 = _of_present(x, axis, w)
+    np.testing.assert_array_equal(found.count, count)
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-14)
+    np.testing.assert_allclose(found.m2, m2, rtol=1e-13)
+
+
+def test_moments_of_a_masked_array_take_every_type(rng, dtype):
+    x = _masked(rng, (40, 3), dtype)
+    count, mean, m2 = _of_present(x)
+    found = Moments.of(x)
+    np.testing.assert_array_equal(found.count, count)
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-12)
+    np.testing.assert_allclose(found.m2, m2, rtol=1e-9)
+
+
+def test_moments_of_masked_integers_are_those_of_the_other_values(rng):
+    x = _masked(rng, (40, 3), np.int16)
+    count, mean, m2 = _of_present(x)
+    found = Moments.of(x)
+    np.testing.assert_array_equal(found.count, count)
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-14)
+    np.testing.assert_allclose(found.m2, m2, rtol=1e-13)
+
+
+def test_moments_of_a_mask_that_channels_share_have_one_count(rng):
+    x = _masked(rng, (20, 3, 4), shared=True)
+    m = Moments.of(x)
+    assert m.count.shape == ()
+    _assert_same(m, Moments.of(x.data, weights=~x.mask[:, 0]), 20)
+
+
+def test_moments_of_a_masked_array_with_nothing_masked_are_those_of_its_data(rng):
+    x = rng.normal(size=(20, 3))
+    for mask in (np.ma.nomask, np.zeros(x.shape, bool)):
+        assert _bits(Moments.of(np.ma.MaskedArray(x, mask))) == _bits(Moments.of(x))
+
+
+def test_moments_of_a_channel_that_is_masked_are_empty(rng):
+    x = np.ma.MaskedArray(rng.normal(size=(5, 2)))
+    x[:, 1] = np.ma.masked
+    m = Moments.of(x)
+    np.testing.assert_array_equal([m.count, m.dof], [[5, 0], [4, 0]])
+    assert (m.mean[1], m.m2[1]) == (0, 0)
+
+
+def test_moments_of_masked_parts_merge_to_those_of_the_whole(rng):
+    x = _masked(rng, (60, 3))
+    _assert_same(
+        Moments.merge(Moments.of(x[k : k + 7]) for k in range(0, 60, 7)), Moments.of(x), 20
+    )
+
+
+def test_moments_masked_weights_are_zero(rng):
+    x, w = rng.normal(size=(6, 3)), np.ma.MaskedArray([1.0, np.nan, 2, 3, 1, 1], [0, 1, 0, 0, 0, 1])
+    assert Moments.of(x, weights=w) == Moments.of(x, weights=[1, 0, 2, 3, 1, 0])
+
+
+@pytest.mark.parametrize("name", ["count", "mean", "m2", "dof"])
+def test_moments_refuse_masked_arguments(name):
+    given = {"count": [3.0, 3.0], "mean": [1.0, 1.0], "m2": [1.0, 1.0], "dof": [2.0, 2.0]}
+    given[name] = np.ma.MaskedArray(given[name], [False, True])
+    with pytest.raises(ArgumentError, match=f"{name} must not have masked values, got 1 of 2"):
+        Moments(**given)
+
+
+# ---- values that are converted in blocks --------------------------------------------------------
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(moments, "BLOCK_VALUES", 1 << 11)
+
+
+_LAYOUTS_OF_BLOCKS = {
+    "rows": ((5000, 3), 1),
+    "wide rows": ((300, 50), 1),
+    "one long channel": ((1, 20000), 0),
+    "channel first": ((4, 9000), 0),
+    "images": ((9, 3, 20, 30), 1),
+    "one image": ((1, 5, 60, 50), 1),
+    "images, channels last": ((9, 20, 30, 3), -1),
+    "in the middle": ((700, 4, 10), 1),
+}
+
+
+@pytest.mark.parametrize("kind", ["u1", "?", "i2", "u4", "i8", ">f4", ">f8", ">f2", ">i4"])
+@pytest.mark.parametrize("case", _LAYOUTS_OF_BLOCKS)
+def test_moments_in_blocks_are_those_of_the_converted_array(small_blocks, rng, kind, case):
+    shape, axis = _LAYOUTS_OF_BLOCKS[case]
+    x = rng.integers(0, 2 if kind == "?" else 100, shape).astype(kind)
+    found = Moments.of(x, channel_axis=axis)
+    expected = Moments.of(x.astype(np.float64), channel_axis=axis)
+    assert (found.count, found._dof) == (expected.count, None)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-15)
+    np.testing.assert_allclose(found.m2, expected.m2, rtol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "view", [np.asfortranarray, lambda x: x[::-1, ::2], lambda x: x.T.copy().T]
+)
+def test_moments_in_blocks_take_any_strides(small_blocks, rng, view):
+    x = view(rng.integers(0, 100, (900, 8, 3)).astype(np.uint8))
+    expected = Moments.of(x.astype(np.float64))
+    np.testing.assert_allclose(Moments.of(x).m2, expected.m2, rtol=1e-13)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("axis", [1, -1, 0])
+def test_moments_in_blocks_are_masked_and_weighted(small_blocks, rng, shared, weighted, axis):
+    x = _masked(rng, (30, 20, 25), np.float32, shared, axis)
+    x[(slice(None),) * (axis % 3) + (2,)] = np.ma.masked  # nor does the first block have any of it
+    others = [n for k, n in enumerate(x.shape) if k != axis % 3]
+    w = rng.choice([0.0, 0.5, 2.0], others) if weighted else None
+    found = Moments.of(x, channel_axis=axis, weights=w)
+    values = np.moveaxis(x, axis, 0)
+    for c in (0, 2, 7):
+        present = (~values.mask[c]).ravel() * (1 if w is None else w.ravel())
+        one = Moments.of(values.data[c].reshape(-1, 1), weights=present)
+        np.testing.assert_allclose((found.count + 0 * found.mean)[c], one.count)
+        np.testing.assert_allclose(found.mean[c], one.mean[0], rtol=1e-12)
+        np.testing.assert_allclose(found.m2[c], one.m2[0], rtol=1e-9)
+        np.testing.assert_allclose(found.var(1)[c], one.var(1)[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("hidden", [0, 9000])
+def test_moments_in_blocks_keep_the_digits_of_the_variance_at_a_large_offset(
+    small_blocks, rng, hidden
+):
+    # The difference from the offset is known exactly; merging rounded means would lose all digits.
+    small = rng.integers(-2, 3, (20000, 2))
+    exact = Moments.of(small[hidden:].astype(np.float64))
+    x = np.ma.MaskedArray(small + 2**52)
+    if hidden:  # more than the first blocks
+        x[:hidden] = np.ma.masked
+    found = Moments.of(x)
+    np.testing.assert_allclose(found.m2, exact.m2, rtol=1e-13)
+    np.testing.assert_array_equal(found.mean, 2.0**52 + exact.mean)
+
+
+def test_moments_in_blocks_see_nan_and_infinity_where_they_are(small_blocks, rng):
+    x = rng.normal(size=(5000, 5)).astype(">f4")
+    x[0, 0] = x[4000, 1] = np.nan
+    x[0, 2] = x[4000, 3] = -np.inf
+    m = Moments.of(x)
+    np.testing.assert_array_equal(np.isnan(m.m2), [True, True, True, True, False])
+    np.testing.assert_array_equal(m.mean[:4], [np.nan, np.nan, -np.inf, -np.inf])
+    np.testing.assert_array_equal(Moments.of(x.astype("=f4")).mean[:4], m.mean[:4])
+
+
+def test_moments_in_blocks_of_weighted_integers_are_those_of_the_converted_array(small_blocks, rng):
+    x, w = rng.integers(0, 100, (3000, 4, 2)).astype(np.int16), rng.random((3000, 1))
+    found, expected = Moments.of(x, weights=w), Moments.of(x.astype(np.float64), weights=w)
+    for name in ("count", "mean", "m2", "dof"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12)
+
+
+def test_moments_in_blocks_have_the_same_bits_each_time(small_blocks, rng):
+    x = rng.integers(0, 200, (5000, 7)).astype(np.uint8)
+    assert _bits(Moments.of(x)) == _bits(Moments.of(x.copy()))
+
+
+@pytest.mark.parametrize("kind", ["u1", ">f4"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments_need_little_memory_for_what_is_converted(small_blocks, kind, masked):
+    x = np.zeros((1 << 17, 8), kind)
+    if masked:
+        mask = np.zeros(x.shape, bool)
+        mask[::3, 1] = True
+        x = np.ma.MaskedArray(x, mask)
+    Moments.of(x[:4])
+    tracemalloc.start()
+    try:
+        Moments.of(x)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20  # as float64, x has 8 MiB
+
+
+@pytest.mark.parametrize("function", [Moments.of, normalize, batch_norm])
+def test_lists_of_masked_rows_are_refused(function):
+    rows = [np.ma.array([1.0, 99.0], mask=[0, 1]), np.ma.array([3.0, 4.0])]
+    with pytest.raises(DTypeError, match=r"list of masked ones.* numpy\.ma\.stack"):
+        function(rows)

@@ -14,6 +14,7 @@ from .errors import BatchNormError as BatchNormError
 from .functional import batch_norm as batch_norm
 from .functional import batch_norm_backward as batch_norm_backward
 from .functional import batch_norm_inference as batch_norm_inference
+from .functional import batch_norm_inverse as batch_norm_inverse
 from .functional import normalize as normalize
 from .layer import BatchNorm as BatchNorm
 from .moments import Moments as Moments
@@ -30,6 +31,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_inference",
+    "batch_norm_inverse",
     "errors",
     "normalize",
     "show_config",

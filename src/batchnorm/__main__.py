@@ -2,7 +2,7 @@
 
 import sys
 
-from batchnorm.cli import main
+from _batchnorm_program import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -122,6 +122,21 @@ def merge(
     mean: _Array,
     m2: _Array,
 ) -> None: ...
+def moments_of_entries(
+    values: _Array,
+    starts: _Array,
+    places: _Array | None,
+    rows: int,
+    columns: int,
+    by_row: bool,
+    weights: _Array | None,
+    count: _Array,
+    mean: _Array,
+    m2: _Array,
+    missing: _Array,
+    stored: _Array,
+    stored_low: _Array,
+) -> None: ...
 def given_statistics(mean: _Array, var: _Array, statistics: _Array) -> int: ...
 def update_running(
     statistics: _Array,

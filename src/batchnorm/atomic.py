@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .errors import ArgumentError
 
-__all__ = ["check_place", "explain_write_errors", "replacing", "write_all"]
+__all__ = ["check_page", "check_place", "explain_write_errors", "replacing", "write_all"]
 
 
 @contextlib.contextmanager
@@ -51,6 +51,21 @@ def write_all(contents: dict[Path, bytes]) -> None:
     with contextlib.ExitStack() as pending:
         for path, content in contents.items():
             pending.enter_context(replacing(path)).write_bytes(content)
+
+
+def check_page(out: Path, example: str) -> None:
+    """Raise if a page could not be written, or a slip would put it in place of another file.
+
+    Raises
+    ------
+    ArgumentError
+        As `check_place`, or `out` does not end in .html or .htm.
+    """
+    check_place(out, "an HTML page", example)
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ArgumentError(
+            f"out must be a page that ends in .html, got {str(out)!r}. Name it such as {example!r}."
+        )
 
 
 def check_place(out: Path, kind: str, example: str) -> None:

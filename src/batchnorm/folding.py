@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -95,16 +94,11 @@ class Affine:
             for name, values in given.items()
             if values is not None
         }
-        mu, variance = vectors["mean"], vectors["var"]
-        native.check_variance(variance)
-        for name in given.keys() & vectors.keys() - {"var"}:
-            _check_finite(vectors[name], name)
-        eps = native.check_eps(eps)
-        if eps == 0 and not variance.all():
-            raise ArgumentError(
-                f"var + eps must be above zero, got {_in_channel(variance, variance == 0)}; "
-                "pass eps > 0."
-            )
+        mu, variance, eps = vectors["mean"], vectors["var"], native.check_eps(eps)
+        native.check_statistics(mu, variance, eps)
+        for name in ("gamma", "beta"):
+            if name in vectors:
+                native.check_finite(vectors[name], name)
         scale = vectors.get("gamma", np.ones(channels)) / np.sqrt(variance + eps)
         offset = vectors.get("beta", np.zeros(channels))
         return cls(scale, offset - mu * scale, abs(offset) + abs(mu * scale))
@@ -144,7 +138,7 @@ class Linear:
 
     def __post_init__(self) -> None:
         """Check the shapes and types."""
-        w = native.as_values(_real(self.weight, "weight"), "weight")
+        w = native.as_values(native.as_real(self.weight, "weight"), "weight")
         if w.ndim < 2:
             raise ShapeError(
                 f"weight must have at least 2 axes, (out, in, *K), got shape {w.shape}."
@@ -161,7 +155,7 @@ class Linear:
         object.__setattr__(self, "weight", w)
         object.__setattr__(self, "groups", groups)
         if self.bias is not None:
-            b = native.as_values(_real(self.bias, "bias"), "bias")
+            b = native.as_values(native.as_real(self.bias, "bias"), "bias")
             if b.shape != (self.outputs,):
                 raise ShapeError(f"bias must have shape (out,) = ({self.outputs},), got {b.shape}.")
             object.__setattr__(self, "bias", b)
@@ -234,7 +228,7 @@ class Linear:
             )
             raise ArgumentError(
                 f"shift of a batch norm before a {why}, must be zero, got "
-                f"{_in_channel(norm.shift, norm.shift != 0)}."
+                f"{native.in_channel(norm.shift, norm.shift != 0)}."
                 + ("" if self.transposed else " Leave it in place, or add `border`.")
             )
         split = self._split()
@@ -567,39 +561,12 @@ def round_to_odd(values: Float64) -> NDArray[np.float32]:
 # ---- checks and shapes --------------------------------------------------------------------------
 
 
-def _real(values: ArrayLike, name: str) -> Array:
-    """An array of real numbers of any type, none of which is masked."""
-    v = np.asarray(values)
-    if v.dtype.kind not in "fiub" and not native.is_bfloat16(v.dtype):
-        raise DTypeError(f"{name} must be real numbers, got {v.dtype}.")
-    ma = sys.modules.get("numpy.ma")  # without which there are no masked arrays
-    if ma is not None and (masked := np.count_nonzero(ma.getmask(values))):
-        raise ArgumentError(
-            f"{name} must not have masked values, got {masked} of {v.size} masked. "
-            "Give each a value, by filled()."
-        )
-    return v if v.dtype.isnative else v.astype(v.dtype.newbyteorder("="))
-
-
 def _vector(values: Any, size: int, name: str, axes: str, remedy: str) -> Float64:
     """One real number for each channel, in float64."""
-    v = _real(values, name)
+    v = native.as_real(values, name)
     if v.shape != (size,):
         raise ShapeError(f"{name} must have shape {axes} = ({size},), got {v.shape}. {remedy}")
     return v.astype(np.float64)
-
-
-def _check_finite(values: Float64, name: str) -> None:
-    if not np.isfinite(values).all():
-        raise ArgumentError(
-            f"{name} must be finite, got {_in_channel(values, ~np.isfinite(values))}."
-        )
-
-
-def _in_channel(values: Float64, wrong: NDArray[np.bool_]) -> str:
-    """The first value that is wrong, its channel, and how many are."""
-    c = int(np.flatnonzero(wrong)[0])
-    return f"{values[c]} in channel {c} ({np.count_nonzero(wrong)} of {values.size} channels)"
 
 
 def _check_channels(norm: Affine, channels: int, what: str, of: str) -> None:

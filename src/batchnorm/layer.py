@@ -61,8 +61,9 @@ class BatchNorm:
     A call that raises changes nothing. A training batch updates the running statistics with its
     mean and its unbiased variance, ``moments.var(ddof=1)``, unless the variance has no degrees of
     freedom. An empty batch counts in `num_batches_tracked`, as in PyTorch; a batch with all weights
-    zero does not. If the mean or variance of a batch is not finite, the batch is skipped and
-    counted in `nonfinite_batches`, with a RuntimeWarning the first time.
+    zero does not. A channel whose values are all masked keeps its running statistics. If the mean
+    or variance of a batch is not finite, the batch is skipped and counted in `nonfinite_batches`,
+    with a RuntimeWarning the first time.
 
     Examples
     --------
@@ -110,7 +111,10 @@ class BatchNorm:
                 f"momentum must be None or from 0 to 1, got {momentum!r}. It is the weight of the "
                 "new value; Keras's and Flax's is that of the old one."
             )
-        self.dtype = np.dtype(dtype)
+        try:
+            self.dtype = np.dtype(dtype)
+        except TypeError:
+            raise DTypeError(f"dtype must be a floating type of NumPy, got {dtype!r}.") from None
         if not native.is_supported(self.dtype):
             raise DTypeError(f"dtype must be a floating type up to float64, got {self.dtype}.")
         self.num_features = int(num_features)
@@ -135,13 +139,14 @@ class BatchNorm:
         Parameters
         ----------
         x : (N, C, *S)
+            The masked values of a masked array have weight zero.
         weights : broadcasts to (N, *S)
             As in `batch_norm`; only in training.
 
         Returns
         -------
         (N, C, *S)
-            In the dtype of `x`.
+            In the dtype of `x`, and with its mask.
 
         Raises
         ------
@@ -173,25 +178,61 @@ class BatchNorm:
         self._saved = saved
         return y
 
-    def _checked(self, x: ArrayLike) -> Array:
-        values = native.as_values(x)
-        axis = native.channel_axis_of(values, self.channel_axis)
+    def inverse(self, y: ArrayLike) -> Array:
+        """Return the x for which the layer in evaluation returns `y`; changes nothing.
+
+        Parameters
+        ----------
+        y : (N, C, *S)
+
+        Returns
+        -------
+        (N, C, *S)
+            (y − beta)·√(running_var + eps)/gamma + running_mean, in the dtype of `y`.
+
+        Raises
+        ------
+        BatchNormError
+            The layer is in training mode, or has no running statistics.
+        ShapeError, DTypeError, ArgumentError
+            As `batch_norm_inverse`.
+        """
+        if self.training or self.running_mean is None or self.running_var is None:
+            remedy = (
+                "call eval() first"
+                if self.running_mean is not None
+                else "build it with track_running_stats=True"
+            )
+            raise BatchNormError(
+                "inverse needs a layer in evaluation mode with running statistics: y of a batch "
+                f"that was normalized by its own ones does not tell them; {remedy}. With the "
+                "statistics of the batch at hand, use batch_norm_inverse."
+            )
+        return functional.batch_norm_inverse(
+            self._checked(y, "y"), self.running_mean, self.running_var, self.gamma, self.beta,
+            eps=self.eps, channel_axis=self.channel_axis,
+        )  # fmt: skip
+
+    def _checked(self, x: ArrayLike, name: str = "x") -> Array:
+        values = native.as_array(x, name)
+        axis = native.channel_axis_of(values, self.channel_axis, name)
         if values.shape[axis] != self.num_features:
             raise ShapeError(
-                f"x must have num_features = {self.num_features} channels on axis "
+                f"{name} must have num_features = {self.num_features} channels on axis "
                 f"{self.channel_axis}, got shape {values.shape}. Set channel_axis=-1 for "
                 "channels-last arrays."
             )
-        return values
+        masked: Any = x
+        return masked if native.is_masked(x) else values
 
     def _track(self, saved: Saved) -> None:
         if self.running_mean is None or self.running_var is None:
             return
-        weighted, tracked = saved.weights is not None, self.num_batches_tracked + 1
+        tracked = self.num_batches_tracked + 1
         momentum = 1 / tracked if self.momentum is None else self.momentum
         # Copies: who asked for the arrays before may keep them.
         mean, var = self.running_mean.copy(), self.running_var.copy()
-        bad = _core.update_running(saved.statistics, mean, var, 0, momentum, False, not weighted)
+        bad = _core.update_running(saved.statistics, mean, var, 0, momentum, False, True)
         if bad >= 0:
             self.nonfinite_batches += 1
             if self.nonfinite_batches == 1:
@@ -206,7 +247,7 @@ class BatchNorm:
                 )
             return
         self.running_mean, self.running_var = mean, var
-        if not weighted or saved.statistics[0, 0].any():
+        if saved.weights is None or saved.statistics[0, 0].any():
             self.num_batches_tracked = tracked
 
     def backward(self, grad_y: ArrayLike) -> Array:
@@ -238,6 +279,8 @@ class BatchNorm:
 
     def train(self, mode: bool = True) -> BatchNorm:
         """Set training mode, or evaluation mode with ``mode=False``; return the layer."""
+        if not isinstance(mode, (bool, np.bool_)):
+            raise ArgumentError(f"mode must be True or False, got {mode!r}; or call eval().")
         self.training = bool(mode)
         return self
 
@@ -259,9 +302,15 @@ class BatchNorm:
         ShapeError
             `moments` does not have `num_features` channels.
         ArgumentError
-            There are fewer than two values per channel, the statistics are not finite, or the layer
-            was created with ``track_running_stats=False``.
+            `moments` is no Moments or of fewer than two values per channel, its statistics are not
+            finite, a variance is zero and so is `eps`, or the layer was created with
+            ``track_running_stats=False``.
         """
+        if not isinstance(moments, Moments):
+            raise ArgumentError(
+                f"moments must be Moments, got {type(moments).__name__}. Measure the data by "
+                f"Moments.of(x, channel_axis={self.channel_axis})."
+            )
         if self.running_mean is None:
             raise ArgumentError(
                 "set_population needs a layer with running statistics; build it with "
@@ -278,9 +327,7 @@ class BatchNorm:
                 f"{np.min(moments.count)}."
             )
         var = moments.var(ddof=1)
-        if not np.isfinite(moments.mean).all():
-            raise ArgumentError("moments must have a finite mean; the data have NaN or infinity.")
-        native.check_variance(var, "moments.var()")
+        native.check_statistics(moments.mean, var, self.eps, "moments.mean", "moments.var()")
         self.running_mean, self.running_var = moments.mean.copy(), var
         self.num_batches_tracked = 0
 
@@ -307,6 +354,11 @@ class BatchNorm:
             A value has the wrong shape or type.
         """
         names = self._state_names()
+        if not hasattr(state, "keys"):
+            raise ArgumentError(
+                f"state must be a mapping of names to arrays, got {type(state).__name__}. Pass "
+                "what state_dict returned, or numpy.load of it."
+            )
         given = list(state.keys())
         missing = [n for n in names if n not in given]
         unknown = [n for n in given if n not in names]
@@ -317,7 +369,7 @@ class BatchNorm:
             )
         loaded: dict[str, Any] = {}
         for name in names:
-            value = np.asarray(state[name])
+            value: Any = np.asanyarray(state[name])
             if name == "num_batches_tracked":
                 if value.shape != () or value.dtype.kind not in "iu" or value < 0:
                     raise ArgumentError(
@@ -331,12 +383,15 @@ class BatchNorm:
             assert checked is not None
             own = self.dtype if name in ("gamma", "beta") else np.dtype(np.float64)
             loaded[name] = checked.astype(own)
-        if "running_mean" in loaded and not np.isfinite(loaded["running_mean"]).all():
-            raise ArgumentError("running_mean must be finite; the saved one has NaN or infinity.")
         if "running_var" in loaded:
+            native.check_finite(loaded["running_mean"], "running_mean")
             native.check_variance(loaded["running_var"], "running_var")
         for name, value in loaded.items():
             setattr(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the last batch, which is of no use to a copy and may be large."""
+        return {**self.__dict__, "_saved": None}
 
     def _state_names(self) -> list[str]:
         names = ["gamma", "beta"] if self.affine else []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,14 @@ from .errors import ArgumentError, DTypeError, ShapeError
 
 __all__ = ["Moments"]
 
+Array = NDArray[Any]
 Float64 = NDArray[np.float64]
+
+#: Values that are converted and measured together, so that a cache holds them in float64.
+BLOCK_VALUES = 1 << 18
+
+#: Values of the parts that are merged together, and number of parts from which that is faster.
+MERGED_VALUES, MERGED_PARTS = 1 << 12, 8
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -71,8 +78,11 @@ class Moments:
         dof: ArrayLike | None = None,
     ) -> None:
         """Make read-only float64 copies, and check their shapes and values."""
-        n, means, m2s = (np.array(v, np.float64) for v in (count, mean, m2))
-        dofs = None if dof is None else np.array(dof, np.float64)
+        n, means, m2s = (
+            np.array(native.as_real(v, name), np.float64)
+            for v, name in ((count, "count"), (mean, "mean"), (m2, "m2"))
+        )
+        dofs = None if dof is None else np.array(native.as_real(dof, "dof"), np.float64)
         shape = n.shape if dofs is None else dofs.shape
         if (
             means.shape != m2s.shape
@@ -111,8 +121,10 @@ class Moments:
         Parameters
         ----------
         x : (N, C, *S)
-            Any strides; channel-first and channel-last arrays are read in place. A Dask array is
-            measured chunk by chunk by the scheduler in use; masked values count as NaN.
+            Any strides; channel-first and channel-last arrays are read in place. Integers, booleans
+            and other byte orders are converted in blocks. The masked values of a masked array are
+            ignored, whatever they are. A Dask array is measured chunk by chunk by the scheduler in
+            use.
         channel_axis : int
             The axis of the channels; -1 for channels-last arrays.
         weights : broadcasts to (N, *S)
@@ -124,7 +136,8 @@ class Moments:
         Moments
             For float32 and narrower types and |mean|/std ≤ 1e6: the mean is within
             1e-12·max(|mean|, std) of the exact value, and the variance has a relative error of at
-            most 1e-9. For float64: as accurate as a corrected two-pass algorithm.
+            most 1e-9. For float64: as accurate as a corrected two-pass algorithm. The count is (),
+            or (C,) if the masks of channels differ.
 
         Raises
         ------
@@ -135,13 +148,16 @@ class Moments:
         """
         if is_dask(x):
             return _of_dask_array(x, channel_axis, weights)
-        values = native.aligned(native.as_values(x))
+        values = native.as_array(x)
         axis = native.channel_axis_of(values, channel_axis)
         w = None if weights is None else native.as_weights(weights, values, axis)
-        mean, low, m2 = np.empty((3, values.shape[axis]))
-        count, dof = _core.forward(
-            native.for_core(values), None, axis, 0.0, mean, low, m2, weights=w
-        )
+        mask = native.mask_of(x)
+        readable = native.is_supported(values.dtype) and native.is_aligned(values)
+        if mask is not None or not (readable or values.size <= BLOCK_VALUES):
+            return _of_blocks(values, axis, w, mask)
+        if not readable:
+            values = native.as_values(values)
+        count, mean, _, m2, dof = _measure(values, axis, w)
         return moments_without_copy(count, mean, m2, None if w is None else dof)
 
     @classmethod
@@ -149,18 +165,29 @@ class Moments:
         """Moments of the values of all parts together.
 
         Parts are merged pairwise, in the order given, so rounding errors grow only with the
-        logarithm of their number. Without parts, the result is ``Moments()``.
+        logarithm of their number. Without parts, the result is ``Moments()``. ``sum(parts)`` merges
+        one after the other.
         """
-        stack: list[tuple[int, Moments]] = []
-        for part in parts:
-            size = 1
-            while stack and stack[-1][0] == size:
-                part = stack.pop()[1] + part
-                size *= 2
-            stack.append((size, part))
-        total = cls()
-        for _, part in reversed(stack):
-            total = part + total
+        stack: list[tuple[int, Moments]] = []  # powers of two, each less than the one before
+        number = 0
+        for run in _runs(parts):
+            begin = 0
+            while begin < len(run):
+                # As many as would be merged before any of them meets another part.
+                size = 1 << ((len(run) - begin).bit_length() - 1)
+                while number % size:
+                    size >>= 1
+                part = _merge_alike(run[begin : begin + size])
+                begin, number = begin + size, number + size
+                while stack and stack[-1][0] == size:
+                    part = stack.pop()[1] + part
+                    size *= 2
+                stack.append((size, part))
+        if not stack:
+            return cls()
+        total = stack.pop()[1]
+        while stack:
+            total = stack.pop()[1] + total
         return total
 
     def __add__(self, other: Moments) -> Moments:
@@ -192,10 +219,11 @@ class Moments:
             mean, m2 = mean.reshape(()), m2.reshape(())
         if self._dof is None and other._dof is None:
             return moments_without_copy(n, mean, m2)
-        # Pairs of a value in one part and a value in the other. Without weights, the sum is n - 1.
-        pairs = nb * (na - self.dof) + na * (nb - other.dof)
-        across = np.divide(pairs, n, out=np.zeros_like(n), where=n > 0)
-        return moments_without_copy(n, mean, m2, self.dof + other.dof + across)
+        return moments_without_copy(n, mean, m2, _merge_dof(na, self.dof, nb, other.dof))
+
+    def __radd__(self, other: object) -> Moments:
+        """``0 + moments``, with which ``sum`` begins."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def var(self, ddof: float = 0) -> Float64:
         """Variance, m2 / (count − ddof): (C,); NaN where that is not positive.
@@ -274,19 +302,162 @@ def _of_dask_array(x: Any, channel_axis: int, weights: object) -> Moments:
     meta = np.empty((0,) * x.ndim, object)
     parts = x.map_blocks(_of_chunk, axis, dtype=object, chunks=chunks, meta=meta)
     others = tuple(k for k in range(x.ndim) if k != axis)
-    merged = parts.sum(axis=others, dtype=object).compute()  # one for each run of channels
-    mean, m2 = (np.concatenate([getattr(m, name) for m in merged]) for name in ("mean", "m2"))
-    return Moments(merged[0].count, mean, m2)
+    return _side_by_side(parts.sum(axis=others, dtype=object).compute())
 
 
 def _of_chunk(chunk: Any, axis: int) -> NDArray[Any]:
     """Moments of a chunk, as an array of one object, which Dask can add up."""
-    if hasattr(chunk, "filled"):  # masked values are missing
-        chunk = chunk.astype(np.float64).filled(np.nan)
-    values = chunk.astype(chunk.dtype.newbyteorder("="), copy=False)
     part = np.empty((1,) * chunk.ndim, object)
-    part[(0,) * chunk.ndim] = Moments.of(values, channel_axis=axis)
+    part[(0,) * chunk.ndim] = Moments.of(chunk, channel_axis=axis)
     return part
+
+
+def _side_by_side(parts: Sequence[Moments]) -> Moments:
+    """Put moments of different channels side by side; one count if each part has the same one."""
+    if len(parts) == 1:
+        return parts[0]
+    mean, m2 = (np.concatenate([getattr(part, name) for part in parts]) for name in ("mean", "m2"))
+
+    def together(values: list[Float64]) -> Float64:
+        if all(v.ndim == 0 and v == values[0] for v in values):
+            return values[0]
+        return np.concatenate(
+            [np.broadcast_to(v, part.mean.shape) for v, part in zip(values, parts, strict=True)]
+        )
+
+    weighted = any(part._dof is not None for part in parts)
+    dof = together([part.dof for part in parts]) if weighted else None
+    return moments_without_copy(together([part.count for part in parts]), mean, m2, dof)
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def _measure(x: Array, axis: int, weights: Float64 | None) -> tuple[Any, ...]:
+    """Count, mean, its low part, m2 and dof of values that the core reads.
+
+    Count and dof are numbers, or (C,) if channels do not share their weights.
+    """
+    if weights is None or native.shared_by_channels(weights, axis):
+        values = native.for_core(x)
+        mean, low, m2 = np.empty((3, x.shape[axis]))
+        count, dof = _core.forward(values, None, axis, 0.0, mean, low, m2, weights=weights)
+        return count, mean, low, m2, dof
+    apart = (native.channels_first(v, axis) for v in (x, weights))
+    found = [np.hstack(_measure(v, 0, w)) for v, w in native.each_channel(*apart)]
+    return tuple(np.array(found).T)
+
+
+def _of_blocks(x: Array, axis: int, weights: Float64 | None, mask: Array | None) -> Moments:
+    """Moments of values that are masked, or have to be converted, in bounded memory."""
+    channels = x.shape[axis]
+    largest = max(range(x.ndim), key=lambda k: (x.shape[k] > 1, abs(x.strides[k])))
+    if largest == axis:
+        step = BLOCK_VALUES * channels // max(x.size, 1)
+    else:  # side by side: many values of few channels, above all where each has a call of the core
+        step = BLOCK_VALUES >> (8 if mask is None else 11)
+    step = max(1, step)
+    # Differences from a mean of the channel lose nothing when they are rounded and merged. Means
+    # that are large against the deviation would cost digits of the variance.
+    center = np.full(channels, np.nan)
+    parts = []
+    for c in range(0, max(channels, 1), step):
+        at = (slice(None),) * axis + (slice(c, c + step),)
+        some = _at(weights, at), _at(mask, at), center[c : c + step]
+        parts.append(_of_halves(x[at], axis, *some))
+    m = _side_by_side(parts)
+    mean = m.mean + np.where(np.isnan(center), 0, center)
+    return moments_without_copy(m.count, mean, m.m2, m._dof)
+
+
+def _of_halves(
+    x: Array, axis: int, weights: Float64 | None, mask: Array | None, center: Float64
+) -> Moments:
+    """Merge the moments of two halves, and so on, down to blocks.
+
+    Means are differences from `center`, which becomes the first finite mean where it is NaN.
+    """
+    others = [k for k in range(x.ndim) if k != axis]
+    cut = max(others, key=lambda k: (x.shape[k] > 1, abs(x.strides[k])))
+    middle = x.shape[cut] // 2
+    if x.size > BLOCK_VALUES and middle:
+        halves = []
+        for half in (slice(middle), slice(middle, None)):
+            at = (slice(None),) * cut + (half,)
+            halves.append(_of_halves(x[at], axis, _at(weights, at), _at(mask, at), center))
+        return halves[0] + halves[1]
+    hidden = native.hide(weights, mask, axis)
+    count, mean, low, m2, dof = _measure(native.as_values(x), axis, hidden)
+    first = np.isnan(center) & np.isfinite(mean) & (count > 0)
+    center[first] = mean[first]
+    with np.errstate(invalid="ignore"):
+        about = (mean - np.where(np.isnan(center), 0, center)) + low
+    return moments_without_copy(count, about, m2, None if weights is None else dof)
+
+
+def _at(values: Array | None, index: tuple[slice, ...]) -> Array | None:
+    return None if values is None else values[index]
+
+
+# ---- merging ------------------------------------------------------------------------------------
+
+
+def _runs(parts: Iterable[Moments]) -> Iterator[list[Moments]]:
+    """Parts that follow one another and have the same shapes, not more than memory should hold."""
+    run: list[Moments] = []
+    shapes: object = None
+    most = 0
+    for part in parts:
+        if not isinstance(part, Moments):
+            raise ArgumentError(
+                f"parts must be Moments, got {type(part).__name__}. Measure arrays by Moments.of."
+            )
+        own = (part.mean.shape, part.count.shape, part._dof is None)
+        if own != shapes or len(run) == most:
+            if run:
+                yield run
+            run, shapes = [], own
+            fitting = max(1, MERGED_VALUES // max(1, part.mean.size))
+            most = 1 << (fitting.bit_length() - 1)
+        run.append(part)
+    if run:
+        yield run
+
+
+def _merge_alike(parts: list[Moments]) -> Moments:
+    """Merge 2^k parts of the same shapes, pairs of all at once; every bit is that of ``a + b``."""
+    if len(parts) < MERGED_PARTS or parts[0].mean.ndim == 0 or parts[0].mean.size == 0:
+        while len(parts) > 1:
+            parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+    mean, m2 = (np.array([getattr(part, name) for part in parts]) for name in ("mean", "m2"))
+    count = np.array([part.count for part in parts]).reshape(len(parts), -1)
+    weighted = parts[0]._dof is not None
+    dof = np.array([part._dof for part in parts]).reshape(count.shape) if weighted else None
+    while len(mean) > 1:
+        na, nb, n = count[::2], count[1::2], count[::2] + count[1::2]
+        to_mean, to_m2 = np.empty((2, len(n), mean.shape[1]))
+        each = mean.shape[1] // count.shape[1]  # a count for each value
+        _core.merge(
+            na.repeat(each, 1).ravel(), mean[::2].ravel(), m2[::2].ravel(),
+            nb.repeat(each, 1).ravel(), mean[1::2].ravel(), m2[1::2].ravel(),
+            to_mean.ravel(), to_m2.ravel(),
+        )  # fmt: skip
+        if dof is not None:
+            dof = _merge_dof(na, dof[::2], nb, dof[1::2])
+        mean, m2, count = to_mean, to_m2, n
+    one = parts[0].count.shape
+    return moments_without_copy(
+        count.reshape(one), mean[0], m2[0], None if dof is None else dof.reshape(one)
+    )
+
+
+def _merge_dof(na: Float64, dof_a: Float64, nb: Float64, dof_b: Float64) -> Float64:
+    """Add the pairs of a value in one part and a value in the other; without weights, n - 1."""
+    n = na + nb
+    pairs = nb * (na - dof_a) + na * (nb - dof_b)
+    across: Float64 = np.divide(pairs, n, out=np.zeros_like(n), where=n > 0)
+    return dof_a + dof_b + across
 
 
 def _as_vector(v: Float64) -> Float64:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+import sys
+from collections.abc import Iterator
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,12 +26,25 @@ _SUPPORTED = "float16, bfloat16, float32 or float64"
 
 
 def as_values(x: ArrayLike, name: str = "x") -> Array:
-    """`x` as an array of a supported floating type; integers and booleans become float64."""
+    """`x` as an array that the core reads; integers and booleans become float64."""
+    array = as_array(x, name)
+    if not is_supported(array.dtype):  # as numpy.mean does
+        kind = np.float64 if array.dtype.kind in "iub" else array.dtype.newbyteorder("=")
+        return array.astype(kind)
+    return array if is_aligned(array) else array.copy()
+
+
+def as_array(x: ArrayLike, name: str = "x") -> Array:
+    """`x` as an array that `as_values` converts, checked and not yet converted."""
+    if isinstance(x, (list, tuple)) and any(map(is_masked, x)):
+        raise DTypeError(
+            f"{name} must be an array, got a {type(x).__name__} of masked ones, whose masks NumPy "
+            "drops. Pass numpy.ma.stack of them."
+        )
     array = np.asarray(x)
-    if is_supported(array.dtype):
+    dtype = array.dtype
+    if is_supported(dtype) or dtype.kind in "iub" or is_supported(dtype.newbyteorder("=")):
         return array
-    if array.dtype.kind in "iub":  # as numpy.mean does
-        return array.astype(np.float64)
     raise DTypeError(
         f"{name} must be real numbers of type {_SUPPORTED} (or integers), got {array.dtype}."
         + (f" Convert it, e.g. {name}.astype(numpy.float64)." if array.dtype.kind == "f" else "")
@@ -48,14 +63,40 @@ def is_bfloat16(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "V" and dtype.name == "bfloat16"
 
 
+def is_masked(x: object) -> bool:
+    """Whether `x` is a masked array, without importing numpy.ma, without which there are none."""
+    ma = sys.modules.get("numpy.ma")
+    return ma is not None and isinstance(x, ma.MaskedArray)
+
+
+def mask_of(x: object) -> NDArray[np.bool_] | None:
+    """The mask of a masked array; None if nothing is masked."""
+    if not is_masked(x):
+        return None
+    mask: NDArray[np.bool_] = np.ma.getmask(cast(Any, x))
+    return mask if mask.any() else None
+
+
+def with_mask_of(x: object, y: Array) -> Array:
+    """`y`, as a masked array with a copy of the mask of `x` if `x` is one."""
+    if not is_masked(x):
+        return y
+    masked: np.ma.MaskedArray[Any, Any] = np.ma.MaskedArray(y, np.ma.getmask(cast(Any, x)))
+    masked.unshare_mask()
+    return masked
+
+
 def as_weights(weights: ArrayLike, x: Array, channel_axis: int) -> Float64:
     """Weights for the axes of `x` without the channel axis, as float64 broadcast to `x`."""
     w = np.asarray(weights)
     if w.dtype.kind not in "fiub" and not is_bfloat16(w.dtype):
         raise DTypeError(f"weights must be real numbers, got {w.dtype}.")
     shape = x.shape[:channel_axis] + x.shape[channel_axis + 1 :]
+    w = w.astype(np.float64)
+    if (mask := mask_of(weights)) is not None:
+        w[mask] = 0
     try:
-        full = np.ascontiguousarray(np.broadcast_to(w.astype(np.float64), shape))
+        full = np.ascontiguousarray(np.broadcast_to(w, shape))
     except ValueError:
         raise ShapeError(
             f"weights must broadcast to the shape of x without its channel axis, {shape}, got "
@@ -70,17 +111,49 @@ def as_weights(weights: ArrayLike, x: Array, channel_axis: int) -> Float64:
     return np.broadcast_to(np.expand_dims(full, channel_axis), x.shape)
 
 
+def hide(weights: Float64 | None, mask: Array | None, channel_axis: int) -> Float64 | None:
+    """`weights`, or ones, and zero where `mask` is, in the shape of x; None if all are ones.
+
+    Channels share them, with a stride of 0, unless the masks of channels differ.
+    """
+    if mask is None or not mask.any():
+        return weights
+    by_channel = channels_first(mask, channel_axis)
+    shape = by_channel.shape
+    if (by_channel[1:] == by_channel[0]).all():
+        by_channel = by_channel[:1]
+    w: Any = 1.0 if weights is None else np.moveaxis(weights, channel_axis, 0)[: len(by_channel)]
+    hidden = np.where(by_channel, 0.0, w)
+    return np.moveaxis(np.broadcast_to(hidden, shape), 0, channel_axis)
+
+
+def shared_by_channels(weights: Float64 | None, channel_axis: int) -> bool:
+    """Whether channels share their weights, as the core's kernels need it."""
+    return weights is None or not weights.strides[channel_axis] or weights.shape[channel_axis] == 1
+
+
+def channels_first(x: Array, channel_axis: int) -> Array:
+    """(C, N, *S) in C order: one channel of it has the same layout as any other."""
+    return np.ascontiguousarray(np.moveaxis(x, channel_axis, 0))
+
+
+def each_channel(*arrays: Array | None) -> Iterator[tuple[Any, ...]]:
+    """Channel by channel, the views (1, ...) of arrays (C, ...); None remains None."""
+    for c in range(next(len(a) for a in arrays if a is not None)):
+        yield tuple(None if a is None else a[c : c + 1] for a in arrays)
+
+
 def _first_bad(w: Float64) -> str:
     bad = w[~(np.isfinite(w) & (w >= 0))]
     return f"{bad[0]} ({bad.size} such)"
 
 
-def channel_axis_of(x: Array, channel_axis: int) -> int:
+def channel_axis_of(x: Array, channel_axis: int, name: str = "x") -> int:
     """`channel_axis` counted from the front; checks that `x` has it and at least two axes."""
     if x.ndim < 2:
         raise ShapeError(
-            f"x must have at least 2 axes, (N, C) or (N, C, *S), got shape {x.shape}. "
-            "A single feature is x[:, None]."
+            f"{name} must have at least 2 axes, (N, C) or (N, C, *S), got shape {x.shape}. "
+            f"A single feature is {name}[:, None]."
         )
     try:
         axis = int(channel_axis.__index__())
@@ -88,25 +161,37 @@ def channel_axis_of(x: Array, channel_axis: int) -> int:
         raise ArgumentError(f"channel_axis must be an integer, got {channel_axis!r}.") from None
     if not -x.ndim <= axis < x.ndim:
         raise ShapeError(
-            f"channel_axis must be an axis of x, from {-x.ndim} to {x.ndim - 1}, got {axis} for "
-            f"shape {x.shape}."
+            f"channel_axis must be an axis of {name}, from {-x.ndim} to {x.ndim - 1}, got {axis} "
+            f"for shape {x.shape}."
         )
     return axis % x.ndim
 
 
 def per_channel(values: ArrayLike | None, channels: int, name: str, axis: int) -> Float64 | None:
-    """A per-channel vector as contiguous float64."""
+    """A per-channel vector as contiguous and aligned float64."""
     if values is None:
         return None
-    v = np.asarray(values)
-    if v.dtype.kind not in "fiub" and not is_bfloat16(v.dtype):
-        raise DTypeError(f"{name} must be real numbers, got {v.dtype}.")
+    v = as_real(values, name)
     if v.shape != (channels,):
         raise ShapeError(
             f"{name} must have shape (C,) = ({channels},), got {v.shape}. The channel axis is "
             f"{axis}; pass channel_axis=-1 for channels-last arrays."
         )
-    return np.ascontiguousarray(v, dtype=np.float64)
+    v = np.ascontiguousarray(v, dtype=np.float64)
+    return v if v.flags.aligned else v.copy()
+
+
+def as_real(values: ArrayLike, name: str) -> Array:
+    """`values` as an array of real numbers of any type, none of which is masked."""
+    v = np.asarray(values)
+    if v.dtype.kind not in "fiub" and not is_bfloat16(v.dtype):
+        raise DTypeError(f"{name} must be real numbers, got {v.dtype}.")
+    if (mask := mask_of(values)) is not None:
+        raise ArgumentError(
+            f"{name} must not have masked values, got {np.count_nonzero(mask)} of {v.size} masked. "
+            "Give each a value, by filled()."
+        )
+    return v
 
 
 def check_eps(eps: float) -> float:
@@ -124,32 +209,67 @@ def check_variance(var: Float64, name: str = "var") -> None:
     """Raise if a variance is negative or not finite, naming the channel."""
     if not var.size or (var.min() >= 0 and var.max() < math.inf):  # False if there is a NaN
         return
-    wrong = ~(np.isfinite(var) & (var >= 0))
-    c = int(np.flatnonzero(wrong)[0])
     raise ArgumentError(
-        f"{name} must be finite and not negative, got {var[c]} in channel {c}"
-        f" ({int(wrong.sum())} of {var.size} channels). Recompute the statistics; "
+        f"{name} must be finite and not negative, got "
+        f"{in_channel(var, ~(np.isfinite(var) & (var >= 0)))}. Recompute the statistics; "
         "a clamped variance would only hide where they went wrong."
     )
 
 
-def output_like(x: Array, out: Array | None, apart_from: tuple[Array, ...]) -> Array:
+def check_finite(values: Float64, name: str) -> None:
+    """Raise if a value is NaN or infinite, naming the channel."""
+    if not np.isfinite(values).all():
+        raise ArgumentError(
+            f"{name} must be finite, got {in_channel(values, ~np.isfinite(values))}."
+        )
+
+
+def check_statistics(
+    mean: Float64, var: Float64, eps: float, mean_name: str = "mean", var_name: str = "var"
+) -> None:
+    """Raise unless one can subtract the mean and divide by √(var + ε), naming the channel."""
+    check_variance(var, var_name)
+    check_finite(mean, mean_name)
+    if eps == 0 and not var.all():
+        raise ArgumentError(
+            f"{var_name} + eps must be above zero, got {in_channel(var, var == 0)}; pass eps > 0."
+        )
+
+
+def in_channel(values: Float64, wrong: NDArray[np.bool_]) -> str:
+    """For messages, the first value that is wrong, its channel, and how many are."""
+    c = int(np.flatnonzero(wrong)[0])
+    return f"{values[c]} in channel {c} ({np.count_nonzero(wrong)} of {values.size} channels)"
+
+
+def output_like(
+    x: Array, out: Array | None, apart_from: tuple[Array, ...], name: str = "x"
+) -> Array:
     """`out`, checked, or a new array with the shape, type and memory order of `x`."""
     if out is None:
         return np.empty_like(x, subok=False)
-    if not isinstance(out, np.ndarray):
-        raise DTypeError(f"out must be a numpy.ndarray, got {type(out).__name__}.")
+    if not isinstance(out, np.ndarray) or is_masked(out):
+        raise DTypeError(
+            f"out must be a numpy.ndarray, got {type(out).__name__}."
+            + (" Pass its data; masked input gives masked output." if is_masked(out) else "")
+        )
     if out.shape != x.shape or out.dtype != x.dtype:
         raise (ShapeError if out.shape != x.shape else DTypeError)(
-            f"out must have the shape and type of x, {x.shape} {x.dtype}, "
+            f"out must have the shape and type of {name}, {x.shape} {x.dtype}, "
             f"got {out.shape} {out.dtype}."
         )
     if not out.flags.writeable:
         raise ArgumentError("out must be writeable, got a read-only array. Pass a copy of it.")
+    if not is_aligned(out):
+        raise ArgumentError(
+            f"out must be aligned, its address and strides multiples of {out.itemsize} bytes, got "
+            f"strides {out.strides}{'' if out.flags.aligned else ' at an odd address'}. "
+            f"Pass numpy.empty_like({name})."
+        )
     for other in apart_from:
         if _share_memory(out, other):
             raise ArgumentError(
-                "out must not share memory with an input (the backward pass still reads it), got "
+                "out must not share memory with an input (a backward pass still reads it), got "
                 "an overlapping array. Pass another array, or leave out=None."
             )
     return out
@@ -173,13 +293,12 @@ def for_core(x: Array) -> Array:
     return x
 
 
-def aligned(x: Array) -> Array:
-    """`x`, or a copy if elements are not aligned or strides are not multiples of their size."""
+def is_aligned(x: Array) -> bool:
+    """Whether elements are aligned and strides multiples of their size."""
     flags = x.flags
-    if flags.aligned and (flags.c_contiguous or all(s % x.itemsize == 0 for s in x.strides)):
-        return x
-    copied: Array = x.copy()
-    return copied
+    return bool(
+        flags.aligned and (flags.c_contiguous or all(s % x.itemsize == 0 for s in x.strides))
+    )
 
 
 def read_arrays_in_place() -> None:

@@ -18,7 +18,7 @@ What the scripts in ``benchmarks/`` share with it:
 """
 
 from batchnorm.bench.cases import QUICK_SHAPES, Case, choose_ops, parse_shape
-from batchnorm.bench.harness import Plan, Results, run, steps
+from batchnorm.bench.harness import Plan, Results, check_memory, run, steps
 from batchnorm.bench.providers import PROVIDERS, choose
 from batchnorm.bench.report import claims, show, write
 from batchnorm.bench.rows import prepare_directory
@@ -29,6 +29,7 @@ __all__ = [
     "Case",
     "Plan",
     "Results",
+    "check_memory",
     "choose",
     "choose_ops",
     "claims",

@@ -14,18 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.errors import ArgumentError, BatchNormError
+from batchnorm.workers import usable_cpus
 
 PACKAGES = ("numpy", "torch", "jax", "jaxlib")
 
 #: The share of the processors that other programs may take before a run says so.
 QUIET = 0.05
-
-
-def usable_cpus() -> int:
-    """How many processors this process may run on."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def resolve_threads(threads: int | None) -> int:
@@ -59,7 +53,7 @@ def limited_threads(threads: int) -> Iterator[None]:
     except ImportError:
         raise BatchNormError(
             f"threads can be {threads} only if threadpoolctl is installed, and it is not. "
-            f"pip install 'batchnorm[bench]' adds it; or use all {usable_cpus()} processors."
+            f"pip install threadpoolctl adds it; or use all {usable_cpus()} processors."
         ) from None
     affinity = os.sched_getaffinity(0) if sys.platform == "linux" else None
     try:

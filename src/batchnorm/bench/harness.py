@@ -29,16 +29,21 @@ from batchnorm.bench.environment import (
     noting_others,
     resolve_threads,
 )
-from batchnorm.bench.memory import peak_of
+from batchnorm.bench.memory import available, peak_of
 from batchnorm.bench.providers import PROVIDERS, Call, Provider, UnavailableError, copies
 from batchnorm.bench.rows import Row, TimedRow, timed
 from batchnorm.bench.timing import Clock, Sample, calls_per_sample, interleave, ratio_of, sample
 from batchnorm.bench.worker import one_line
+from batchnorm.errors import ArgumentError
 
 #: How large an error may be, at an offset of 0, before a provider is not worth timing. It is to
 #: catch mistakes, not inaccuracy: float32 sums over 2e5 values of a channel that is not
 #: contiguous, as the textbook takes them, leave y off by 2e-4.
 TOLERANCE = 1e-3
+
+#: Memory that measuring a case takes at its peak, in arrays of the size of x: inputs, the exact
+#: answer in float64, and four results of a provider. As measured, with all providers.
+PEAK_ARRAYS: dict[Op, int] = {"forward": 14, "inference": 10, "backward": 18}
 
 COPY = "copy"
 BASELINE = "torch"
@@ -289,6 +294,25 @@ def measure_accuracy(
     return providers.check(
         inputs, template, lambda row, provider, call, error: replace(row, max_error=error)
     )
+
+
+def check_memory(plan: Plan) -> None:
+    """Raise if a case needs more memory than there is.
+
+    Raises
+    ------
+    ArgumentError
+        Names the first such shape and operation.
+    """
+    there_is = available()
+    for case in make_cases(plan.shapes, plan.ops):
+        needed = PEAK_ARRAYS[case.op] * case.nbytes
+        if needed > there_is:
+            raise ArgumentError(
+                f"shapes must fit in memory, got {case.shape_label}, for which {case.op} takes "
+                f"about {needed / 1e9:,.1f} GB, and there are {there_is / 1e9:,.1f} GB. Choose a "
+                "smaller shape."
+            )
 
 
 def steps(plan: Plan) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import math
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,19 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def available() -> float:
+    """Bytes that this process may still take, about; infinity where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        limit = math.inf
+        with contextlib.suppress(OSError, ValueError):  # "max" is none
+            limit = float(Path("/sys/fs/cgroup/memory.max").read_text())
+        meminfo = Path("/proc/meminfo").read_text()
+        return min(limit, float(meminfo.split("MemAvailable:")[1].split()[0]) * 1024)
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return math.inf
 
 
 def peak_of(run: Callable[[], object]) -> float:

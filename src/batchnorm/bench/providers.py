@@ -47,7 +47,7 @@ class Provider:
     name: str
     prepare: Callable[[Inputs], Call]
     module: str = "numpy"
-    install: str = "pip install batchnorm"
+    install: str = ""
     set_threads: Callable[[int], None] | None = None
 
     def missing(self) -> str | None:
@@ -284,11 +284,9 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider("batchnorm", _batchnorm_fresh),
     Provider("batchnorm-out", _batchnorm_out),
     Provider("numpy", _numpy),
-    Provider("torch", _torch, "torch", "pip install 'batchnorm[torch]'", _torch_threads),
-    Provider(
-        "torch.compile", _torch_compile, "torch", "pip install 'batchnorm[torch]'", _torch_threads
-    ),
-    Provider("jax", _jax, "jax", "pip install 'batchnorm[jax]'"),
+    Provider("torch", _torch, "torch", "pip install torch", _torch_threads),
+    Provider("torch.compile", _torch_compile, "torch", "pip install torch", _torch_threads),
+    Provider("jax", _jax, "jax", "pip install jax"),
 )
 
 

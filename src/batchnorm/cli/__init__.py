@@ -10,11 +10,21 @@ import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from batchnorm.cli import commands
-from batchnorm.cli.output import DONE, FOUND_WRONG, INTERRUPTED, UNUSABLE, drop_output, many, note
+from batchnorm.cli.output import (
+    DONE,
+    FOUND_WRONG,
+    INTERRUPTED,
+    UNUSABLE,
+    drop_broken_output,
+    drop_output,
+    is_output_error,
+    many,
+    note,
+)
 from batchnorm.errors import BatchNormError
 
 if TYPE_CHECKING:
@@ -23,19 +33,35 @@ if TYPE_CHECKING:
 __all__ = ["DONE", "FOUND_WRONG", "INTERRUPTED", "UNUSABLE", "application", "main", "version_line"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(
+    arguments: Sequence[str] | None = None, *, interrupted: Callable[[], bool] = lambda: False
+) -> int:
     """Run the command line.
 
     Parameters
     ----------
     arguments
         Arguments after the name of the program; None for those of this process.
+    interrupted
+        Whether Ctrl-C was pressed; an error is taken for its consequence then, for libraries may
+        turn KeyboardInterrupt into others.
 
     Returns
     -------
     int
         The exit status.
     """
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except BaseException as error:
+        status = _explain(error, interrupted())
+        if status is None:
+            raise
+        return status
+
+
+def _run(arguments: list[str]) -> int:
+    """Run a command; its errors are raised as they are."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed
@@ -46,42 +72,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import rich  # noqa: F401  # the commands need it
         import typer
     except ImportError as error:
-        return _refuse(
+        from batchnorm.extras import install
+
+        raise BatchNormError(
             f"the command line needs {error.name}, which is not installed. "
-            f"pip install 'batchnorm[cli]' adds it."
-        )
-    app = application()
+            f"{install('cli', str(error.name))}"
+        ) from error
+    # Not by calling the application, which turns some errors into exit statuses of its own.
+    command = typer.main.get_command(application())
     try:
-        status = app(
-            args=list(sys.argv[1:] if arguments is None else arguments),
-            prog_name="batchnorm",
-            standalone_mode=False,
-        )
-        sys.stdout.flush()  # while an error can still be reported
-    except BatchNormError as error:
+        with command.make_context("batchnorm", arguments) as context:
+            status = command.invoke(context)
+    except typer.Exit as end:
+        status = end.exit_code
+    sys.stdout.flush()  # while an error can still be reported
+    return DONE if status is None else int(status)
+
+
+def _explain(error: BaseException, interrupted: bool) -> int | None:
+    """Print one line for an error and return the status; None for errors not to be expected."""
+    if interrupted or isinstance(error, KeyboardInterrupt):
+        drop_broken_output()
+        note("interrupted")
+        return INTERRUPTED
+    if isinstance(error, BatchNormError):
+        drop_broken_output()
         return _refuse(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        status = INTERRUPTED
-    except BrokenPipeError:
-        drop_output()  # the reader of the pipe has exited
-        return DONE
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        drop_output()
-        return _refuse(
-            f"standard output cannot be written ({error.strerror or error}). Send it elsewhere."
-        )
-    except Exception as error:
-        # The module of click's exceptions depends on the version of typer, so look for a method.
-        explain = getattr(error, "format_message", None)
-        if explain is None:
-            raise
+    # The module of click's exceptions depends on the version of typer, so look for a method.
+    explain = getattr(error, "format_message", None)
+    if explain is not None:
         command = getattr(getattr(error, "ctx", None), "command_path", "batchnorm")
         return _refuse(f"{explain().rstrip('.')}. '{command} --help' lists what it takes.")
-    if status == INTERRUPTED:
-        note("interrupted")
-    return status if isinstance(status, int) else DONE
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+        error = error.__context__  # rich exits with 1
+    if is_output_error(error):
+        drop_output()
+        if isinstance(error, BrokenPipeError):  # its reader has enough
+            return DONE
+        return _refuse(f"standard output cannot be written ({error.strerror}). Send it elsewhere.")
+    return None
 
 
 def application() -> "typer.Typer":

@@ -1,9 +1,14 @@
 """What several commands use: exit statuses, and how they print."""
 
+import contextlib
 import csv
+import errno
+import io
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, TypeGuard
+
+from batchnorm.errors import BatchNormError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -13,7 +18,9 @@ __all__ = [
     "FOUND_WRONG",
     "INTERRUPTED",
     "UNUSABLE",
+    "drop_broken_output",
     "drop_output",
+    "is_output_error",
     "make_console",
     "many",
     "note",
@@ -22,26 +29,55 @@ __all__ = [
 
 DONE, FOUND_WRONG, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
 
+#: How writing to a redirected file fails; the error names no file.
+OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+
 
 def make_console(**options: Any) -> "Console":
-    """Make a console that prints text unchanged, and raises if the reader of a pipe has exited."""
+    """Make a console that prints text unchanged, and nothing more once its reader has exited.
+
+    What the command does beside printing goes on.
+    """
     from rich.console import Console
 
     class Piped(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # rich would exit with 1
+            drop_output()  # rich would exit with 1
 
     return Piped(emoji=False, **options)
 
 
+def is_output_error(error: BaseException) -> TypeGuard[OSError]:
+    """Whether standard output could not be written."""
+    if isinstance(error, BrokenPipeError):
+        return True
+    return isinstance(error, OSError) and error.filename is None and error.errno in OUTPUT_ERRORS
+
+
 def drop_output() -> None:
     """Discard further output, or Python would report the same error again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _drop(sys.stdout)
+
+
+def drop_broken_output() -> None:
+    """Discard what is still to be written if it cannot be."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop(sys.stdout)
 
 
 def note(text: str) -> None:
-    """Print a line on stderr."""
-    print(f"batchnorm: {text}", file=sys.stderr)
+    """Print a line on stderr, if that can be written."""
+    try:
+        print(f"batchnorm: {text}", file=sys.stderr)
+    except OSError:
+        _drop(sys.stderr)
+
+
+def _drop(stream: TextIO) -> None:
+    with contextlib.suppress(io.UnsupportedOperation):  # it has no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def many(number: int, what: str) -> str:
@@ -53,6 +89,12 @@ def split_names(text: str | None) -> list[str] | None:
     """Split ``a,b,c``; names that contain commas are quoted."""
     if text is None:
         return None
+    try:
+        parts = next(csv.reader([text], skipinitialspace=True, strict=True), [])
+    except csv.Error as error:
+        raise BatchNormError(
+            f"names must be separated by commas and quoted as in a .csv file, got {text!r} "
+            f"({error})."
+        ) from None
     # Commas alone are a mistake, and are refused as a column without a name.
-    parts = next(csv.reader([text], skipinitialspace=True), [])
-    return [part.strip() for part in parts if part.strip()] or [""]
+    return [part for part in parts if part] or [""]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,14 @@ def as_source(source: Any) -> tuple[list[str | Path], Iterator[Any] | None]:
     """
     if isinstance(source, (str, Path)):
         return [source], None
+    if isinstance(source, Mapping):
+        raise ArgumentError(
+            f"source must be paths, one array or batches, got a {type(source).__name__} of several "
+            "by name. Pass one of them."
+        )
     several = isinstance(source, (list, tuple))
-    one = hasattr(source, "__array__") or is_dask(source) or not hasattr(source, "__iter__")
+    one = hasattr(source, "__array__") or hasattr(source, "__arrow_c_stream__")
+    one = one or is_dask(source) or not hasattr(source, "__iter__")
     if not several and one:
         return [], None
     items = iter(source)
@@ -44,8 +50,14 @@ def as_source(source: Any) -> tuple[list[str | Path], Iterator[Any] | None]:
         raise ArgumentError("source must be at least one file, folder or batch, got none.")
     items = itertools.chain(first, items)
     if several and not any(isinstance(s, (str, Path)) for s in source):
-        rows = getattr(first[0], "ndim", 0) < 2  # numbers, or rows of one array
-        return [], None if rows else items
+        if len(getattr(first[0], "shape", ())) < 2:  # numbers, or rows of one array
+            return [], None
+        if isinstance(source, tuple):
+            raise ArgumentError(
+                "source must be one array, or a list or an iterator of batches, got a tuple of "
+                "arrays, as of inputs and targets. Pass the inputs alone, or a list."
+            )
+        return [], items
     if not isinstance(first[0], (str, Path)) and not several:
         return [], items
     paths = list(items)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -31,44 +33,70 @@ def explain_cluster_errors(label: str) -> Iterator[None]:
             f"{label}: gave up after several workers died on the same task ({first_line(error)}). "
             "See the workers' logs; they may lack memory."
         ) from error
-    except (OSError, distributed.CancelledError) as error:
+    except distributed.CancelledError as error:
+        raise BatchNormError(
+            f"{label}: the scheduler cancelled its task, or is gone. It must keep running. With "
+            "out, --out, a run is resumed when it is repeated."
+        ) from error
+    except OSError as error:
         raise BatchNormError(
             f"{label}: the cluster could not measure it ({type(error).__name__}: {error}). "
             "Workers must reach the files by the same paths, and the scheduler must keep running."
         ) from error
 
 
-def connect(address: str, timeout: float = 10.0) -> Any:
-    """Connect to the scheduler at `address` and wait until it has a worker.
+@contextlib.contextmanager
+def connect(address: str, timeout: float = 10.0) -> Iterator[Any]:
+    """Connect to the scheduler at `address`, and yield a client once it has a worker.
+
+    Nothing is logged in the block: what goes wrong is raised, and Dask logs it several times.
 
     Raises
     ------
     ArgumentError
-        No scheduler answers, or no worker is ready, within `timeout` seconds.
+        It is no address of a scheduler, none answers, or no worker is ready, within `timeout`
+        seconds.
     """
     import asyncio
 
     distributed = import_extra("distributed", "dask", "Dask clusters")
+    # Without __del__, which waits 20 s and prints a traceback if the scheduler never answered.
+    client_type: Any = type("Client", (distributed.Client,), {"__del__": lambda self: None})
+    wrong = f"dask must be the address of a scheduler, such as tcp://host:8786, got {address!r}"
     try:
-        client = distributed.Client(address, timeout=timeout, set_as_default=False)
-    except (OSError, asyncio.TimeoutError, ValueError, TypeError, RuntimeError) as error:
-        raise ArgumentError(
-            f"dask must be the address of a scheduler, such as tcp://host:8786, got {address!r}, "
-            f"where none answers within {timeout:g} s ({first_line(error)}). "
-            "Start one with `dask scheduler`."
-        ) from error
-    try:
-        client.wait_for_workers(1, timeout=timeout)
-    except (
-        OSError,
-        asyncio.TimeoutError,
-    ) as error:  # another class than TimeoutError in Python 3.10
-        client.close()
-        raise ArgumentError(
-            f"dask must be the address of a scheduler with workers, got {address!r}, which has "
-            f"none within {timeout:g} s. Start some with `dask worker {address}`."
-        ) from error
-    return client
+        host, port = distributed.comm.get_address_host_port(address)
+        if not host:
+            raise ValueError("no host")
+        if not 0 < port < 65536:
+            raise ValueError("no such port")
+        socket.getaddrinfo(host, port)
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"{wrong} ({first_line(error)}). Name its host and port.") from error
+    with contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable()
+        try:
+            client = client_type(address, timeout=timeout, set_as_default=False)
+        except Exception as error:  # whatever something else that listens there leads to
+            raise ArgumentError(
+                f"{wrong}, where none answers within {timeout:g} s ({first_line(error)}). "
+                "Start one with `dask scheduler`."
+            ) from error
+        stack.callback(_close, client, timeout)
+        try:
+            client.wait_for_workers(1, timeout=timeout)
+        # In Python 3.10, asyncio's is another class than TimeoutError.
+        except (OSError, asyncio.TimeoutError) as error:
+            raise ArgumentError(
+                f"dask must be the address of a scheduler with workers, got {address!r}, which "
+                f"has none within {timeout:g} s. Start some with `dask worker {address}`."
+            ) from error
+        yield client
+
+
+def _close(client: Any, timeout: float) -> None:
+    with contextlib.suppress(Exception):  # if the scheduler is gone
+        client.close(timeout)
 
 
 def measure_files(
@@ -111,4 +139,5 @@ def measure_files(
             if not pending[k]:
                 finished(k, finish(merges.pop(k), files[k]))
     finally:
-        client.cancel(list(tasks))
+        with contextlib.suppress(Exception):  # if the scheduler is gone
+            client.cancel(list(tasks))

@@ -9,15 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
-from .addresses import (
-    file_key,
-    is_folder,
-    is_remote,
-    join,
-    parts_of,
-    suffix_of,
-    walk,
-)
+from .addresses import file_key, is_remote, join, look_up, parts_of, suffix_of, walk
+from .hugging_face import data_files
 from .statistics import is_statistics
 
 #: Kinds of files by their endings. Those of one kind are read, checked and written alike.
@@ -63,54 +56,57 @@ def find_files(
         A path does not exist, cannot be read, is of an unknown kind or given twice, or a folder
         contains no data.
     """
-    found: list[str] = []
+    found: dict[Any, str] = {}
     for given in paths:
         address = given if isinstance(given, str) else str(given)
         if not address:
             raise ArgumentError(
                 "source must be files or folders, got an empty name. The current folder is '.'."
             )
-        if is_folder(address) and suffix_of(address.rstrip("/")) not in FOLDERS:
-            found += _files_inside(address, note, only)
-        elif suffix_of(address.rstrip("/")) not in READABLE:
+        folder, key = look_up(address)
+        if folder and suffix_of(address) not in FOLDERS:
+            inside = _files_inside(address, note, only)
+        elif suffix_of(address) in READABLE:
+            inside = [(address, key)]
+        else:
             raise ArgumentError(
                 f"{address}: must be a {_kinds()} file or a folder of them, got "
                 f"{suffix_of(address) or 'no suffix'}. Convert it, or rename it if it is one of "
                 "these."
             )
-        else:
-            found.append(address)
-    seen = set()
-    for address in found:
-        if (key := file_key(address)) in seen:
-            raise ArgumentError(
-                f"{address}: is named twice, and its values would count twice. Name it once."
-            )
-        seen.add(key)
-    return found
+        for address, key in inside:
+            if key in found:
+                raise ArgumentError(
+                    f"{address}: is named twice, and its values would count twice. Name it once."
+                )
+            found[key] = address
+    return list(found.values())
 
 
-def _files_inside(folder: str, note: Callable[[str], None] | None, only: str | None) -> list[str]:
-    inside: list[str] = []
+def _files_inside(
+    folder: str, note: Callable[[str], None] | None, only: str | None
+) -> list[tuple[str, Any]]:
+    """Files in a folder, sorted by name, each with its `file_key`."""
+    inside: list[tuple[str, Any]] = []
     skipped: list[str] = []
     for root, folders, names in walk(folder):
         folders[:] = [name for name in folders if name[0] not in "._"]
         arrays = [name for name in folders if suffix_of(name) in FOLDERS]
         folders[:] = [name for name in folders if name not in arrays]
-        for name in [*names, *arrays]:
+        for name in [*data_files(root, names, only, note), *arrays]:
             if name[0] in "._" or (only is not None and not fnmatch.fnmatch(name, only)):
                 continue
-            address = join(root, name)
-            if suffix_of(name) not in READABLE:
+            address, suffix = join(root, name), suffix_of(name)
+            if suffix not in READABLE:
                 skipped.append(address)
                 continue
-            if not is_remote(address):
-                is_folder(address)  # raises for a link to nowhere
-            if is_statistics(Path(address)):
+            # Raises for a link to nowhere.
+            key = file_key(address) if is_remote(address) else look_up(address)[1]
+            if suffix == ".npz" and is_statistics(address):
                 if note is not None:
                     note(f"skipped {address}: it holds saved statistics, not data")
             else:
-                inside.append(address)
+                inside.append((address, key))
     if not inside:
         raise ArgumentError(
             f"{folder}: must contain {_kinds()} files"
@@ -120,7 +116,7 @@ def _files_inside(folder: str, note: Callable[[str], None] | None, only: str | N
         kinds = Counter(suffix_of(name) or "no suffix" for name in skipped)
         listed = ", ".join(f"{n} of {kind}" for kind, n in kinds.most_common(4))
         note(f"skipped {len(skipped)} in {folder} of kinds that are not read: {listed}")
-    return sorted(inside, key=parts_of)
+    return sorted(inside, key=lambda item: parts_of(item[0]))
 
 
 def _kinds() -> str:

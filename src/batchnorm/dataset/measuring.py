@@ -14,12 +14,14 @@ from .. import native
 from ..atomic import check_place
 from ..errors import ArgumentError, ShapeError
 from ..moments import is_dask
-from .addresses import file_key
+from .addresses import check_local, file_key, suffix_of
 from .arguments import as_axis, as_source, check_in_memory
 from .block_moments import How, check_overflow, measure_source
 from .cluster import measure_files
 from .dask_arrays import measure_array
-from .files import check_not_an_input, find_files
+from .files import ARCHIVES, check_not_an_input, find_files
+from .hints import axis_hint
+from .images.measuring import check_options, holds_images, journal_options, measure_images
 from .journal import Journal, from_bytes, to_bytes
 from .meter import Meter, Progress
 from .parts import PairwiseMerge, Part
@@ -32,6 +34,7 @@ from .sources import (
     open_file,
     open_memory,
 )
+from .sources.archives import shown_endings
 from .statistics import Statistics, check_replaceable, check_scale, check_suffix
 
 
@@ -50,6 +53,9 @@ def measure(
     nulls: Sequence[str] | None = None,
     array: str | None = None,
     only: str | None = None,
+    broken: str = "refuse",
+    equal_images: bool = False,
+    processes: int | None = None,
     out: str | Path | None = None,
     client: Any = None,
     progress: Progress | None = None,
@@ -67,14 +73,15 @@ def measure(
         order given. A list of arrays with two axes or more, or an iterator of arrays, is a data set
         in batches.
     channel_axis : int
-        The axis of the features. The features of a table are its columns.
+        The axis of the features. The features of a table are its columns, those of images are red,
+        green and blue, or grey if all are.
     missing : {"refuse", "skip"}
         What to do about NaN, masked values, and null in tables: raise, or leave each out of its own
         feature. Infinity is always refused.
     scale : float
         Divide all values by this, as by 255 for images.
     extremes : bool
-        Find the least and the greatest value of each feature, too.
+        Find the least and the greatest value of each feature, too; of images they are known.
     columns : names
         Columns of tables that are features; None for all.
     numeric : bool
@@ -88,9 +95,17 @@ def measure(
     nulls : texts
         What stands for a missing value in .csv files, beside nothing, NA, NaN, null and the like.
     array : str
-        Name of the array in .npz, HDF5 and zarr files; needed if they hold several.
+        Name of the array in .npz, HDF5 and zarr files; needed if they hold several. In .tar files
+        the ending of the members to measure, such as "jpg".
     only : str
         Pattern of the names of files to take from folders, such as ``*.png``.
+    broken : {"refuse", "skip"}
+        What to do about images that cannot be decoded: raise, after all others have been measured,
+        or leave them out. Both name the first ones and their number.
+    equal_images : bool
+        Let each image count alike, whatever its size, instead of each pixel.
+    processes : int
+        How many decode images; None for one on each processor.
     out : path
         Where to save the statistics, .npz or .json; not one of the input files. If the run is
         interrupted, the same call resumes it and reads only files that were not done or have
@@ -101,7 +116,8 @@ def measure(
         Called with the name of what is read, the bytes done, and the bytes in all. Not called for
         Dask arrays.
     note : callable
-        Called with a line about files that are skipped, and when a run is resumed.
+        Called with a line about files that are skipped, when a run is resumed, and if the shape of
+        an array looks as if `channel_axis` were wrong.
 
     Returns
     -------
@@ -130,27 +146,41 @@ def measure(
     axis = as_axis(channel_axis)
     how = How(missing, bool(extremes))
     scale = check_scale(scale)
-    options = FileOptions(columns, numeric, header, separator, decimal, nulls, array, only)
+    options = FileOptions(
+        *(columns, numeric, header, separator, decimal, nulls, array, only),
+        *(broken, equal_images, processes),
+    )
     paths, batches = as_source(source)
     if not paths:
         check_in_memory(options, client=None if is_dask(source) else client)
     target = None
     if out is not None:
+        check_local(out)
         target = Path(out)
         check_suffix(target)
         check_place(target, "a .npz or .json file", "stats.npz")
         if not paths:
             check_replaceable(target)
     with contextlib.ExitStack() as stack:
-        journal = None
-        if target is not None and paths:
-            journal = stack.enter_context(contextlib.closing(_journal(target, axis, how, options)))
+        journal, images, listed = None, False, list[str]()
         if paths:
-            files = _open_files(paths, axis, options, target, note)
+            listed = _find_files(paths, options, target, note)
+            if images := holds_images(listed, options):
+                check_options(listed, options, axis, missing, client)
+        if target is not None and paths:
+            about = journal_options(options) if images else _journal_options(axis, how, options)
+            journal = stack.enter_context(contextlib.closing(Journal(target, about)))
+        if images:
+            given = list(map(str, paths))
+            found = measure_images(listed, given, options, scale, journal, progress, note)
+        elif paths:
+            files = _open_files(listed, axis, options, note)
+            _note_axis(files[0], files[0].label, axis, note)
             found = _measure_files(files, axis, how, journal, client, progress, note)
         elif batches is not None:
-            found = _measure_batches(batches, axis, how, progress)
+            found = _measure_batches(batches, axis, how, progress, note)
         else:
+            _note_axis(source, "x", axis, note)
             found = _measure_array(source, axis, how, client, progress)
         found = found.divided_by(scale)
         if target is not None:
@@ -183,11 +213,23 @@ def _measure_array(
     else:
         data = open_memory(source, axis)
         part = measure_source(data, how, Meter([data], progress).start(data))
+        return _statistics(part, how, axis, data.names)
     return _statistics(part, how, axis)
 
 
+def _note_axis(data: Any, label: str, axis: int, note: Callable[[str], None] | None) -> None:
+    """Say before anything is read if the features are probably on another axis."""
+    shape = getattr(data, "shape", None)  # tables have none
+    if note is not None and shape is not None and (hint := axis_hint(shape, axis, label)):
+        note(str(hint))
+
+
 def _measure_batches(
-    batches: Iterator[Any], axis: int, how: How, progress: Progress | None
+    batches: Iterator[Any],
+    axis: int,
+    how: How,
+    progress: Progress | None,
+    note: Callable[[str], None] | None,
 ) -> Statistics:
     """Measure arrays one after another."""
     merge, first = PairwiseMerge(), None
@@ -201,6 +243,7 @@ def _measure_batches(
         data = open_memory(batch, axis, label)
         if first is None:
             first = data
+            _note_axis(batch, label, axis, note)
         check_same_features([first, data])
         merge.add(0, k, measure_source(data, how))
         if progress is not None:
@@ -208,37 +251,46 @@ def _measure_batches(
     assert first is not None  # `as_source` refuses an empty iterator
     part = merge.result(first.features)
     check_overflow(part.moments, "source")
-    return _statistics(part, how, axis)
+    return _statistics(part, how, axis, first.names)
 
 
-def _journal(target: Path, axis: int, how: How, options: FileOptions) -> Journal:
-    """Open the journal of runs that give the same bits."""
-    return Journal(
-        target,
-        {
-            **asdict(options),
-            **asdict(how),
-            "channel_axis": axis,
-            "block_bytes": blocks.BLOCK_BYTES,
-            "native": native.show_config()["instruction_set"],
-        },
-    )
+def _journal_options(axis: int, how: How, options: FileOptions) -> dict[str, Any]:
+    """Return everything besides the files that the bits of their moments depend on."""
+    return {
+        **asdict(options),
+        **asdict(how),
+        "channel_axis": axis,
+        "block_bytes": blocks.BLOCK_BYTES,
+        "native": native.show_config()["instruction_set"],
+    }
 
 
-def _open_files(
+def _find_files(
     paths: Sequence[str | Path],
-    axis: int,
     options: FileOptions,
     target: Path | None,
     note: Callable[[str], None] | None,
-) -> list[FileSource]:
-    """Find and open all files, and check that they can be measured together."""
+) -> list[str]:
+    """Find all files, and check that none of them, or anything but statistics, is written."""
     found = find_files(paths, note, only=options.only)
-    if target is not None:
+    if target is not None and target.exists():
         check_not_an_input(target, {file_key(path): path for path in found})
         check_replaceable(target)
-    files: list[FileSource] = [open_file(path, axis, options) for path in found]
+    return found
+
+
+def _open_files(
+    paths: Sequence[str],
+    axis: int,
+    options: FileOptions,
+    note: Callable[[str], None] | None,
+) -> list[FileSource]:
+    """Open all files, and check that they can be measured together."""
+    files: list[FileSource] = [open_file(path, axis, options) for path in paths]
     check_same_features(files)
+    archives = [path for path in paths if suffix_of(path) in ARCHIVES]
+    if archives and note is not None and (others := shown_endings(archives[0], options.array)):
+        note(f"members of archives that are not measured, as in {archives[0]}: {others}")
     return files
 
 
@@ -272,7 +324,7 @@ def _measure_files(
         merge.add(0, k, part)
         del todo[k]
         if journal is not None and todo:
-            journal.add([(files[k].fingerprint, to_bytes(part))])
+            journal.add(files[k].fingerprint, to_bytes(part))
 
     if client is None:
         for k, file in list(todo.items()):

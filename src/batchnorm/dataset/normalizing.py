@@ -14,13 +14,20 @@ from .. import native
 from ..atomic import check_place, explain_write_errors, replacing
 from ..errors import ArgumentError, DTypeError
 from ..moments import is_dask
-from .addresses import file_key, is_folder, is_remote, remote, suffix_of
+from .addresses import below, check_local, file_key, is_folder, is_remote, suffix_of
 from .affine import Affine
 from .arguments import as_axis, as_source, check_in_memory
 from .dask_arrays import normalize_array
-from .files import ARRAYS, FOLDERS, TABLES, check_not_an_input, find_files
+from .files import ARCHIVES, ARRAYS, FOLDERS, IMAGES, TABLES, check_not_an_input, find_files
 from .meter import Meter, Progress
-from .sources import ArrayFile, FileOptions, TableFile, open_file, open_memory
+from .sources import (
+    ArrayFile,
+    FileOptions,
+    TableFile,
+    check_unchanged,
+    open_file,
+    open_memory,
+)
 from .statistics import Statistics, is_statistics
 from .writers import WRITABLE, write_normalized
 
@@ -123,6 +130,11 @@ def normalize(
         return normalize_array(source, affine, axis)
     memory = open_memory(source, axis)
     affine.check_features("x", memory.features)
+    if None not in (memory.names, statistics.names) and memory.names != statistics.names:
+        raise ArgumentError(
+            f"x: must have the columns of the statistics, in their order, {statistics.names}, got "
+            f"{memory.names}. Choose them by x[list(statistics.names)]."
+        )
     advance = Meter([memory], progress).start(memory)
     y = affine(memory.values, memory.channel_axis, label="x")
     advance(memory.nbytes)
@@ -141,19 +153,27 @@ def _normalize_files(
     """Normalize a file or a folder, after checking that all files can be read and written."""
     if len(paths) > 1:
         raise ArgumentError(f"source must be one file or folder, got {len(paths)}.")
+    given = str(paths[0])
+    found = find_files([given], note, only=options.only)
+    if images := [path for path in found if suffix_of(path) in IMAGES + ARCHIVES]:
+        some = affine.statistics
+        short = some.features <= 4 and (some.std() > 0).all()
+        line = some.normalize_line() if short else "transforms.Normalize"
+        raise ArgumentError(
+            f"source must be arrays or tables, got {images[0]}. Normalize examples where they are "
+            f"loaded, in PyTorch by {line}."
+        )
     if out is None:
         raise ArgumentError("out must be the file to write, got None.")
-    if is_remote(out):
-        raise ArgumentError(f"out must be a path of this machine, got {out!r}.")
-    given, target = str(paths[0]), Path(out)
-    found = find_files([given], note, only=options.only)
-    inside = is_folder(given) and suffix_of(given.rstrip("/")) not in FOLDERS
+    check_local(out)
+    target = Path(out)
+    inside = is_folder(given) and suffix_of(given) not in FOLDERS
     if inside:
         _check_folder(given, target)
     inputs = {file_key(path): path for path in found}
     jobs: list[tuple[ArrayFile | TableFile, Path]] = []
     for path in found:
-        destination = target / _below(given, path) if inside else target
+        destination = target / below(given, path) if inside else target
         jobs.append((_open(path, affine, axis, options), destination))
         _check_destination(path, destination, inputs)
         if not inside:
@@ -165,22 +185,16 @@ def _normalize_files(
         replaced = destination.exists()
         with explain_write_errors(destination), replacing(destination) as temporary:
             write_normalized(file, affine, temporary, destination, meter.start(file))
+            check_unchanged(file)
         if replaced and note is not None:
             note(f"replaced {destination}, which was there before")
-
-
-def _below(folder: str, path: str) -> str:
-    """The path of a file from the folder that it was found in."""
-    if is_remote(folder):
-        full = remote(folder)[0].unstrip_protocol(remote(folder)[1])
-        return path[len(full.rstrip("/")) + 1 :]
-    return str(Path(path).relative_to(folder))
 
 
 def _open(path: str, affine: Affine, axis: int, options: FileOptions) -> ArrayFile | TableFile:
     if suffix_of(path) in TABLES:  # columns have their own axis, and are matched by name
         axis, options = 1, replace(options, columns=affine.statistics.names)
     file = open_file(path, axis, options)
+    assert isinstance(file, (ArrayFile, TableFile))  # archives have been refused
     affine.check_features(file.label, file.features)
     if isinstance(file, ArrayFile):
         # What is read, its copy in a wider type, and the result.
@@ -206,13 +220,16 @@ def _check_folder(given: str, target: Path) -> None:
 
 def _check_destination(path: str, destination: Path, inputs: Mapping[Any, str]) -> None:
     """Raise if a file to write is of another kind than `path`, or would overwrite what is kept."""
-    kinds = ARRAYS if suffix_of(path) in ARRAYS else TABLES
+    given = suffix_of(path)
+    kinds = ARRAYS if given in ARRAYS else TABLES
     suffixes = [suffix for suffix in kinds if suffix in WRITABLE]
+    if kinds is ARRAYS and given not in WRITABLE:
+        suffixes = [".npy"]  # the blocks do not follow one another, as in a .npz they must
     if suffix_of(destination) not in suffixes:
-        example = suffix_of(path) if suffix_of(path) in WRITABLE else suffixes[0]
+        example = given if given in WRITABLE else suffixes[0]
         raise ArgumentError(
             f"out must end in {' or '.join(suffixes)} for {path!r}, got "
-            f"{str(destination)!r}. Name it {destination.with_suffix(example).name!r}."
+            f"{str(destination)!r}. Name it '{destination.stem or 'normalized'}{example}'."
         )
     check_not_an_input(destination, inputs)
     if is_statistics(destination):  # a slip of --out for --stats

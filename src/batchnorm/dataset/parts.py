@@ -95,14 +95,18 @@ def concatenate(parts: Sequence[Part]) -> Part:
 def merge_pair(a: Part, b: Part) -> Part:
     """Merge two parts, some features at a time; what overflows becomes infinite or NaN."""
     x, y, features = a.moments, b.moments, a.moments.mean.size
-    mean, m2 = np.empty((2, features))
-    count = np.empty(np.broadcast_shapes(x.count.shape, y.count.shape))
     with np.errstate(over="ignore", invalid="ignore"):
-        for k in range(0, max(features, 1), MERGED_FEATURES):
-            some = slice(k, k + MERGED_FEATURES)
-            merged = _features_of(x, some) + _features_of(y, some)
-            mean[some], m2[some] = merged.mean, merged.m2
-            count[some if count.ndim else ()] = merged.count
+        if features <= MERGED_FEATURES:
+            merged = x + y
+            count, mean, m2 = merged.count, merged.mean, merged.m2
+        else:
+            mean, m2 = np.empty((2, features))
+            count = np.empty(np.broadcast_shapes(x.count.shape, y.count.shape))
+            for k in range(0, features, MERGED_FEATURES):
+                some = slice(k, k + MERGED_FEATURES)
+                merged = _features_of(x, some) + _features_of(y, some)
+                mean[some], m2[some] = merged.mean, merged.m2
+                count[some if count.ndim else ()] = merged.count
     if a.extremes is None or b.extremes is None:  # of a part without values, or not asked for
         extremes = a.extremes if b.total == 0 else b.extremes if a.total == 0 else None
     else:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import operator
+import os
+import warnings
+import zipfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +20,18 @@ from ..atomic import explain_write_errors, replacing
 from ..errors import ArgumentError, ShapeError
 from ..moments import Moments
 from ..native import Float64
+from .addresses import open_binary, suffix_of
 from .extras import first_line
+from .hints import hints
+from .images.report import ImageReport
 from .parts import Part, merge_all
 
 #: Marks every saved file, and is checked when one is loaded.
 FORMAT = "batchnorm statistics 1"
 SUFFIXES = (".npz", ".json")
+
+#: Most bytes of all arrays in a file, which memory is to hold.
+MOST_BYTES = 1 << 31
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +49,15 @@ class Statistics:
     channel_axis : int
         Axis of the features in the arrays that were measured.
     files : tuple of str
-        Files that were measured, in the order in which they were merged.
+        Files that were measured, in the order in which they were merged; of images the files and
+        folders that were asked for.
     scale : float
         What the values were divided by before they were measured, such as 255 for images.
     extremes : (2, C), or None
-        The least and the greatest value of each feature, if asked for; NaN where none is present.
+        The least and the greatest value of each feature, if asked for, and of images always; NaN
+        where none is present.
+    images : ImageReport, or None
+        What stands out among images; neither saved nor compared.
 
     Notes
     -----
@@ -57,6 +71,7 @@ class Statistics:
     files: tuple[str, ...] = ()
     scale: float = 1.0
     extremes: Float64 | None = None
+    images: ImageReport | None = None
 
     def __post_init__(self) -> None:
         """Copy `missing` and `extremes`, make them read-only, and check the shapes."""
@@ -102,16 +117,68 @@ class Statistics:
         return self.moments.std(ddof)
 
     def divided_by(self, scale: float) -> Statistics:
-        """Statistics of the same values, divided by `scale`."""
+        """Statistics of the same values, divided by `scale`.
+
+        Raises
+        ------
+        ArgumentError
+            Variances leave the range of float64.
+        """
         if scale == 1:
             return self
         m = self.moments
+        with np.errstate(over="ignore", under="ignore"):
+            mean, m2 = m.mean / scale, m.m2 / scale / scale
+        if not (np.isfinite(mean) & np.isfinite(m2) & ((m2 > 0) == (m.m2 > 0))).all():
+            raise ArgumentError(
+                f"scale must leave variances within the range of float64, got {scale!r}. It is 255 "
+                "for images of 8 bits."
+            )
         return replace(
             self,
-            moments=Moments(m.count, m.mean / scale, m.m2 / scale / scale),
+            moments=Moments(m.count, mean, m2),
             scale=self.scale * scale,
             extremes=None if self.extremes is None else self.extremes / scale,
         )
+
+    @property
+    def like_images(self) -> bool:
+        """Whether these are values of images, divided as `ToTensor` divides them, in channels."""
+        return (
+            self.scale != 1
+            and self.features in (1, 3)
+            and (self.images is not None or self.names is None)
+        )
+
+    def normalize_line(self) -> str:
+        """Return the line that normalizes by these statistics in torchvision, ready to paste.
+
+        It has the digits that float32 holds. `ToTensor` divides images of 8 bits by 255 before, so
+        measure them with ``scale=255``.
+
+        Raises
+        ------
+        ArgumentError
+            A feature has no values or one value alone, so that its deviation is 0.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from batchnorm import dataset
+        >>> x = np.array([[0, 50], [255, 150]], np.uint8)
+        >>> print(dataset.measure(x, scale=255).normalize_line())
+        transforms.Normalize(mean=[0.5, 0.39215687], std=[0.5, 0.19607843])
+        """
+        std = self.std()
+        if (wrong := np.flatnonzero(~(std > 0))).size:
+            raise ArgumentError(
+                f"{feature_label(int(wrong[0]), self.names)} must have values that differ, to be "
+                "divided by their deviation. Leave it out."
+            )
+        texts = (
+            ", ".join(str(np.float32(v)) for v in values.tolist()) for values in (self.mean, std)
+        )
+        return "transforms.Normalize(mean=[{}], std=[{}])".format(*texts)
 
     def __add__(self, other: Statistics) -> Statistics:
         """Merge the statistics of two data sets with the same features.
@@ -193,6 +260,47 @@ class Statistics:
                 file.write(f'{"," if k else "{"}\n "{name}": {line}'.encode())
             file.write(b"\n}\n")
 
+    def report(self, path: str | Path, *, notes: Iterable[str] = ()) -> None:
+        """Write one HTML page of the features, with the `hints`, that needs nothing else.
+
+        Parameters
+        ----------
+        path
+            Of the page.
+        notes
+            Lines to show above the hints, such as those that `measure` gave to `note`.
+
+        Raises
+        ------
+        ArgumentError
+            The page cannot be written there.
+        BatchNormError
+            An optional package is not installed.
+        """
+        from batchnorm.report import write_features
+        from batchnorm.report.records import Features, Note, Table
+
+        said = [Note("note", text) for text in notes]
+        said += [Note(h.kind, h.what, h.remedy, h.features) for h in hints(self)]
+        images = self.images
+        write_features(
+            Path(path),
+            Features(
+                title=_title(self.files),
+                count=self.count,
+                missing=self.missing,
+                mean=self.mean,
+                std=self.std(),
+                extremes=self.extremes,
+                names=self.names,
+                scale=self.scale,
+                files=self.files,
+                notes=said,
+                ready=self.normalize_line() if self.like_images and (self.var() > 0).all() else "",
+                tables=[] if images is None else [Table("Images", images.rows())],
+            ),
+        )
+
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
         """Load a file that `save` has written.
@@ -208,23 +316,11 @@ class Statistics:
             if path.suffix.lower() == ".json":
                 content = json.loads(path.read_text(encoding="utf-8"))
             else:
-                with np.load(path, allow_pickle=False) as file:
-                    content = {name: file[name] for name in file.files}
+                with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+                    content = _read_members(archive)
             if not isinstance(content, dict) or str(content.get("format")) != FORMAT:
                 raise ValueError("no mark of its format")
-            names = content.get("names")
-            extremes = None
-            if "min" in content:
-                extremes = np.array([content["min"], content["max"]], float)  # null is NaN
-            return cls(
-                Moments(*(np.asarray(content[name], float) for name in ("count", "mean", "m2"))),
-                np.asarray(content["missing"], np.int64).reshape(-1),
-                None if names is None else tuple(map(str, names)),
-                int(content["channel_axis"]),
-                tuple(map(str, content["files"])),
-                float(content.get("scale", 1)),
-                extremes,
-            )
+            return _from_content(content)
         except OSError as error:
             raise ArgumentError(
                 f"{path}: cannot be read ({error.strerror or error}). Name a file that "
@@ -237,14 +333,55 @@ class Statistics:
             ) from error
 
 
-def is_statistics(path: Path) -> bool:
+def _from_content(content: dict[str, Any]) -> Statistics:
+    """Make statistics of what a file holds, or raise what does not fit."""
+    count, mean, m2 = (np.asarray(content[name], float) for name in ("count", "mean", "m2"))
+    missing = np.asarray(content["missing"], np.int64).reshape(-1)
+    if not (np.isfinite(count).all() and np.isfinite(mean).all() and np.isfinite(m2).all()):
+        raise ValueError("moments that are not finite")
+    if (missing < 0).any():
+        raise ValueError("a negative number of missing values")
+    names, extremes = content.get("names"), None
+    if "min" in content:
+        extremes = np.array([content["min"], content["max"]], float)  # null is NaN
+    return Statistics(
+        Moments(count, mean, m2),
+        missing,
+        None if names is None else tuple(map(str, names)),
+        operator.index(np.asarray(content["channel_axis"]).item()),
+        tuple(map(str, content["files"])),
+        float(content.get("scale", 1)),
+        extremes,
+    )
+
+
+def _read_members(archive: zipfile.ZipFile) -> dict[str, Any]:
+    """Read the arrays of a .npz file, if it is marked as one of statistics and of bounded size."""
+    if not _is_marked(archive):
+        raise ValueError("no mark of its format")
+    if (size := sum(info.file_size for info in archive.infolist())) > MOST_BYTES:
+        raise ValueError(f"{size} bytes")
+    return {name.removesuffix(".npy"): _read(archive, name) for name in archive.namelist()}
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> Any:
+    with archive.open(name) as member, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about odd texts in damaged headers
+        return np.lib.format.read_array(member, allow_pickle=False)
+
+
+def _is_marked(archive: zipfile.ZipFile) -> bool:
+    mark = archive.getinfo("format.npy")
+    return mark.file_size < 1000 and str(_read(archive, mark.filename)) == FORMAT
+
+
+def is_statistics(address: str | Path) -> bool:
     """Whether a .npz file holds saved statistics; False if it cannot be read."""
-    if path.suffix.lower() != ".npz":
+    if suffix_of(address) != ".npz":
         return False
     try:
-        with np.load(path, allow_pickle=False) as file:
-            mark = file.zip.getinfo("format.npy")
-            return mark.file_size < 1000 and str(file["format"]) == FORMAT
+        with open_binary(address) as file, zipfile.ZipFile(file) as archive:
+            return _is_marked(archive)
     except Exception:  # a damaged file may raise anything; reading it as data explains the error
         return False
 
@@ -265,7 +402,7 @@ def merge(several: Iterable[Statistics]) -> Statistics:
     >>> dataset.merge([dataset.measure(x[:1]), dataset.measure(x[1:])]).mean
     array([ 3., 20.])
     """
-    parts = list(several)
+    parts = [several] if isinstance(several, Statistics) else list(several)
     for part in parts:
         if not isinstance(part, Statistics):
             raise ArgumentError(
@@ -296,7 +433,19 @@ def merge(several: Iterable[Statistics]) -> Statistics:
         names=next((s.names for s in parts if s.names is not None), None),
         files=tuple(file for s in parts for file in s.files),
         extremes=found.extremes,
+        images=None,
     )
+
+
+def _title(files: Sequence[str]) -> str:
+    """Name the data set after its file, or the folder that holds all of them."""
+    if not files:
+        return "Data set"
+    try:
+        common = os.path.commonpath(files)
+    except ValueError:  # absolute and relative paths, or different drives
+        common = ""
+    return Path(common).name or f"{Path(files[0]).name} … {Path(files[-1]).name}"
 
 
 def _total(s: Statistics) -> int:
@@ -342,7 +491,7 @@ def check_suffix(path: Path, what: str = "out") -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise ArgumentError(
             f"{what} must be a file that ends in .npz or .json, got {str(path)!r}. "
-            f"Name it {path.with_suffix('.npz').name or 'stats.npz'!r}."
+            f"Name it '{path.stem or 'stats'}.npz'."
         )
 
 

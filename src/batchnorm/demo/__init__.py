@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from batchnorm.atomic import check_place, replacing
+from batchnorm.atomic import check_page, replacing
 from batchnorm.demo.gradient_check import check_gradients
 from batchnorm.demo.inference import measure_inference
 from batchnorm.demo.network import Network
@@ -112,7 +112,7 @@ def run(
     _check_count("steps", steps, MIN_STEPS)
     _check_count("seed", seed, 0)
     out = Path(out)
-    check_place(out, "an HTML file", "demo.html")
+    check_page(out, "demo.html")
 
     from rich.console import Console
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]

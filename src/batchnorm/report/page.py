@@ -1,27 +1,20 @@
-"""One self-contained HTML page from one or two recordings.
-
-The page is page.html, page.css and page.js beside this file, with values for the names that begin
-with a dollar sign. It loads nothing from anywhere.
-"""
+"""One self-contained HTML page from one or two recordings: page.html, filled."""
 
 from __future__ import annotations
 
 import html
-import json
 import math
-from importlib import resources
-from string import Template
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import numpy as np
-import vl_convert
 
 from batchnorm.diagnose.findings import Finding
 from batchnorm.diagnose.records import BINS
 from batchnorm.diagnose.rules import examine
 
 from .charts import specs
+from .template import as_json, fill
 
 if TYPE_CHECKING:
     from batchnorm.diagnose.recording import Recording, Snapshot
@@ -58,13 +51,10 @@ def render(recording: Recording, other: Recording | None = None) -> str:
         "recordings": [_data(r) for r in shown],
         "first": next((f.layer for f in found[0] if f.layer in layers), layers[0]),
     }
-    return Template(_file("page.html")).substitute(
-        style=_file("page.css"),
-        script=_file("page.js"),
-        # The stub of vl-convert misses that the snippet may be left out.
-        bundle=vl_convert.javascript_bundle(),  # type: ignore[call-arg]
-        specs=_json(specs(names, len(layers))),
-        data=_json(data),
+    return fill(
+        "page",
+        specs=as_json(specs(names, len(layers))),
+        data=as_json(data),
         summary=_summary(shown, names),
         findings="".join(
             _findings(findings, name if other is not None else "")
@@ -77,15 +67,6 @@ def render(recording: Recording, other: Recording | None = None) -> str:
             for name in data["measures"]
         ),
     )
-
-
-def _file(name: str) -> str:
-    return (resources.files(__package__) / name).read_text(encoding="utf-8")
-
-
-def _json(value: Any) -> str:
-    # "</" could end the script element early; in JSON it may be written "<\/".
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
 
 
 def _number(value: float, digits: int = 4) -> float | None:

@@ -6,22 +6,18 @@ import hashlib
 import importlib
 import inspect
 import math
-import multiprocessing
 import os
 import pkgutil
-import queue
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent import futures
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from batchnorm.bench.environment import describe, usable_cpus
+from batchnorm import workers
+from batchnorm.bench.environment import describe
 from batchnorm.bench.rows import prepare_directory
 from batchnorm.diagnose.shift import distances
 from batchnorm.errors import ArgumentError, BatchNormError
@@ -37,7 +33,7 @@ __all__ = ["ALL", "choose", "find", "names", "prepare", "run"]
 ALL = "all"
 SEEDS, MOST_SEEDS = 5, 1000
 #: Of the packages, by the name they are imported by, that the extra [study] installs.
-REQUIRED = ("torch", "scipy", "mlxtend", "altair", "threadpoolctl")
+REQUIRED = ("torch", "scipy", "mlxtend", "altair")
 
 
 def names() -> list[str]:
@@ -77,7 +73,8 @@ def find(name: str) -> Study:
 
 def choose(wanted: Sequence[str]) -> list[Study]:
     """Return the studies of these names, each once; all of them for "all"."""
-    return [find(name) for name in dict.fromkeys(names() if ALL in wanted else wanted)]
+    chosen = {name: find(name) for name in wanted if name != ALL}  # refuses slips beside "all"
+    return [find(name) for name in names()] if ALL in wanted else list(chosen.values())
 
 
 def fingerprint(study: Study) -> str:
@@ -178,53 +175,32 @@ def run(
     if not tasks:
         return results
     shares = dict.fromkeys(tasks, 0.0)
-    context = multiprocessing.get_context("spawn")
-    messages: Any = context.Queue()
 
-    def receive() -> None:
-        while True:
-            try:
-                name, seed, share = messages.get_nowait()
-            except queue.Empty:
-                return
-            shares[name, seed] = share
-            if show is not None:
-                text = f"{name}, seed {seed + 1} of {seeds}"
-                show(text, round(1000 * sum(shares.values())), 1000 * len(tasks))
+    def told(task: tuple[str, int], share: float) -> None:
+        shares[task] = share
+        if show is not None:
+            text = f"{task[0]}, seed {task[1] + 1} of {seeds}"
+            show(text, round(1000 * sum(shares.values())), 1000 * len(tasks))
 
-    pool = futures.ProcessPoolExecutor(
-        min(usable_cpus(), len(tasks)), context, initializer=_begin, initargs=(messages,)
-    )
     failures: list[str] = []
     try:
-        running = {pool.submit(_run_trial, *task, quick): task for task in tasks}
-        while running:
-            ended, _ = futures.wait(running, timeout=0.2, return_when=futures.FIRST_COMPLETED)
-            receive()
-            for future in ended:
-                name, seed = running.pop(future)
-                try:
-                    records, seconds = future.result()
-                except BrokenProcessPool:
-                    raise
-                except Exception as error:  # whatever the experiment does
-                    failures.append(f"{name}, seed {seed}: {type(error).__name__}: {error}")
+        with workers.pool() as in_processes:
+            for task, found in in_processes(partial(_run_trial, quick), tasks, told=told):
+                name, seed = task
+                if isinstance(found, str):
+                    failures.append(f"{name}, seed {seed}: {found}")
                     continue
                 path = place(by_name[name], folder)
                 _merge(results[name], path)
-                results[name].add(seed, records, seconds)
+                results[name].add(seed, *found)
                 results[name].save(path, by_name[name])
                 left[name].discard(seed)
                 done_with(name)
-    except BrokenProcessPool:
+    except workers.WorkerDied as error:
         raise BatchNormError(
-            "a process of the study was killed, perhaps for want of memory. Finished seeds are "
-            f"in {folder}; the same command runs the others."
+            f"{str(error).rstrip('.')}. Finished seeds are in {folder}; the same command runs the "
+            "others."
         ) from None
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.terminate()
     if failures:
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise BatchNormError(f"{failures[0]}{more}. Finished seeds are in {folder}.")
@@ -244,32 +220,12 @@ def _merge(results: Results, path: Path) -> None:
 
 # --- in the processes -----------------------------------------------------------------------------
 
-_messages: Any = None
 
-
-def _begin(messages: Any) -> None:
-    global _messages
-    _messages = messages
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    import torch
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
-
-    torch.set_num_threads(1)
-    threadpool_limits(limits=1)
-
-
-def _end_with_parent() -> None:
-    """Also if the parent was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _run_trial(name: str, seed: int, quick: bool) -> tuple[list[Record], float]:
+def _run_trial(quick: bool, task: tuple[str, int]) -> tuple[list[Record], float] | str:
+    """Return a seed's records and the seconds it took; or the experiment's error as text."""
     import torch
 
+    name, seed = task
     torch.manual_seed(seed)
     begin = time.process_time()
     last = [0.0]
@@ -277,12 +233,15 @@ def _run_trial(name: str, seed: int, quick: bool) -> tuple[list[Record], float]:
     def report(share: float) -> None:
         if time.perf_counter() - last[0] > 0.2 or share == 1:
             last[0] = time.perf_counter()
-            _messages.put((name, seed, share))
+            workers.report(share)
 
-    records = [
-        {key: _plain(key, value) for key, value in record.items()}
-        for record in find(name).run(Trial(seed, quick=quick, report=report))
-    ]
+    try:
+        records = [
+            {key: _plain(key, value) for key, value in record.items()}
+            for record in find(name).run(Trial(seed, quick=quick, report=report))
+        ]
+    except Exception as error:  # whatever the experiment does
+        return f"{type(error).__name__}: {error}"
     return records, time.process_time() - begin
 
 

@@ -10,7 +10,7 @@ torch.Size([4, 8, 5, 5])
 try:
     import torch as _torch  # noqa: F401
 except ImportError as missing:
-    raise ImportError("batchnorm.torch needs PyTorch: pip install 'batchnorm[torch]'") from missing
+    raise ImportError("batchnorm.torch needs PyTorch: pip install torch") from missing
 
 from . import functional as functional
 from .accumulate import accumulate as accumulate

@@ -72,14 +72,15 @@ def bench(
         plan = replace(plan, min_rounds=rounds)
     if budget is not None:
         plan = replace(plan, budget_s=budget)
+    benchmark.check_memory(plan)
     if out is not None:
         benchmark.prepare_directory(out)
 
     with steps(benchmark.steps(plan)) as started:
         results = benchmark.run(plan, started=started)
+    written = [] if out is None else benchmark.write(results, out)
     console = make_console()
     benchmark.show(results, console)
-    if out is not None:
-        for path in benchmark.write(results, out):
-            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    for path in written:
+        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     return FOUND_WRONG if results.troubles else DONE

@@ -2,6 +2,7 @@
 
 import enum
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +22,7 @@ SHOWN = 20
 
 
 class Missing(str, enum.Enum):
-    """How `stats` handles NaN and null."""
+    """How `stats` handles NaN and null, and images that are broken."""
 
     refuse = "refuse"
     skip = "skip"
@@ -70,6 +71,19 @@ def stats(
     nulls: Nulls = None,
     array: Array = None,
     only: Only = None,
+    broken: Annotated[
+        Missing, typer.Option(help="What to do about images that cannot be decoded.")
+    ] = Missing.refuse,
+    equal_images: Annotated[
+        bool, typer.Option("--equal-images", help="Let images count alike, whatever their size.")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes that decode images; by default, all processors.")
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Draw the features on a page; finds extremes and outliers, too."),
+    ] = None,
     dask: Annotated[
         str | None,
         typer.Option(
@@ -89,6 +103,16 @@ def stats(
     from batchnorm import dataset
     from batchnorm.progress import bar
 
+    if html is not None:
+        from batchnorm import report
+
+        report.check(html)
+    said: list[str] = []
+
+    def remember(text: str) -> None:
+        said.append(text)
+        note(text)
+
     with contextlib.ExitStack() as stack:
         client = None
         if dask is not None:
@@ -102,7 +126,7 @@ def stats(
             channel_axis=channel_axis,
             missing=missing.value,
             scale=scale,
-            extremes=extremes,
+            extremes=extremes or html is not None,
             columns=split_names(columns),
             numeric=numeric,
             header=header,
@@ -111,17 +135,43 @@ def stats(
             nulls=split_names(nulls),
             array=array,
             only=only,
+            broken=broken.value,
+            equal_images=equal_images,
+            processes=processes,
             out=out,
             client=client,
             progress=progress,
-            note=note,
+            note=remember,
         )
     seconds = time.perf_counter() - begin
     console = make_console(highlight=False, markup=False)
     _show(found, console)
-    console.print(f"{many(len(found.files), 'file')} in {seconds:.1f} s", soft_wrap=True)
-    if out is not None:
-        console.print(f"wrote {out}", soft_wrap=True)
+    if found.images is None:
+        what = many(len(found.files), "file")
+    else:
+        _show_images(found.images.rows(), console)
+        what = many(found.images.count, "image")
+    console.print(f"{what} in {seconds:.1f} s", soft_wrap=True)
+    if found.like_images and (found.var() > 0).all():
+        console.print(found.normalize_line(), soft_wrap=True)
+    for hint in dataset.hints(found):
+        note(str(hint))
+    if html is not None:
+        found.report(html, notes=said)
+    for written in (out, html):
+        if written is not None:
+            console.print(f"wrote {written}", soft_wrap=True)
+
+
+def _show_images(rows: Sequence[tuple[str, str]], console: "Console") -> None:
+    """Print what stands out among images."""
+    import rich.box
+    from rich.table import Table
+
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, show_header=False)
+    for title, text in rows:
+        table.add_row(title, text)
+    console.print(table)
 
 
 def _show(found: "Statistics", console: "Console") -> None:

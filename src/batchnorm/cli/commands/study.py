@@ -1,11 +1,11 @@
 """``batchnorm study``."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from batchnorm.cli.output import drop_output, make_console, note
+from batchnorm.cli.output import make_console, note
 from batchnorm.errors import BatchNormError
 
 
@@ -40,7 +40,7 @@ def study(
 
     console = make_console()
     if listed:
-        for name in studies.names():
+        for name in names or studies.names():
             console.print(f"[bold]{name:16}[/] {studies.find(name).question}", highlight=False)
         return
     if not names:
@@ -49,16 +49,6 @@ def study(
         )
     chosen = studies.choose(names)
     folder = out or (Path("studies") / "quick" if quick else Path("studies"))
-    pipe = [console]
-
-    def finished(study: Any, results: Any) -> None:
-        try:
-            for place in pipe:
-                show(study, results, place)
-        except BrokenPipeError:  # its reader has enough; the studies go on
-            pipe.clear()
-            drop_output()
-
     try:
         with bar() as progress:
             studies.run(
@@ -67,7 +57,7 @@ def study(
                 quick=quick,
                 seeds=seeds,
                 show=progress,
-                finished=finished,
+                finished=lambda study, results: show(study, results, console),
             )
     except KeyboardInterrupt:
         note(f"finished seeds are in {folder}; the same command runs the others")

@@ -11,21 +11,29 @@ from dataclasses import dataclass
 
 from ...errors import ArgumentError
 from ..addresses import suffix_of
-from ..files import ARRAYS
-from .array_files import ArrayFile, open_array
+from ..files import ARCHIVES, ARRAYS
+from .archives import ArraysInTar, open_arrays_in_tar
+from .array_files import NumpyFile, open_numpy
+from .arrays import ArrayFile
+from .arrow_files import open_arrow_file
 from .blocks import Block, FileSource, Source, check_unchanged, check_width
+from .chunked_files import ChunkedFile
 from .csv_files import open_csv
+from .hdf5_files import open_hdf5
 from .memory import ArrayInMemory, open_memory
 from .parquet_files import open_parquet
 from .prefetching import prefetch
-from .tables import TableFile
+from .tables import Dialect, TableFile
+from .zarr_files import open_zarr
 
 __all__ = [
     "ArrayFile",
     "ArrayInMemory",
     "Block",
+    "ChunkedFile",
     "FileOptions",
     "FileSource",
+    "NumpyFile",
     "Source",
     "TableFile",
     "check_unchanged",
@@ -34,6 +42,16 @@ __all__ = [
     "open_memory",
     "prefetch",
 ]
+
+
+#: What opens files of one array or several, by their endings.
+_OPEN_ARRAY = {
+    ".npy": open_numpy,
+    ".npz": open_numpy,
+    ".h5": open_hdf5,
+    ".hdf5": open_hdf5,
+    ".zarr": open_zarr,
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,9 @@ class FileOptions:
     nulls: Sequence[str] | None = None
     array: str | None = None
     only: str | None = None
+    broken: str = "refuse"
+    equal_images: bool = False
+    processes: int | None = None
 
     def __post_init__(self) -> None:
         """Check what does not depend on a file."""
@@ -62,7 +83,9 @@ class FileOptions:
                 object.__setattr__(self, name, list(value))
 
 
-def open_file(path: str, channel_axis: int, options: FileOptions) -> ArrayFile | TableFile:
+def open_file(
+    path: str, channel_axis: int, options: FileOptions
+) -> ArrayFile | ArraysInTar | TableFile:
     """Read what a file says about its content, and check that it can be measured.
 
     Raises
@@ -71,22 +94,38 @@ def open_file(path: str, channel_axis: int, options: FileOptions) -> ArrayFile |
         It is damaged or of another kind, holds no numbers, or the options do not apply to it.
     """
     suffix = suffix_of(path)
-    if options.array is not None and suffix != ".npz":
+    if suffix in ARCHIVES:
+        return open_arrays_in_tar(path, array=options.array, channel_axis=channel_axis)
+    if options.array is not None and (suffix not in ARRAYS or suffix == ".npy"):
         raise ArgumentError(
-            f"{path}: array names one in a .npz file, got {options.array!r} for a {suffix} file. "
-            "Leave it out."
+            f"{path}: array names one in a .npz file, HDF5 or zarr, got {options.array!r} for a "
+            f"{suffix} file. Leave it out."
         )
     if suffix in ARRAYS:
-        if options.columns is not None:
-            raise ArgumentError(
-                f"{path}: arrays have no named columns, got columns {', '.join(options.columns)}. "
-                "Leave columns out."
-            )
-        return open_array(path, array=options.array, channel_axis=channel_axis)
+        for name in ("columns", "numeric", "separator", "nulls"):
+            if value := getattr(options, name):
+                raise ArgumentError(
+                    f"{path}: {name} is for tables, got {value!r} for an array. Leave it out."
+                )
+        return _OPEN_ARRAY[suffix](path, array=options.array, channel_axis=channel_axis)
     if channel_axis not in (1, -1):
         raise ArgumentError(
             f"{path}: the features of a table are its columns, channel_axis 1, got "
             f"{channel_axis}. Leave it out."
         )
-    open_table = open_csv if suffix == ".csv" else open_parquet
-    return open_table(path, columns=options.columns, header=options.header)
+    open_table = _TABLES.get(suffix, open_csv)
+    return open_table(
+        path,
+        columns=options.columns,
+        numeric=options.numeric,
+        dialect=Dialect(
+            options.header, options.separator, options.decimal, tuple(options.nulls or ())
+        ),
+    )
+
+
+_TABLES = {
+    ".parquet": open_parquet,
+    ".arrow": open_arrow_file,
+    ".feather": open_arrow_file,
+}

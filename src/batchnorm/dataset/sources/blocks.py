@@ -1,8 +1,8 @@
 """The interface of every kind of data: a source, read as a stream of blocks of bounded size.
 
 A source knows its features before a value is read, and can be sent to another process. Where its
-blocks are cut depends on nothing but its shape and type, so that sums are always made in the same
-order and the result has the same bits.
+blocks are cut depends on nothing but its shape, type and chunks, so that sums are always made in
+the same order and the result has the same bits.
 """
 
 from __future__ import annotations
