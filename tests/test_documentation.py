@@ -42,6 +42,7 @@ TORCH_MODULES = [
             "freeze",
             "accumulate",
             "parameters",
+            "fold",
             "diagnose.check",
             "diagnose.watch",
         )

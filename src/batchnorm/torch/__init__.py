@@ -21,6 +21,9 @@ from .convert import explain as explain
 from .convert import revert as revert
 from .diagnose import check as check
 from .diagnose import watch as watch
+from .fold import FoldError as FoldError
+from .fold import FoldReport as FoldReport
+from .fold import fold as fold
 from .freeze import freeze as freeze
 from .freeze import unfreeze as unfreeze
 from .modules import BatchNorm1d as BatchNorm1d
@@ -38,6 +41,8 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "DistributedDataParallel",
+    "FoldError",
+    "FoldReport",
     "NonFiniteError",
     "Recalibration",
     "SyncBatchNorm",
@@ -46,6 +51,7 @@ __all__ = [
     "check",
     "convert",
     "explain",
+    "fold",
     "freeze",
     "functional",
     "parameter_groups",

@@ -16,7 +16,14 @@ from ..modules import Layer
 from ..undo import set_class
 from .layers import FrozenLayer
 
-__all__ = ["Adapter", "FrozenLayer", "adapter_of", "original_of", "register_adapter"]
+__all__ = [
+    "Adapter",
+    "FrozenLayer",
+    "adapter_of",
+    "is_built_in",
+    "original_of",
+    "register_adapter",
+]
 
 
 class Adapter(NamedTuple):
@@ -78,6 +85,15 @@ def original_of(kind: type) -> type[nn.Module] | None:
         if adapter is not None and adapter.ours is kind:
             return base
     return None
+
+
+def is_built_in(kind: type) -> bool:
+    """Whether layers of exactly this class are known to normalize and activate, and no more.
+
+    Classes given to `register_adapter` may do anything.
+    """
+    original = kind if adapter_of(kind) is not None else original_of(kind)
+    return original is not None and f"{original.__module__}.{original.__qualname__}" in _NAMES
 
 
 def register_adapter(

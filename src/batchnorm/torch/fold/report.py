@@ -1,0 +1,156 @@
+"""What `fold` has done, and how near the result is to the original."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ...errors import BatchNormError
+
+__all__ = ["FoldError", "FoldReport", "FoldedLayer"]
+
+
+@dataclass
+class FoldedLayer:
+    """A linear layer that has taken batch norms in.
+
+    Attributes
+    ----------
+    layer : str
+    before, after : list of str
+        The batch norms that ran before and after it, in their order.
+    beside, merged : list of str
+        Batch norms and layers of other branches that it has taken in, whose outputs were added to
+        its own.
+    new_bias : bool
+        Whether it had no bias: a model that is built with ``bias=False`` cannot load its state.
+    largest_weight : float
+        Largest magnitude of its weights and biases.
+    error, relative_error : float
+        Largest difference of its output from that of the original layers on the same input, before
+        an activation; and the same over the largest output.
+    bound : float
+        Of `error`, on inputs that are in each channel no larger than those of the examples; of the
+        channel where it is largest.
+    share : float
+        Largest error of a channel over its own bound; at most 1.
+    """
+
+    layer: str
+    before: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+    beside: list[str] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
+    new_bias: bool = False
+    largest_weight: float = 0.0
+    error: float = 0.0
+    relative_error: float = 0.0
+    bound: float = 0.0
+    share: float = 0.0
+
+    @property
+    def norms(self) -> list[str]:
+        """All batch norms that it has taken in."""
+        return [*self.before, *self.after, *self.beside]
+
+
+@dataclass
+class FoldReport:
+    """What `fold` has done with each batch norm of a model.
+
+    Attributes
+    ----------
+    pairs : list of FoldedLayer
+        What was folded.
+    refused : dict of str to str
+        Batch norms next to a linear layer that were left in place, and why.
+    alone : dict of str to str
+        Batch norms that no linear layer is next to, and what is.
+    dtype : str
+        Type of the folded weights.
+    error, relative_error : float or None
+        Largest difference of the outputs of the folded model from those of the original on the
+        examples, and the same over the largest output; infinite if their shapes differ; None if
+        there is no tensor of real numbers in them.
+    original_error, folded_error : float or None
+        Largest difference of each model's outputs from those of the original computed in float64;
+        None if it does not run in float64, or is in float64 itself.
+    """
+
+    pairs: list[FoldedLayer] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    alone: dict[str, str] = field(default_factory=dict)
+    dtype: str = ""
+    error: float | None = None
+    relative_error: float | None = None
+    original_error: float | None = None
+    folded_error: float | None = None
+
+    @property
+    def folded(self) -> dict[str, str]:
+        """For each batch norm that was folded: the layer that took it in."""
+        return {norm: pair.layer for pair in self.pairs for norm in pair.norms}
+
+    @property
+    def share(self) -> float:
+        """Largest error of a pair over its bound."""
+        return max((pair.share for pair in self.pairs), default=0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in it, as JSON has it: a number that is not finite becomes None."""
+        found: dict[str, Any] = _finite(asdict(self))
+        return found
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        """A summary, and a line for each batch norm."""
+        count = len(self.folded)
+        lines = [
+            f"folded {count} batch norm{'' if count == 1 else 's'}, refused {len(self.refused)}, "
+            f"left {len(self.alone)} that no linear layer is next to"
+        ]
+        if self.error is not None and self.relative_error is not None:
+            lines.append(
+                f"largest difference of outputs {self.error:.2g} ({self.relative_error:.2g} of the "
+                f"largest output), of a pair {self.share:.2g} of its bound"
+            )
+        if self.original_error is not None and self.folded_error is not None:
+            lines.append(
+                f"from float64: the original {self.original_error:.2g}, folded "
+                f"{self.folded_error:.2g}"
+            )
+        rows = [
+            (norm, f"into '{p.layer}': error {p.error:.2g}, bound {p.bound:.2g}")
+            for p in self.pairs
+            for norm in p.norms
+        ]
+        rows += [(name, f"refused: {why}") for name, why in self.refused.items()]
+        rows += [(name, f"left: {why}") for name, why in self.alone.items()]
+        width = max((len(name) for name, _ in rows), default=0)
+        return "\n".join([*lines, *(f"  {name:<{width}}  {text}" for name, text in rows)])
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+class FoldError(BatchNormError):
+    """With ``strict=True``: a batch norm was refused, or an error is too large.
+
+    Attributes
+    ----------
+    report : FoldReport
+    """
+
+    def __init__(self, message: str, report: FoldReport) -> None:
+        super().__init__(message)
+        self.report = report
