@@ -64,8 +64,10 @@ def load(path: Path, source: str) -> Loaded:
     form = _format_of(path, source)
     try:
         return form.load(path)
-    except BatchNormError:
-        raise
+    except BatchNormError as error:
+        if str(error).startswith(f"{path}: "):
+            raise
+        raise type(error)(f"{path}: {error}") from error
     except Exception as error:  # h5py, zipfile, protobuf and msgpack raise all kinds
         why = "there is no such file" if not path.exists() else f"{type(error).__name__}: {error}"
         raise ArgumentError(f"{path}: cannot be read ({why}). Name another file.") from error
@@ -156,7 +158,7 @@ def _save_safetensors(arrays: Any, path: Path) -> None:
 
 
 def _load_npz(path: Path) -> Loaded:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return dict(arrays), {}
 
 
@@ -229,6 +231,11 @@ def _load_keras_weights(file: Any, configs: Mapping[str, Any] | None = None) -> 
         *above, last = place.split("/")
         if last != "vars" or not len(group):
             return
+        if configs and "name" not in group.attrs:
+            raise ArgumentError(
+                f"{'/'.join(above)}: has no name, as in files of Keras before 3.6, so it cannot be "
+                "found in the configuration. Save the model with a newer one."
+            )
         name = str(group.attrs.get("name", above[-1] if above else ""))
         config = (configs or {}).get(name)
         if config is None:
@@ -266,14 +273,14 @@ def _load_onnx(path: Path) -> Loaded:
     onnx = import_extra("onnx", "interop", "ONNX files")
     arrays: dict[str, Any] = {}
     settings: dict[str, dict[str, Any]] = {}
-    others: set[str] = set()
+    others: dict[str, Any] = {}
     used: set[str] = set()
 
     def visit(graph: Any, known: Mapping[str, Any]) -> None:
         own = {tensor.name: tensor for tensor in graph.initializer}
         known = {**known, **own}
         others.update(own)
-        for number, node in enumerate(graph.node):
+        for node in graph.node:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             if node.op_type == "Constant" and "value" in attributes:
                 known[node.output[0]] = attributes["value"]
@@ -281,9 +288,10 @@ def _load_onnx(path: Path) -> Loaded:
                 known[node.output[0]] = known[node.input[0]]
             elif node.op_type == "BatchNormalization":
                 # PyTorch's exporters keep the names of arrays, which say more than those of nodes.
-                name = node.input[3].removesuffix(".running_mean")
-                if name == node.input[3] or name in settings:
-                    name = node.name or f"BatchNormalization_{number}"
+                array = node.input[3].removesuffix(".running_mean")
+                names = [array] * (array != node.input[3]) + [node.name] * bool(node.name)
+                names.append(f"BatchNormalization_{len(settings)}")
+                name = next(name for name in names if name not in settings)
                 tensors: list[Any] = [known.get(given) for given in node.input[1:5]]
                 if any(tensor is None or len(tensor.dims) != 1 for tensor in tensors):
                     raise ArgumentError(
@@ -305,7 +313,7 @@ def _load_onnx(path: Path) -> Loaded:
                     visit(value, known)
 
     visit(onnx.load(str(path)).graph, {})
-    return {**arrays, **dict.fromkeys(others - used, OTHER)}, settings
+    return {**arrays, **{name: OTHER for name in others if name not in used}}, settings
 
 
 FORMATS = {

@@ -375,7 +375,7 @@ def _values(state: BatchNormState, framework: Framework, count: int | None) -> d
     if _has_one_more(state, framework):
         gamma = np.ones_like(state.mean) if gamma is None else gamma
         beta = np.zeros_like(state.mean) if beta is None else beta
-    arrays = {"mean": state.mean, "var": state.var, "gamma": gamma, "beta": beta}
+    arrays = {"gamma": gamma, "beta": beta, "mean": state.mean, "var": state.var}
     found = {role: np.array(array) for role, array in arrays.items() if array is not None}
     if "first" in framework.paths:
         found["first"] = np.array(False)
