@@ -1,8 +1,8 @@
 """Real batch-norm layers of every framework behind one face, for the tests of batchnorm.passage.
 
-A layer is built with the settings that `write` gives, loads and returns arrays as its framework's users
-have them, trains on batches (N, C, H, W) and evaluates them; where its channels are last, it transposes.
-`name` is the layer's name among the arrays.
+A layer is built with the settings that `write` gives, loads and returns arrays as its framework's
+users have them, trains on batches (N, C, H, W) and evaluates them; where its channels are last, it
+transposes. `name` is the layer's name among the arrays.
 """
 
 import os
@@ -77,7 +77,6 @@ class Keras(_Layer):
         keras = import_keras()
         self.layer = keras.layers.BatchNormalization(name="bn", **settings)
         self.layer.build((None, 3, 3, CHANNELS) if self.last else (None, CHANNELS, 3, 3))
-        self.numpy = keras.ops.convert_to_numpy
 
     def load(self, arrays):
         for variable in self.layer.variables:
@@ -85,13 +84,13 @@ class Keras(_Layer):
         assert not arrays
 
     def arrays(self):
-        return {v.path: self.numpy(v) for v in self.layer.variables}
+        return {v.path: keras_numpy(v) for v in self.layer.variables}
 
     def train(self, x):
         self.layer(self._put(x), training=True)
 
     def evaluate(self, x):
-        return self._get(self.numpy(self.layer(self._put(x), training=False)))
+        return self._get(keras_numpy(self.layer(self._put(x), training=False)))
 
 
 class Flax(_Layer):
@@ -191,7 +190,8 @@ class Equinox(_Layer):
         for name in self.indices:
             parts = [key for key in arrays if key.startswith(f"bn.{name}")]
             value = tuple(jnp.asarray(arrays.pop(key)) for key in sorted(parts))
-            value = value if name.endswith("state_index") else value[0]
+            if not name.endswith("state_index"):
+                value = value[0].item()  # its type is that of Python's numbers
             self.state = self.state.set(getattr(self.layer, name), value)
         assert not arrays
 
@@ -223,7 +223,7 @@ class EquinoxEma(Equinox):
 
 
 class Onnx(_Layer):
-    """A node, run by ONNX's reference implementation; in training, its outputs are the new state."""
+    """A node, run by ONNX's reference implementation; training gives the new state as outputs."""
 
     name = "bn"
     inputs = ("x", "scale", "B", "input_mean", "input_var")
@@ -290,13 +290,20 @@ def import_keras():
         return pytest.importorskip("keras")
 
 
+def keras_numpy(values):
+    """An array of Keras as one of NumPy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch's tensors in NumPy 2
+        return import_keras().ops.convert_to_numpy(values)
+
+
 def _like(fresh, arrays):
-    """`arrays`, if they have the structure, the shapes and the types of `fresh`."""
+    """`arrays` as JAX, if they have the structure, shapes and types of `fresh`, or float64."""
     jax = pytest.importorskip("jax")
 
     def checked(old, new):
         assert old.shape == new.shape
-        assert old.dtype == new.dtype
-        return jax.numpy.asarray(new)
+        assert new.dtype in (old.dtype, np.float64)
+        return jax.numpy.asarray(new, old.dtype)
 
     return jax.tree.map(checked, fresh, arrays)
