@@ -23,6 +23,7 @@ MODULES = [
     "batchnorm.functional",
     "batchnorm.layer",
     "batchnorm.folding",
+    "batchnorm.passage",
     "batchnorm.workers",
     "batchnorm.dataset",
     "batchnorm.dataset.hints",

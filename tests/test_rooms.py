@@ -34,12 +34,14 @@ FRAMEWORKS = {
     "tensorflow",
     "keras",
     "onnx",
+    "haiku",
+    "equinox",
     "dask",
     "distributed",
     "pyarrow",
     "sklearn",
 }
-OTHERS = {"ml_dtypes", "scipy", "h5py", "zarr", "fsspec", "PIL"}
+OTHERS = {"ml_dtypes", "scipy", "h5py", "zarr", "fsspec", "PIL", "msgpack", "safetensors"}
 PRESENTATION = {"typer", "rich", "altair", "vl_convert", "pandas", "mlxtend"}
 PRESENTS = {
     "cli",
@@ -304,3 +306,12 @@ def test_rooms_use_torchs_private_modules_in_one_file_only(path):
     private = {name for name in used if name.startswith(("torch._", "nn.modules.module._"))}
     imported = {m for m, _ in _imports(path) if m.startswith("torch.") and "._" in m}
     assert not private | imported
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if _room(p) == "passage"], ids=str)
+def test_rooms_passage_knows_frameworks_by_the_names_of_their_arrays(path):
+    modules = {m for m, _ in _imports(path)}
+    assert not {m.split(".")[0] for m in modules} & (FRAMEWORKS | OTHERS)
+    inside = {m.split(".")[1] for m in modules if m.startswith("batchnorm.")}
+    readers = {"torch"} if path.name == "files.py" else set()  # of state dicts
+    assert inside <= {"passage", "native", "errors", "atomic", "extras"} | readers

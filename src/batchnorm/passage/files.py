@@ -1,0 +1,328 @@
+"""Files of weights: the arrays that they hold, and the settings of layers where they tell them."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from batchnorm.atomic import check_place, explain_write_errors, replacing
+from batchnorm.errors import ArgumentError, BatchNormError
+from batchnorm.extras import import_extra
+from batchnorm.native import is_bfloat16
+
+from .frameworks import FRAMEWORKS, find
+
+__all__ = ["check_out", "framework_of", "load", "save"]
+
+#: Arrays by name, and settings by layer.
+Loaded = tuple[Mapping[Any, Any], dict[str, dict[str, Any]]]
+#: Stands for an array of which only the name matters.
+OTHER = np.empty((0, 0))
+
+
+class _Format(NamedTuple):
+    """How a kind of file is read and written, and of which frameworks; the first is likeliest."""
+
+    load: Callable[[Path], Loaded]
+    save: Callable[[Any, Path], None] | None
+    frameworks: tuple[str, ...] = tuple(FRAMEWORKS)
+
+
+def framework_of(path: Path, option: str) -> str:
+    """The framework that a file is of, if its name tells.
+
+    Raises
+    ------
+    ArgumentError
+        It does not, or the kind of file is not known; `option` tells it.
+    """
+    frameworks = _format_of(path).frameworks
+    if frameworks == tuple(FRAMEWORKS):
+        raise ArgumentError(
+            f"{path}: may hold arrays of any framework. Pass {option}: {', '.join(FRAMEWORKS)}."
+        )
+    return frameworks[0]
+
+
+def load(path: Path, source: str) -> Loaded:
+    """The arrays in a file, and for each batch norm the settings that the file tells.
+
+    Raises
+    ------
+    ArgumentError
+        It cannot be read, or does not hold arrays of that framework.
+    BatchNormError
+        A package that reads it is not installed.
+    """
+    form = _format_of(path, source)
+    try:
+        return form.load(path)
+    except BatchNormError as error:
+        if str(error).startswith(f"{path}: "):
+            raise
+        raise type(error)(f"{path}: {error}") from error
+    except Exception as error:  # h5py, zipfile, protobuf and msgpack raise all kinds
+        why = "there is no such file" if not path.exists() else f"{type(error).__name__}: {error}"
+        raise ArgumentError(f"{path}: cannot be read ({why}). Name another file.") from error
+
+
+def check_out(path: Path, target: str) -> None:
+    """Raise if `save` could not write that file, before the work for it begins.
+
+    Raises
+    ------
+    ArgumentError
+        Its kind is not written, or not for this framework; it exists; or its folder does not.
+    """
+    if _format_of(path, target).save is None:
+        raise ArgumentError(
+            f"{path}: is not written, since such files hold whole models, and not their batch "
+            "norms alone. Write a .npz file and assign its arrays to the layers."
+        )
+    check_place(path, "a file of weights", "translated.npz")
+    if path.exists():
+        raise ArgumentError(
+            f"{path}: exists, and would be left with nothing but batch norms. Name a new file."
+        )
+
+
+def save(arrays: Mapping[Any, Any], path: Path, target: str) -> None:
+    """Write arrays of a framework, completely or not at all.
+
+    Raises
+    ------
+    ArgumentError
+        As `check_out`, or the file cannot be written.
+    """
+    check_out(path, target)
+    write, framework = _format_of(path).save, find(target)
+    assert write is not None
+    if write is not _save_msgpack:
+        # Neither NumPy's files nor its tensors have bfloat16, which float32 holds exactly.
+        arrays = {
+            framework.separator.join(name): a.astype(np.float32) if is_bfloat16(a.dtype) else a
+            for name, a in framework.flatten(arrays)
+        }
+    with explain_write_errors(path), replacing(path) as beside:
+        write(arrays, beside)
+
+
+def _format_of(path: Path, framework: str | None = None) -> _Format:
+    forms = [form for suffix, form in FORMATS.items() if path.name.lower().endswith(suffix)]
+    if not forms:
+        raise ArgumentError(f"{path}: must end in {', '.join(FORMATS)}. Save arrays as one.")
+    form = forms[0]
+    if framework is not None and find(framework) and framework not in form.frameworks:
+        raise ArgumentError(
+            f"{path}: is a file of {' or '.join(form.frameworks)}, not of {framework}. Files that "
+            "end in .npz or .safetensors hold arrays of any framework."
+        )
+    return form
+
+
+# ---- PyTorch, safetensors, NumPy ----------------------------------------------------------------
+
+
+def _load_torch(path: Path) -> Loaded:
+    import_extra("torch", "torch", "PyTorch's files")
+    from batchnorm.torch.diagnose.targets import load_weights
+
+    arrays: dict[str, Any] = {}
+    for name, tensor in load_weights(path).items():
+        if tensor.ndim < 2:  # NumPy has no bfloat16
+            wide = tensor.float() if tensor.dtype.itemsize < 4 else tensor
+            arrays[name] = wide.detach().numpy()
+        else:
+            arrays[name] = OTHER
+    return arrays, {}
+
+
+def _save_torch(arrays: Any, path: Path) -> None:
+    torch = import_extra("torch", "torch", "PyTorch's files")
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
+
+
+def _load_safetensors(path: Path) -> Loaded:
+    return import_extra("safetensors.numpy", "interop", "Such files").load_file(path), {}
+
+
+def _save_safetensors(arrays: Any, path: Path) -> None:
+    import_extra("safetensors.numpy", "interop", "Such files").save_file(arrays, path)
+
+
+def _load_npz(path: Path) -> Loaded:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays), {}
+
+
+def _save_npz(arrays: Any, path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+# ---- Flax ---------------------------------------------------------------------------------------
+
+#: Codes of flax.serialization for an array and a scalar: shape, type and bytes, packed again.
+ARRAY, SCALAR = 1, 3
+
+
+def _load_msgpack(path: Path) -> Loaded:
+    msgpack = import_extra("msgpack", "interop", "Flax's .msgpack files")
+
+    def unpack(code: int, packed: bytes) -> Any:
+        if code not in (ARRAY, SCALAR):
+            return None
+        shape, name, values = msgpack.unpackb(packed)
+        if name == "bfloat16":
+            import_extra("ml_dtypes", "data", "Arrays of bfloat16")
+        return np.frombuffer(values, np.dtype(name)).reshape(shape)
+
+    found = msgpack.unpackb(path.read_bytes(), ext_hook=unpack, strict_map_key=False)
+    if not isinstance(found, dict):
+        raise ArgumentError(f"{path}: must hold a dict of variables, got {type(found).__name__}.")
+    return found, {}
+
+
+def _save_msgpack(arrays: Any, path: Path) -> None:
+    msgpack = import_extra("msgpack", "interop", "Flax's .msgpack files")
+
+    def pack(array: Any) -> Any:
+        values = (array.shape, array.dtype.name, array.tobytes())
+        return msgpack.ExtType(ARRAY, msgpack.packb(values))
+
+    path.write_bytes(msgpack.packb(arrays, default=pack))
+
+
+# ---- Keras --------------------------------------------------------------------------------------
+
+
+def _load_keras(path: Path) -> Loaded:
+    """Read a whole model, whose configuration tells how its batch norms are built."""
+    with zipfile.ZipFile(path) as archive:
+        config = json.loads(archive.read("config.json"))
+        weights = io.BytesIO(archive.read("model.weights.h5"))
+    return _load_keras_weights(weights, dict(_keras_configs(config)))
+
+
+def _keras_configs(tree: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        if tree.get("class_name") == "BatchNormalization":
+            yield tree["config"]["name"], tree["config"]
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for below in tree:
+            yield from _keras_configs(below)
+
+
+def _load_keras_weights(file: Any, configs: Mapping[str, Any] | None = None) -> Loaded:
+    """Give arrays the names of Keras's variables; the file only numbers them."""
+    h5py = import_extra("h5py", "hdf5", "Keras's files")
+    arrays: dict[str, Any] = {}
+    settings = {}
+
+    def visit(place: str, group: Any) -> None:
+        *above, last = place.split("/")
+        if last != "vars" or not len(group):
+            return
+        if configs and "name" not in group.attrs:
+            raise ArgumentError(
+                f"{'/'.join(above)}: has no name, as in files of Keras before 3.6, so it cannot be "
+                "found in the configuration. Save the model with a newer one."
+            )
+        name = str(group.attrs.get("name", above[-1] if above else ""))
+        config = (configs or {}).get(name)
+        if config is None:
+            # A name that Keras gives is all that tells a batch norm then.
+            names = [name, *above[-1:]]
+            if not any(re.fullmatch(r"batch_normalization(_\d+)?", n) for n in names):
+                arrays.update({f"{name}/{key}": OTHER for key in group})
+                return
+            if len(group) != 4:
+                raise ArgumentError(
+                    f"{name}: has {len(group)} arrays, so gamma cannot be told from beta. Save "
+                    "the whole model as .keras, whose configuration tells."
+                )
+        else:
+            settings[name] = {"momentum": config["momentum"], "eps": config["epsilon"]}
+            settings[name]["channel_axis"] = config["axis"]
+        if f"{name}/moving_mean" in arrays:
+            raise ArgumentError(f"two layers are called {name!r}. Rename one in Keras.")
+        config = config or {"scale": True, "center": True}
+        roles = ["gamma"] * config["scale"] + ["beta"] * config["center"]
+        roles += ["moving_mean", "moving_variance"]
+        roles += ["moving_stddev", "renorm_mean", "renorm_stddev"] * config.get("renorm", False)
+        arrays.update({f"{name}/{role}": group[str(k)][()] for k, role in enumerate(roles)})
+
+    with h5py.File(file, "r") as opened:
+        opened.visititems(visit)
+    return arrays, settings
+
+
+# ---- ONNX ---------------------------------------------------------------------------------------
+
+
+def _load_onnx(path: Path) -> Loaded:
+    """Read the constants and attributes of each BatchNormalization."""
+    onnx = import_extra("onnx", "interop", "ONNX files")
+    arrays: dict[str, Any] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    others: dict[str, Any] = {}
+    used: set[str] = set()
+
+    def visit(graph: Any, known: Mapping[str, Any]) -> None:
+        own = {tensor.name: tensor for tensor in graph.initializer}
+        known = {**known, **own}
+        others.update(own)
+        for node in graph.node:
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            if node.op_type == "Constant" and "value" in attributes:
+                known[node.output[0]] = attributes["value"]
+            elif node.op_type == "Identity" and node.input[0] in known:
+                known[node.output[0]] = known[node.input[0]]
+            elif node.op_type == "BatchNormalization":
+                # PyTorch's exporters keep the names of arrays, which say more than those of nodes.
+                array = node.input[3].removesuffix(".running_mean")
+                names = [array] * (array != node.input[3]) + [node.name] * bool(node.name)
+                names.append(f"BatchNormalization_{len(settings)}")
+                name = next(name for name in names if name not in settings)
+                tensors: list[Any] = [known.get(given) for given in node.input[1:5]]
+                if any(tensor is None or len(tensor.dims) != 1 for tensor in tensors):
+                    raise ArgumentError(
+                        f"{name}: must have constants with one value per channel, but the network "
+                        "computes them, or they have other shapes. They cannot be carried."
+                    )
+                for role, tensor in zip(
+                    ("scale", "B", "input_mean", "input_var"), tensors, strict=True
+                ):
+                    arrays[f"{name}/{role}"] = onnx.numpy_helper.to_array(tensor)
+                    used.add(tensor.name)
+                # The shortest decimals that are the same float32 are what was meant.
+                settings[name] = {
+                    "momentum": float(str(np.float32(attributes.get("momentum", 0.9)))),
+                    "eps": float(str(np.float32(attributes.get("epsilon", 1e-5)))),
+                }
+            for value in attributes.values():
+                if isinstance(value, onnx.GraphProto):
+                    visit(value, known)
+
+    visit(onnx.load(str(path)).graph, {})
+    return {**arrays, **{name: OTHER for name in others if name not in used}}, settings
+
+
+FORMATS = {
+    ".pt": _Format(_load_torch, _save_torch, ("torch",)),
+    ".pth": _Format(_load_torch, _save_torch, ("torch",)),
+    ".safetensors": _Format(_load_safetensors, _save_safetensors),
+    ".npz": _Format(_load_npz, _save_npz),
+    ".msgpack": _Format(_load_msgpack, _save_msgpack, ("flax", "nnx")),
+    ".keras": _Format(_load_keras, None, ("keras",)),
+    ".weights.h5": _Format(_load_keras_weights, None, ("keras",)),
+    ".onnx": _Format(_load_onnx, None, ("onnx",)),
+}

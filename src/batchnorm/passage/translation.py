@@ -1,0 +1,511 @@
+"""The state of a batch norm, and its way into and out of a framework's arrays."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from batchnorm import native
+from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
+from batchnorm.native import Array
+
+from .frameworks import Framework, Path, find
+
+__all__ = ["BatchNormState", "Translation", "read", "translate", "write"]
+
+#: JAX's counters are int32, and count one further.
+MOST_BATCHES = 2**31 - 2
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNormState:
+    """What a batch norm holds, in no framework's convention.
+
+    Parameters
+    ----------
+    mean, var : (C,)
+        The statistics that evaluation uses, as they are stored.
+    momentum : float
+        Weight of the **new** value in the running statistics, from 0 to 1.
+    eps : float
+        Added to the variance, inside the root.
+    gamma, beta : (C,)
+        Scale and shift; None if the layer has none.
+    channel_axis : int
+        Axis of the channels in the layer's batches; None if that is not known.
+    unbiased : bool
+        Whether training averages the unbiased variances of batches.
+    count : int
+        Number of training batches so far; None if it is not known.
+
+    Raises
+    ------
+    ShapeError, DTypeError
+        An array is not (C,), or not real numbers.
+    ArgumentError
+        A statistic is not finite, a variance or `eps` is negative, both are zero, or `momentum`
+        is no number from 0 to 1.
+    """
+
+    mean: Array
+    var: Array
+    momentum: float
+    eps: float
+    gamma: Array | None = None
+    beta: Array | None = None
+    channel_axis: int | None = None
+    unbiased: bool = False
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check all values."""
+        shape = np.shape(self.mean)
+        for name in ("mean", "var", "gamma", "beta"):
+            if (values := getattr(self, name)) is None and name in ("gamma", "beta"):
+                continue
+            array = native.as_real(values, name)
+            if array.ndim != 1 or array.shape != shape:
+                raise ShapeError(
+                    f"{name} must have shape (C,) like mean, which has {shape}, got {array.shape}. "
+                    "Are all arrays of one layer?"
+                )
+            object.__setattr__(self, name, array)
+        object.__setattr__(self, "momentum", _check_momentum(self.momentum))
+        object.__setattr__(self, "eps", native.check_eps(self.eps))
+        native.check_statistics(self.mean.astype(np.float64), self.var.astype(np.float64), self.eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Translation:
+    """What `translate` returns.
+
+    Parameters
+    ----------
+    arrays : dict
+        As the target names them: nested for Flax and Haiku, flat for the others.
+    settings : dict
+        For each layer of the target the arguments by which it has to be built.
+    left_out : list of str
+        Names of the source's arrays that are of no batch norm.
+    notes : list of str
+        What differs from the source once training goes on, and what was added.
+    """
+
+    arrays: dict[Any, Any]
+    settings: dict[str, dict[str, Any]]
+    left_out: list[str]
+    notes: list[str]
+
+
+def translate(
+    arrays: Mapping[Any, Any],
+    source: str,
+    target: str,
+    *,
+    momentum: float | None = None,
+    eps: float | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    names: Mapping[str, str] | None = None,
+    channel_axis: int | None = None,
+    ndim: int | None = None,
+    count: int | None = None,
+) -> Translation:
+    """Translate the batch norms of a network from one framework to another.
+
+    Evaluation gives the same there: statistics, scale and shift are carried as they are stored.
+
+    Parameters
+    ----------
+    arrays, source, momentum, eps, settings
+        As for `read`: momentum is meant as the **source** means it.
+    target, channel_axis, ndim, count
+        As for `write`.
+    names : mapping of str to str
+        Names of layers in the source, and what they are called in the target; others keep theirs,
+        with the target's separator. "" is a layer that is the whole model.
+
+    Returns
+    -------
+    Translation
+
+    Raises
+    ------
+    BatchNormError
+        As `read` and `write`; or a name in `names` is of no layer, or two become one.
+    """
+    old, new = find(source), find(target)
+    names = names or {}
+    states, left_out = read(arrays, source, momentum=momentum, eps=eps, settings=settings)
+    if unknown := sorted(names.keys() - states.keys()):
+        raise ArgumentError(
+            f"names must be of layers, got {unknown[0]!r}. The batch norms are {_some(states)}."
+        )
+    renamed: dict[str, BatchNormState] = {}
+    for name, state in states.items():
+        parts = filter(None, name.split(old.separator))
+        called = names.get(name, new.separator.join(parts))
+        if called in renamed:
+            raise ArgumentError(f"two layers would be called {called!r}. Rename one by names.")
+        renamed[called] = state
+    written, built = write(renamed, target, channel_axis=channel_axis, ndim=ndim, count=count)
+    return Translation(written, built, left_out, _notes(renamed, old, new))
+
+
+def read(
+    arrays: Mapping[Any, Any],
+    source: str,
+    *,
+    momentum: float | None = None,
+    eps: float | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[dict[str, BatchNormState], list[str]]:
+    """Find the batch norms among the arrays of a network.
+
+    A layer is recognized by the names of its statistics and by their shapes, which are those of
+    one axis.
+
+    Parameters
+    ----------
+    arrays : mapping
+        Arrays by name, flat or nested: a state dict of PyTorch, Keras's variables by their `path`,
+        Flax's variables, Haiku's ``{"params": params, "state": state}``.
+    source : str
+        A name in `FRAMEWORKS`.
+    momentum, eps : float
+        As the layers were built, in the framework's own convention, since no arrays tell them.
+    settings : mapping
+        Layers with a momentum or eps of their own, by name: ``{"bn": {"momentum": 0.1}}``. They may
+        have a channel_axis too.
+
+    Returns
+    -------
+    states : dict of str to BatchNormState
+        By the names of the layers.
+    left_out : list of str
+        Names of all other arrays.
+
+    Raises
+    ------
+    ArgumentError
+        There is no batch norm; momentum or eps is not known, or known already; a layer holds what
+        cannot be carried; or a value as in `BatchNormState`.
+    ShapeError, DTypeError
+        As in `BatchNormState`.
+    """
+    framework = find(source)
+    given = {"momentum": momentum, "eps": eps}
+    settings = settings or {}
+    flat = dict(framework.flatten(arrays))
+    states: dict[str, BatchNormState] = {}
+    used: set[Path] = set()
+    for path, values in flat.items():
+        layer = framework.layer_of("mean", path)
+        if layer is None or framework.place("var", layer) not in flat or not _is_one_axis(values):
+            continue
+        name = framework.separator.join(layer)
+        places = {role: framework.place(role, layer) for role in framework.paths}
+        with _naming(name):
+            _refuse_variants(layer, flat, source)
+            found = {r: _as_array(flat[place], r) for r, place in places.items() if place in flat}
+            states[name] = _state(found, framework, {**given, **settings.get(name, {})})
+        used.update(places.values())
+    left_out = [framework.separator.join(path) for path in flat if path not in used]
+    if not states:
+        raise ArgumentError(
+            f"arrays must hold batch norms of {framework.title}, that is arrays named "
+            f"{framework.paths['mean']} and {framework.paths['var']}, but hold {_some(left_out)}. "
+            "Is source the framework that they are from?"
+        )
+    for name, own in settings.items():
+        if name not in states or not own.keys() <= {*given, "channel_axis"}:
+            raise ArgumentError(
+                "settings must map names of layers to momentum, eps and channel_axis, got "
+                f"{name!r}: {own}. The batch norms are {_some(states)}."
+            )
+    for option, value in given.items():
+        if value is not None and all(option in settings.get(name, {}) for name in states):
+            raise ArgumentError(f"{option} is known for each layer, but got {value}. Leave it out.")
+    return states, left_out
+
+
+@contextlib.contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Name the layer in errors."""
+    try:
+        yield
+    except BatchNormError as error:
+        raise type(error)(f"{layer or 'the layer'}: {error}") from error
+
+
+def _is_one_axis(values: Any) -> bool:
+    """Whether there is one axis, or but one that is longer than 1, as in Haiku."""
+    shape = np.shape(values)
+    return len(shape) == 1 or (len(shape) > 1 and sum(length != 1 for length in shape) <= 1)
+
+
+def _as_array(values: Any, role: str) -> Array:
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # tensors elsewhere, or with gradients
+        raise DTypeError(
+            f"{role} must be an array that NumPy reads, got {type(values).__name__} ({error})."
+        ) from error
+
+
+def _refuse_variants(layer: Path, flat: Mapping[Path, Any], source: str) -> None:
+    if source == "nnx" and layer[:1] == ("batch_stats",):
+        raise ArgumentError("these are variables of Flax linen. Pass source='flax'.")
+    if source == "keras" and (*layer, "renorm_mean") in flat:
+        raise ArgumentError(
+            "no other framework has batch renormalization. Leave out the arrays of this layer."
+        )
+
+
+def _state(
+    values: dict[str, Array], framework: Framework, settings: Mapping[str, Any]
+) -> BatchNormState:
+    defaults = {"momentum": framework.default_momentum, "eps": framework.default_eps}
+    if lacking := [name for name in defaults if settings[name] is None]:
+        raise ArgumentError(
+            f"{' and '.join(lacking)} must be given as the layer was built, since its arrays do "
+            f"not tell. By default in {framework.title}: "
+            + ", ".join(f"{name} {defaults[name] or '(none)'}" for name in lacking)
+            + "."
+        )
+    momentum = _check_momentum(settings["momentum"])
+    optional = {"gamma", "beta"} if framework.debiased else {"gamma", "beta", "count"}
+    if missing := framework.paths.keys() - values.keys() - optional:
+        names = ", ".join(sorted(framework.paths[role] for role in missing))
+        raise ArgumentError(f"must have {names} as well. Save the whole state.")
+    if "first" in values and values["first"].any():
+        raise ArgumentError("has seen no batch yet, so it has no statistics. Train it first.")
+    count = _as_count(values["count"]) if "count" in values else None
+    axis = settings.get("channel_axis", framework.channel_axis)
+    if framework.axis == "data_format":  # arrays are (1, ..., C, ..., 1)
+        shape = values["mean"].shape
+        long = [k for k, length in enumerate(shape) if length != 1]
+        axis = None if not long else -1 if long[0] == len(shape) - 1 else long[0]
+        values = {k: v.reshape(-1) if _is_one_axis(v) else v for k, v in values.items()}
+    elif framework.debiased and count:  # arrays are not yet divided
+        for role in ("mean", "var"):
+            values[role] = _times(values[role], 1 / _share(values[role], momentum, count))
+    return BatchNormState(
+        mean=values["mean"],
+        var=values["var"],
+        gamma=values.get("gamma"),
+        beta=values.get("beta"),
+        momentum=momentum if framework.momentum_of_new else _complement(momentum),
+        eps=settings["eps"],
+        channel_axis=axis,
+        unbiased=framework.unbiased,
+        count=count,
+    )
+
+
+def write(
+    states: Mapping[str, BatchNormState],
+    target: str,
+    *,
+    channel_axis: int | None = None,
+    ndim: int | None = None,
+    count: int | None = None,
+) -> tuple[dict[Any, Any], dict[str, dict[str, Any]]]:
+    """Write batch norms as the arrays and settings of a framework.
+
+    Parameters
+    ----------
+    states : mapping of str to BatchNormState
+        By the names of the layers in the target.
+    target : str
+        A name in `FRAMEWORKS`.
+    channel_axis : int
+        Axis of the channels in the target's batches, where its layers have a choice; by default
+        that of each state.
+    ndim : int
+        Number of axes of the batches, on which the shapes of Haiku's arrays depend.
+    count : int
+        Number of training batches so far, for frameworks that count them; by default that of each
+        state. Haiku and Equinox debias by it, so it decides how much the next batch weighs.
+
+    Returns
+    -------
+    arrays : dict
+        Copies, named and shaped as the framework does; nested for Flax and Haiku.
+    settings : dict
+        For each layer the arguments of its constructor.
+
+    Raises
+    ------
+    ArgumentError
+        Something that the target needs is neither given nor known, or something is given that it
+        does not have.
+    """
+    framework = find(target)
+    choices = {
+        "channel_axis": (channel_axis, framework.axis is not None),
+        "ndim": (ndim, framework.axis == "data_format"),
+        "count": (count, "count" in framework.paths),
+    }
+    for option, (value, has) in choices.items():
+        if value is not None and not has:
+            raise ArgumentError(f"{framework.title} takes no {option}, got {value}. Leave it out.")
+    arrays: dict[Path, Any] = {}
+    settings = {}
+    for name, state in states.items():
+        axis = state.channel_axis if channel_axis is None else channel_axis
+        with _naming(name):
+            values = _values(state, framework, state.count if count is None else count)
+            if framework.axis == "data_format":
+                shape = _shape(axis, ndim)
+                values = {k: v.reshape(shape) if v.ndim else v for k, v in values.items()}
+        layer = tuple(name.split(framework.separator)) if name else ()
+        arrays |= {framework.place(role, layer): value for role, value in values.items()}
+        settings[name] = _settings(state, framework, values.keys(), axis)
+    return framework.unflatten(arrays), settings
+
+
+def _values(state: BatchNormState, framework: Framework, count: int | None) -> dict[str, Array]:
+    """The arrays of a layer by their roles."""
+    gamma, beta = state.gamma, state.beta
+    if _has_one_more(state, framework):
+        gamma = np.ones_like(state.mean) if gamma is None else gamma
+        beta = np.zeros_like(state.mean) if beta is None else beta
+    arrays = {"gamma": gamma, "beta": beta, "mean": state.mean, "var": state.var}
+    found = {role: np.array(array) for role, array in arrays.items() if array is not None}
+    if "first" in framework.paths:
+        found["first"] = np.array(False)
+    if not framework.debiased:
+        if "count" in framework.paths and count is not None:
+            found["count"] = np.array(count, np.int64)
+        return found
+    if count is None or not 1 <= count <= MOST_BATCHES:
+        raise ArgumentError(
+            f"count must be the number of training batches so far, from 1 to {MOST_BATCHES}, got "
+            f"{count}. {framework.title} divides its averages by 1 − momentum^count; a large count "
+            "makes them plain ones, as in PyTorch, Keras and Flax."
+        )
+    for role in ("mean", "var"):
+        share = _share(found[role], _complement(state.momentum), count)
+        hidden = f"hidden_{role}"
+        found[hidden if hidden in framework.paths else role] = _times(found[role], share)
+    for role in framework.paths.keys() & {"count", "count_var"}:
+        found[role] = np.array(count, np.int32)
+    return found
+
+
+def _has_one_more(state: BatchNormState, framework: Framework) -> bool:
+    """Whether the framework has scale or shift where the state has none."""
+    has = (state.gamma is not None, state.beta is not None)
+    return (
+        not all(has)
+        if framework.scale is None
+        else (framework.scale == framework.shift and any(has) and not all(has))
+    )
+
+
+def _shape(axis: int | None, ndim: int | None) -> list[int]:
+    """The shape of Haiku's arrays."""
+    if ndim is None or ndim < 2:
+        raise ArgumentError(f"ndim must be the number of axes of a batch, such as 4, got {ndim}.")
+    if axis is None or axis not in (1, -1, ndim - 1):
+        raise ArgumentError(
+            f"channel_axis must be 1 or -1, which are Haiku's data formats, got {axis}."
+        )
+    shape = [1] * ndim
+    shape[axis] = -1
+    return shape
+
+
+def _settings(
+    state: BatchNormState, framework: Framework, roles: Iterable[str], axis: int | None
+) -> dict[str, Any]:
+    momentum = state.momentum if framework.momentum_of_new else _complement(state.momentum)
+    found: dict[str, Any] = {framework.momentum: momentum, framework.eps: state.eps}
+    for role, option in (("gamma", framework.scale), ("beta", framework.shift)):
+        if option is not None:
+            found[option] = role in roles
+    if framework.axis == "data_format":
+        found["data_format"] = "channels_first" if axis == 1 else "channels_last"
+    elif framework.axis is not None and axis is not None:
+        found[framework.axis] = axis
+    return found
+
+
+def _notes(states: Mapping[str, BatchNormState], old: Framework, new: Framework) -> list[str]:
+    notes = []
+    if old.unbiased != new.unbiased:
+        kinds = ("unbiased", "biased") if new.unbiased else ("biased", "unbiased")
+        notes.append(
+            "variances are kept as stored, so evaluation is the same; training goes on with "
+            f"{kinds[0]} variances of batches, those of {old.title} were {kinds[1]}"
+        )
+    if old.debiased != new.debiased:
+        first, second = (old, new) if old.debiased else (new, old)
+        notes.append(
+            f"{first.title} debiases its averages, {second.title} does not: after few batches the "
+            "next one weighs more there"
+        )
+    if "first" in new.paths and new is not old:
+        notes.append(f"in training, {new.title} normalizes by the running statistics")
+    if new.channel_axis and any(s.channel_axis != new.channel_axis for s in states.values()):
+        notes.append(f"batches of {new.title} have their channels on axis {new.channel_axis}")
+    if more := [name for name, state in states.items() if _has_one_more(state, new)]:
+        notes.append(
+            f"{new.title} has scale and shift together: 1 or 0 was added in {_some(more)}, and "
+            "would be trained"
+        )
+    if fast := [name for name, state in states.items() if state.momentum > 0.5]:
+        notes.append(
+            f"a new batch weighs {states[fast[0]].momentum} in {_some(fast)}: is the momentum one "
+            f"of {old.title}?"
+        )
+    return notes
+
+
+def _check_momentum(momentum: Any) -> float:
+    if isinstance(momentum, (int, float, np.number)) and 0 <= momentum <= 1:
+        return float(momentum)
+    raise ArgumentError(
+        f"momentum must be a number from 0 to 1, got {momentum!r}. For PyTorch's None, the plain "
+        "average, give the one that training is to go on with."
+    )
+
+
+def _complement(momentum: float) -> float:
+    """1 − momentum in decimals: 0.1 for 0.9."""
+    return float(1 - Decimal(repr(momentum)))
+
+
+def _share(like: Array, old: float, count: int) -> Any:
+    """1 − old^count, the share of batches in an average that began with zero, rounded as in JAX."""
+    kind = np.result_type(like.dtype, np.float32).type
+    share = 1 - np.power(kind(old), kind(count))
+    if not share > 0:
+        raise ArgumentError(
+            f"momentum and count must leave batches a weight, got {old} of the old value after "
+            f"{count}. Are they the layer's?"
+        )
+    return share
+
+
+def _times(values: Array, factor: Any) -> Array:
+    return np.asarray(values * factor).astype(values.dtype)
+
+
+def _as_count(values: Array) -> int:
+    if values.size != 1 or values.dtype.kind not in "iu":
+        raise ShapeError(
+            f"the count of batches must be one integer, got {values.dtype} of shape {values.shape}."
+        )
+    return int(values.reshape(-1)[0])
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(name or "the layer" for name in names[:3]) or "nothing") + more
