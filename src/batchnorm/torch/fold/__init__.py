@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import sys
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
+from ...folding import FoldedLayer, FoldError, FoldReport
 from ..internals import has_global_hooks
 from ..population.layers import check_values, unwrapped
 from ..population.state import RngState
@@ -20,7 +20,6 @@ from .groups import Group, Plan
 from .layers import absorb, release, short
 from .pairs import make_plan, of_layer
 from .paths import Paths, explore, outline
-from .report import FoldedLayer, FoldError, FoldReport
 from .verify import Examples, compare_groups, compare_outputs
 
 __all__ = ["FoldError", "FoldReport", "FoldedLayer", "fold"]
@@ -102,7 +101,7 @@ def fold(
     finally:
         rng.restore()
     if strict:
-        _check_report(report, tol)
+        report.check(tol)
     return folded, report
 
 
@@ -250,22 +249,3 @@ def _refuse(plan: Plan, group: Group, why: str) -> None:
     plan.groups += apart
     left = set(group.norms) - {norm for each in apart for norm in each.norms}
     plan.refused.update((norm, why) for norm in group.norms if norm in left)
-
-
-def _check_report(report: FoldReport, tol: float | None) -> None:
-    problems = [f"'{name}' was refused: {why}" for name, why in report.refused.items()]
-    if tol is not None:
-        problems += [
-            f"'{pair.layer}' differs by {pair.error:.3g}, more than {tol:.3g}"
-            for pair in report.pairs
-            if pair.error > tol
-        ]
-    if report.error is not None and not report.error <= (
-        sys.float_info.max if tol is None else tol
-    ):
-        problems.append(f"outputs of the model differ by {report.error:.3g}")
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise FoldError(
-            f"the model was not folded as strict=True demands: {problems[0]}{more}", report
-        )

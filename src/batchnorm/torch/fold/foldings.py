@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...folding import Affine, Linear
+from ...folding import Affine, FoldedLayer, Linear
 from ..adapters import FrozenLayer
 from .groups import Branch, Group
 from .layers import affine_of, linear_of, short, zero_padded
-from .report import FoldedLayer
 
 __all__ = ["Folding", "wide"]
 

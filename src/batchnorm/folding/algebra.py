@@ -1,16 +1,4 @@
-"""Fold batch norms, which at test time are affine maps of each channel, into linear layers.
-
-Everything is computed in float64 and rounded once, at the end. `Affine` is what a batch norm does
-at test time, and `Linear` a linear layer or convolution; they compose:
-
->>> import numpy as np
->>> from batchnorm.folding import Affine, Linear
->>> layer = Linear(np.array([[1.0, 2.0]]), None)
->>> norm = Affine.of(mean=np.array([3.0]), var=np.array([4.0]), eps=0.0)
->>> folded = layer.then(norm).rounded(np.float32)
->>> folded.weight.tolist(), folded.bias.tolist()
-([[0.5, 1.0]], [-1.5])
-"""
+"""Affine maps and linear layers that compose, in arrays."""
 
 from __future__ import annotations
 
@@ -24,9 +12,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from . import native
-from .errors import ArgumentError, DTypeError, ShapeError
-from .native import Array, Float64
+from batchnorm import native
+from batchnorm.errors import ArgumentError, DTypeError, ShapeError
+from batchnorm.native import Array, Float64
 
 __all__ = ["Affine", "Linear", "fold_linear", "round_to_odd"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ...errors import BatchNormError
+from batchnorm.errors import BatchNormError
 
 __all__ = ["FoldError", "FoldReport", "FoldedLayer"]
 
@@ -106,6 +107,36 @@ class FoldReport:
     def to_json(self) -> str:
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+
+    def check(self, tol: float | None = None) -> None:
+        """Raise if a batch norm next to a linear layer was refused, or an error is too large.
+
+        Parameters
+        ----------
+        tol : float
+            The largest error allowed of a pair and of the outputs. None allows the outputs any
+            error that is finite.
+
+        Raises
+        ------
+        FoldError
+            It names the first problem.
+        """
+        problems = [f"'{name}' was refused: {why}" for name, why in self.refused.items()]
+        if tol is not None:
+            problems += [
+                f"'{pair.layer}' differs by {pair.error:.3g}, more than {tol:.3g}"
+                for pair in self.pairs
+                if pair.error > tol
+            ]
+        most = sys.float_info.max if tol is None else tol
+        if self.error is not None and not self.error <= most:
+            problems.append(f"outputs of the model differ by {self.error:.3g}")
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise FoldError(
+                f"the model was not folded as strict=True demands: {problems[0]}{more}", self
+            )
 
     def __str__(self) -> str:
         """A summary, and a line for each batch norm."""
