@@ -315,6 +315,54 @@ def test_isinstance_of_an_intermediate_is_followed_both_ways():
     refuses(ByType(), images(), "'conv' is also called without it")
 
 
+class ByPattern(Net):
+    def forward(self, x):
+        y = self.conv(x)
+        match x.abs():
+            case torch.Tensor():
+                return y
+        return self.bn(y)
+
+
+class ByClass(Net):
+    def forward(self, x):
+        y = self.conv(x)
+        return y if x.abs().__class__ is torch.Tensor else self.bn(y)
+
+
+class ByTensorType(Net):
+    def forward(self, x):
+        y = self.conv(x)
+        return y if isinstance(x.abs(), torch.HalfTensor) else self.bn(y)
+
+
+@pytest.mark.parametrize("kind", [ByPattern, ByClass])
+def test_class_of_an_intermediate_is_followed_both_ways(kind):
+    _, report = fold(filled(kind()), images())  # on which bn does not run
+    assert "'conv' is also called without it" in report.refused["bn"]
+
+
+def test_isinstance_of_a_type_of_tensors_is_followed_both_ways():
+    refuses(ByTensorType(), images(), "'conv' is also called without it")
+
+
+class WithToken(Net):
+    """Functions in C are given a list of a parameter and a placeholder, whose memory is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(2, 3, 1, 8))
+
+    def forward(self, x):
+        return torch.cat([self.token, self.bn(self.conv(x))], dim=2)
+
+
+def test_placeholder_beside_a_parameter_is_followed():
+    _, report = folds(WithToken(), images())
+    assert report.folded == {"bn": "conv"}
+    assert isinstance.__module__ == "builtins"
+
+
 class ByTypeOfInput(Net):
     def forward(self, x):
         if not isinstance(x, torch.Tensor):

@@ -12,12 +12,14 @@ it are followed on their own, and `reach` says what its code may call besides th
 
 from __future__ import annotations
 
+import builtins
 import dis
 import inspect
 import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -281,7 +283,7 @@ def _follow(
     problem: Exception | None = None
     graph = None
     try:
-        with torch.no_grad(), _Watch(tracer):
+        with torch.no_grad(), _Watch(tracer), _isinstance_follows():
             graph = tracer.trace(root)
     except _Endless as error:
         raise _Opaque(str(error)) from None
@@ -382,12 +384,17 @@ class _Proxy(fx.Proxy):
     tracer: _Tracer
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # which isinstance asks for
-        if not _asked_by_a_model(sys._getframe(1)):
-            return type(self)
+    def __class__(self) -> type:
+        # Not for a function in C, which would take it for a tensor and read its memory.
+        frame = sys._getframe(1)
+        asks = dis.opname[frame.f_code.co_code[frame.f_lasti]] in ("LOAD_ATTR", "MATCH_CLASS")
+        return Tensor if asks and _asked_by_a_model(frame) and self.is_tensor() else type(self)
+
+    def is_tensor(self) -> bool:
+        """Whether it is one on this path."""
         if self._is_tensor is None:
             self.__dict__["_is_tensor"] = self.tracer.decide()
-        return Tensor if self._is_tensor else type(self)
+        return bool(self._is_tensor)
 
     # Noted, since a model may catch the exception, and take a path that it takes in no run.
     def __len__(self) -> NoReturn:
@@ -401,6 +408,30 @@ class _Proxy(fx.Proxy):
 
     def __float__(self) -> NoReturn:
         self.tracer.limit("it makes a number of a tensor or a size")
+
+
+@contextmanager
+def _isinstance_follows() -> Iterator[None]:
+    """Let `isinstance` answer for placeholders as for what they stand for."""
+    usual = builtins.isinstance
+    of_a_type = type(torch.FloatTensor)
+
+    def asked(value: Any, kinds: Any, /) -> bool:
+        if usual(value, kinds):
+            return True
+        if type(value) is not _Proxy or not _asked_by_a_model(sys._getframe(1)):
+            return False
+        if type(kinds) is of_a_type or (
+            type(kinds) is tuple and any(type(kind) is of_a_type for kind in kinds)
+        ):
+            return value.tracer.decide()
+        return issubclass(Tensor, kinds) and value.is_tensor()
+
+    builtins.isinstance = asked
+    try:
+        yield
+    finally:
+        builtins.isinstance = usual
 
 
 def _asked_by_a_model(frame: Any) -> bool:
