@@ -5,14 +5,18 @@ python benchmarks/fold_models.py --quick                    four models
 
 Writes fold_models.csv, fold_models_reasons.csv and fold_models.json (what it was measured on).
 Weights are random, and statistics are those of random images (`recalibrate`), one batch norm after
-another, so that values neither vanish nor grow; the examples are other random images.
+another, so that values neither vanish nor grow; the examples are other random images. Detection
+models are fed one image; where torchvision's own operators are not there, boxes are suppressed in
+Python, and so their times say little.
 
 fold_models.csv
-    A line for the model as it is and one for the folded one: batch norms that were folded, refused,
-    and left because no linear layer is next to them; how far outputs differ (``error``, and over
-    the largest output ``relative_error``), how far each model is from its run in float64
-    (``float64_error``), the largest error of a pair over its bound (``share``), and the time of an
-    inference, interleaved; ``ratio`` is to the model as it is.
+    For each program that runs the model (``by``: PyTorch, onnxruntime with its own optimizations,
+    and without them) a line for the model as it is and one for the folded one: batch norms that
+    were folded, refused, and left because no linear layer is next to them; how far outputs differ
+    (``error``, and over the largest output ``relative_error``), how far each model is from its run
+    in float64 (``float64_error``), the largest error of a pair over its bound (``share``), and the
+    time of an inference, interleaved; ``ratio`` is to the model as it is. ONNX models are exported
+    by ``torch.onnx.export(dynamo=True, optimize=False)``, which leaves batch norms in place.
 
 fold_models_reasons.csv
     A line for each batch norm that was not folded.
@@ -23,7 +27,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,14 +39,34 @@ from batchnorm.bench.timing import interleave, sample
 from batchnorm.progress import steps
 
 ORIGINAL, FOLDED = "as it is", "folded"
+TORCH, RUNTIME, PLAIN = "PyTorch", "onnxruntime", "onnxruntime, not optimizing"
 BATCH = 2
+NEEDS = ("torch", "torchvision", "timm", "onnxscript", "onnxruntime")
 
 TORCHVISION = (
-    "vgg11_bn", "resnet18", "resnet50", "resnext50_32x4d", "densenet121", "googlenet",
-    "inception_v3", "mobilenet_v2", "mobilenet_v3_large", "mnasnet1_0", "shufflenet_v2_x1_0",
-    "efficientnet_b0", "efficientnet_v2_s", "regnet_y_400mf", "lraspp_mobilenet_v3_large",
-    "deeplabv3_mobilenet_v3_large", "r3d_18", "mc3_18",
-)  # fmt: skip
+    "vgg11_bn",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mnasnet1_0",
+    "shufflenet_v2_x1_0",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "regnet_y_400mf",
+    "lraspp_mobilenet_v3_large",
+    "deeplabv3_mobilenet_v3_large",
+    "r3d_18",
+    "mc3_18",
+    "fasterrcnn_resnet50_fpn_v2",
+    "retinanet_resnet50_fpn_v2",
+    "ssdlite320_mobilenet_v3_large",
+)
+DETECTION = TORCHVISION[-3:]  # fmt: skip
 TIMM = (
     "resnet26d", "resnetv2_50", "resnest14d", "res2net50_26w_4s", "skresnet18", "seresnet33ts",
     "cspresnet50", "ese_vovnet19b_dw", "hrnet_w18_small", "dla34", "dpn68", "densenet121",
@@ -60,6 +84,7 @@ class ModelRow(TimedRow):
 
     library: str
     model: str
+    by: str = TORCH
     shape: str = ""
     folded: int = 0
     refused: int = 0
@@ -75,6 +100,7 @@ class ReasonRow(Row):
     """A batch norm that was not folded; a line of ``fold_models_reasons.csv``."""
 
     model: str
+    by: str
     norm: str
     kind: str
     why: str
@@ -94,36 +120,102 @@ def make_model(library: str, name: str) -> tuple[Any, tuple[int, ...]]:
     options: dict[str, Any] = {"weights": None}
     if name in ("googlenet", "inception_v3"):
         options["init_weights"] = False  # which takes a minute
-    if name.startswith(("lraspp", "deeplab", "fcn")):
+    if name.startswith(("lraspp", "deeplab")) or name in DETECTION:
         options["weights_backbone"] = None
+    if name in DETECTION[:2]:
+        options |= {"min_size": 320, "max_size": 320}
     model = torchvision.models.get_model(name, **options)
     if name in ("r3d_18", "mc3_18"):
         return model, (1, 3, 8, 64, 64)
+    if name in DETECTION:
+        if not torchvision.extension._has_ops():
+            torchvision.ops.boxes.nms = suppress
+        return model, (3, 160, 160)
     size = 299 if name == "inception_v3" else 160
     return model, (BATCH, 3, size, size)
 
 
-def prepared(model: Any, shape: tuple[int, ...], seed: int) -> Any:
-    """The model in evaluation, with random scales and shifts and its statistics on random input."""
+def suppress(boxes: Any, scores: Any, threshold: float) -> Any:
+    """The indices of boxes that no better one overlaps by more than `threshold`."""
+    import torch
+    from torchvision.ops import box_iou
+
+    left = scores.argsort(descending=True, stable=True)
+    kept = []
+    while len(left):
+        kept.append(left[:1])
+        left = left[1:]
+        left = left[box_iou(boxes[kept[-1]], boxes[left])[0] <= threshold]
+    return torch.cat(kept) if kept else left
+
+
+def prepare(model: Any, data: list[Any], generator: Any) -> Any:
+    """The model in evaluation, with random scales and shifts, and statistics of `data`."""
     import torch
 
     from batchnorm.torch import recalibrate
     from batchnorm.torch.diagnose.wiring import is_batch_norm
 
-    generator = torch.Generator().manual_seed(seed)
+    norms = [module for module in model.modules() if is_batch_norm(module)]
     with torch.no_grad():
-        for module in filter(is_batch_norm, model.modules()):
+        for module in norms:
             if module.weight is not None:
                 module.weight.uniform_(0.5, 1.5, generator=generator)
                 module.bias.uniform_(-0.3, 0.3, generator=generator)
     model.eval()
-    data = [torch.randn(shape, generator=generator) for _ in range(2)]
-    if any(map(is_batch_norm, model.modules())):
-        recalibrate(model, data, method="exact", progress=False)
+    if norms:
+        recalibrate(
+            model, data, method="exact", forward=lambda model, batch: model(*batch), progress=False
+        )
     return model
 
 
-def examine(library: str, name: str, options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+def rows_of(
+    report: Any, runs: Mapping[str, Mapping[str, Any]], common: dict[str, Any], rounds: int
+) -> tuple[list[ModelRow], list[ReasonRow]]:
+    """The lines of a report, and the times of `runs`: a call of each model, by what runs it."""
+    found = []
+    for by, calls in runs.items():
+        error = report.optimized_error if by == RUNTIME else report.error
+        relative = report.relative_error if by != RUNTIME else None
+        before = ModelRow(
+            provider=ORIGINAL, by=by, float64_error=_known(report.original_error), **common
+        )
+        after = ModelRow(
+            provider=FOLDED,
+            by=by,
+            folded=len(report.folded),
+            refused=len(report.refused),
+            left=len(report.alone),
+            error=_known(error),
+            relative_error=_known(relative),
+            float64_error=_known(report.folded_error),
+            share=report.share,
+            **common,
+        )
+        if not (after.share <= 1 and not after.relative_error > 1e-4):
+            after = replace(after, status="wrong", detail=f"share {after.share:.3g}")
+        takes = {each: partial(sample, call, untimed=1) for each, call in calls.items()}
+        samples = interleave(takes, min_rounds=rounds, seed=0)
+        found += [timed(row, samples[row.provider], samples[ORIGINAL]) for row in (before, after)]
+    reasons = [
+        ReasonRow(
+            provider=common["library"], model=common["model"], by=next(iter(runs)), norm=norm,
+            kind=kind, why=why,
+        )
+        for kind, norms in (("refused", report.refused), ("left", report.alone))
+        for norm, why in norms.items()
+    ]  # fmt: skip
+    return found, reasons
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def examine(
+    library: str, name: str, options: argparse.Namespace
+) -> tuple[list[ModelRow], list[ReasonRow]]:
     """The lines of one model in both files."""
     import torch
 
@@ -131,37 +223,51 @@ def examine(library: str, name: str, options: argparse.Namespace) -> tuple[list[
 
     torch.manual_seed(options.seed)
     model, shape = make_model(library, name)
-    model = prepared(model, shape, options.seed)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(options.seed + 1))
-    folded, report = fold(model, x)
+    generator = torch.Generator().manual_seed(options.seed)
+    images = [torch.randn(shape, generator=generator) for _ in range(3)]
+    examples = [([x],) if name in DETECTION else (x,) for x in images]
+    model = prepare(model, examples[:2], generator)
+    folded, report = fold(model, examples[2])
     common = {"library": library, "model": name, "shape": "x".join(map(str, shape))}
-    before = ModelRow(provider=ORIGINAL, float64_error=report.original_error or math.nan, **common)
-    after = ModelRow(
-        provider=FOLDED,
-        folded=len(report.folded),
-        refused=len(report.refused),
-        left=len(report.alone),
-        error=math.nan if report.error is None else report.error,
-        relative_error=math.nan if report.relative_error is None else report.relative_error,
-        float64_error=report.folded_error or math.nan,
-        share=report.share,
-        **common,
-    )
-    if not (after.share <= 1 and after.relative_error < 1e-4):
-        after = replace(after, status="wrong", detail=f"share {after.share:.3g}")
-    reasons = [
-        ReasonRow(provider=library, model=name, norm=norm, kind=kind, why=why)
-        for kind, found in (("refused", report.refused), ("left", report.alone))
-        for norm, why in found.items()
-    ]
+    calls = {ORIGINAL: partial(model, *examples[2]), FOLDED: partial(folded, *examples[2])}
     with torch.inference_mode():
-        takes = {
-            each: partial(sample, partial(run, x), untimed=1)
-            for each, run in ((ORIGINAL, model), (FOLDED, folded))
-        }
-        samples = interleave(takes, min_rounds=options.rounds, seed=options.seed)
-    rows = [timed(row, samples[row.provider], samples[ORIGINAL]) for row in (before, after)]
-    return rows, reasons
+        rows, reasons = rows_of(report, {TORCH: calls}, common, options.rounds)
+    if name in DETECTION:  # whose forward is not exported without torchvision's operators
+        return rows, reasons
+    try:
+        more, why = examine_onnx(model, images[2], common, options)
+    except Exception as error:  # whatever an exporter does with a model
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        row = ModelRow(provider=FOLDED, by=RUNTIME, status="failed", detail=text, **common)
+        more, why = [row], []
+    return rows + more, reasons + why
+
+
+def examine_onnx(
+    model: Any, x: Any, common: dict[str, Any], options: argparse.Namespace
+) -> tuple[list[ModelRow], list[ReasonRow]]:
+    """The lines of one model that was exported."""
+    import onnxruntime
+    import torch
+
+    from batchnorm.onnx import fold
+
+    program: Any = torch.onnx.export(model, (x,), dynamo=True, optimize=False, verbose=False)
+    original = program.model_proto
+    inputs = {original.graph.input[0].name: x.numpy()}
+    folded, report = fold(original, inputs)
+    levels = onnxruntime.GraphOptimizationLevel
+    runs: dict[str, dict[str, Any]] = {}
+    for by, level in ((RUNTIME, levels.ORT_ENABLE_ALL), (PLAIN, levels.ORT_DISABLE_ALL)):
+        for provider, each in ((ORIGINAL, original), (FOLDED, folded)):
+            chosen = onnxruntime.SessionOptions()
+            chosen.graph_optimization_level = level
+            chosen.intra_op_num_threads = torch.get_num_threads()
+            session = onnxruntime.InferenceSession(
+                each.SerializeToString(), chosen, providers=["CPUExecutionProvider"]
+            )
+            runs.setdefault(by, {})[provider] = partial(session.run, None, inputs)
+    return rows_of(report, runs, common, options.rounds)
 
 
 def measure(options: argparse.Namespace, files: command.Files) -> list[str]:
@@ -195,6 +301,7 @@ def measure(options: argparse.Namespace, files: command.Files) -> list[str]:
     columns = {
         "library": "{0.library}",
         "model": "{0.model}",
+        "by": "{0.by}",
         "folded": "{0.folded}",
         "refused": "{0.refused}",
         "left": "{0.left}",
@@ -207,7 +314,7 @@ def measure(options: argparse.Namespace, files: command.Files) -> list[str]:
     command.show([row for row in rows if row.provider == FOLDED], columns)
     files["fold_models.csv"], files["fold_models_reasons.csv"] = rows, reasons
     versions = {"torch": torch.__version__}
-    for library in known:
+    for library in (*known, "onnx", "onnxruntime"):
         versions[library] = getattr(sys.modules.get(library), "__version__", "")
     files["fold_models.json"] = {
         "rounds": options.rounds,
@@ -224,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every: Callable[[str], tuple[str, ...]] = command.among((*TORCHVISION, *TIMM))
     parser.add_argument("--models", type=every, help="names joined by commas; all if left out")
     parser.add_argument("--threads", type=command.at_least(1), help="of PyTorch")
-    return command.main(parser, measure, arguments, needs=("torch", "torchvision", "timm"))
+    return command.main(parser, measure, arguments, needs=NEEDS)
 
 
 if __name__ == "__main__":
