@@ -89,7 +89,7 @@ $(VENV)/.demo $(VENV)/.dev $(VENV)/.bench: $(VENV)/.%: $(VENV)/.built constraint
 	touch $@
 
 $(VENV)/.torch: $(VENV)/.built constraints.txt
-	$(PIP) install -c constraints.txt "$(WHEEL)[$(TORCH),interop,study]"
+	$(PIP) install -c constraints.txt "$(WHEEL)[$(TORCH),interop,passage,study]"
 	touch $@
 
 # Playwright drives a browser in the site's tests; the browser is the system's.

@@ -693,7 +693,7 @@ def test_images_beside_other_data_are_refused_unless_only_names_them(tmp_path):
     arrays = save_images(tmp_path, 3)
     (tmp_path / "labels.csv").write_text("a,b\n1,2\n3,4\n")
     (tmp_path / "readme.txt").write_text("no data")
-    with pytest.raises(ArgumentError, match=r"labels\.csv.*by only, --only, or"):
+    with pytest.raises(ArgumentError, match=r"labels\.csv.*by only=, --only, or"):
         dataset.measure(tmp_path)
     assert_exact(dataset.measure(tmp_path, only="*.*g"), arrays)
     (tmp_path / "002.jpg").unlink()

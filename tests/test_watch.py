@@ -97,7 +97,7 @@ def test_every_so_many_steps_are_recorded():
     with watch(net := _net(), every=3) as recording:
         _steps(net, 8)
     assert recording.steps == [0, 3, 6]
-    assert repr(recording) == "Recording of 1 layers, 3 steps from 0 to 6"
+    assert repr(recording) == "Recording of 1 layer, 3 steps from 0 to 6"
 
 
 def test_evaluation_and_recomputed_forwards_are_no_steps():

@@ -183,7 +183,8 @@ class Recording:
         """Layers and steps."""
         steps = self.steps
         span = f"{len(steps)} steps from {steps[0]} to {steps[-1]}" if steps else "no steps"
-        return f"Recording of {len(self.layers)} layers, {span}"
+        count = len(self.layers)
+        return f"Recording of {count} layer{'s' * (count != 1)}, {span}"
 
     # ---- growing, within bounds
 

@@ -162,9 +162,10 @@ def _summary(shown: list[Recording], names: list[str]) -> str:
         steps = recording.steps
         rank = f", process {recording.rank} of {recording.processes}" * (recording.processes > 1)
         title = f"{name}: " if len(shown) > 1 else ""
+        count = len(recording.layers)
         parts.append(
             f"<p>{title}{html.escape(str(recording.about.get('model', 'a model')))}, "
-            f"{len(recording.layers)} layers, {len(steps)} steps from {steps[0]:,} to "
+            f"{count} layer{'s' * (count != 1)}, {len(steps)} steps from {steps[0]:,} to "
             f"{steps[-1]:,}{rank}</p>"
         )
     return "".join(parts)

@@ -67,7 +67,7 @@ def holds_images(files: Sequence[str], options: FileOptions) -> bool:
     if images and others:
         endings = {suffix_of(path) for path in images}
         choose = (
-            f"='*{min(endings)}', --only '*{min(endings)}'" if len(endings) == 1 else ", --only"
+            f"='*{min(endings)}', --only '*{min(endings)}'" if len(endings) == 1 else "=, --only"
         )
         raise ArgumentError(
             f"source must be images or arrays and tables, got {images[0]} and {others[0]}. Choose "

@@ -102,7 +102,7 @@ def watch(
     ...     for _ in range(6):
     ...         net(torch.randn(16, 4)).square().mean().backward()
     >>> recording
-    Recording of 1 layers, 3 steps from 0 to 4
+    Recording of 1 layer, 3 steps from 0 to 4
     """
     watching = Watch(model, path, every, probe, log=log, forward=forward)
     hooks = watching.hooks()
