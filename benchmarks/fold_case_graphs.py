@@ -30,7 +30,7 @@ class GraphCase:
     other
         Makes, from what is given to the tools, what the result is also judged by.
     stays
-        Whether no batch norm can be folded without changing what the model computes.
+        Whether no batch norm can be folded by other values of the nodes' weights.
     """
 
     name: str

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 CONVOLUTIONS = "convolution"
-OPTIONS = "convolution, its options"
 TRANSPOSED = "transposed convolution"
 LINEAR = "linear"
 BEFORE = "batch norm before"
@@ -64,7 +63,7 @@ class Case:
         Names of layers and of the batch norms behind them that someone would name who reads the
         model's constructor.
     stays
-        Whether no batch norm can be folded without changing what the model computes.
+        Whether no batch norm can be folded by other values of the modules' parameters.
     no_onnx
         Why there is no ONNX file of it.
     """
@@ -455,7 +454,7 @@ def convolutions() -> Iterator[Case]:
             stem = f"Conv{'Transpose' * transposed}{rank}d"
             layer: Any = getattr(nn, stem)
             norm: Any = getattr(nn, f"BatchNorm{rank}d")
-            row = stem + {1: "", 2: ", 2 groups", 4: ", depthwise"}[groups]
+            of_groups = {1: "", 2: ", 2 groups", 4: ", depthwise"}[groups]
             features = 6 if transposed and groups < 4 else 8
             for bias, affine in itertools.product((True, False), repeat=2):
                 options: dict[str, Any] = {"padding": 1, "groups": groups, "bias": bias}
@@ -470,9 +469,9 @@ def convolutions() -> Iterator[Case]:
                     return Pair(layer(4, features, 3, **options), norm(features, affine=affine))
 
                 case = Case(
-                    name=row + said(bias=bias, affine=affine),
+                    name=stem + of_groups + said(bias=bias, affine=affine),
                     kind=TRANSPOSED if transposed else CONVOLUTIONS,
-                    row=row,
+                    row=f"{stem[:-2]}1d to 3d{of_groups}",
                     build=build,
                     example=(image(2, 4, *[7, 7, 5][:rank] if rank < 3 else [5, 5, 5]),),
                 )
@@ -487,6 +486,9 @@ def convolutions() -> Iterator[Case]:
                         )
 
 
+OF_MODES = "Conv2d, padding_mode 'circular', 'reflect', 'replicate'"
+
+
 def options() -> Iterator[Case]:
     for name, options in {
         "stride 2": {"stride": 2},
@@ -497,7 +499,10 @@ def options() -> Iterator[Case]:
         "padding_mode='replicate'": {"padding_mode": "replicate"},
     }.items():
         yield Case(
-            name=f"Conv2d, {name}", kind=OPTIONS, build=lambda options=options: pair(**options)
+            name=f"Conv2d, {name}",
+            kind=CONVOLUTIONS,
+            row=OF_MODES if "mode" in name else "Conv2d, stride 2, dilation 2, padding='same'",
+            build=lambda options=options: pair(**options),
         )
     for name, options in {
         "stride 2, output_padding 1": {"stride": 2, "output_padding": 1},
@@ -508,6 +513,7 @@ def options() -> Iterator[Case]:
         yield Case(
             name=f"ConvTranspose2d, {name}",
             kind=TRANSPOSED,
+            row="" if name == NOT_ASKED else "ConvTranspose2d, stride 2, dilation 2",
             build=lambda options=options, features=features: Pair(
                 nn.ConvTranspose2d(4, features, 3, **options), nn.BatchNorm2d(features)
             ),
@@ -809,7 +815,7 @@ def cases() -> list[Case]:
         for case in part()
     ]  # fmt: skip
     order = [
-        CONVOLUTIONS, OPTIONS, TRANSPOSED, LINEAR, BEFORE, CHAINS, REUSED, CODE, CLASSES, NUMBERS,
+        CONVOLUTIONS, TRANSPOSED, LINEAR, BEFORE, CHAINS, REUSED, CODE, CLASSES, NUMBERS,
         STATE,
     ]  # fmt: skip
     return sorted(made, key=lambda case: order.index(case.kind))

@@ -20,11 +20,12 @@ import fold_case_models as models
 import numpy as np
 import onnx
 import torch
-from batchnorm.bench.worker import one_line
-from batchnorm.errors import BatchNormError
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from batchnorm.bench.worker import one_line
+from batchnorm.errors import BatchNormError
 
 RIGHT, REFUSED, WRONG, CRASHED, NOT_APPLICABLE = "right", "refused", "wrong", "crashed", "n/a"
 
@@ -35,6 +36,10 @@ TIMEOUT_S = 120
 TIMES, ROUNDINGS = 8, 16
 
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+TENSOR_TYPES = {
+    "float64": "DOUBLE", "float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"
+}  # fmt: skip
 
 
 class Inapplicable(Exception):
@@ -118,10 +123,10 @@ def torch_fx(model: nn.Module, case: models.Case) -> tuple[nn.Module, str, dict[
 
 
 def ours_onnx(model: onnx.ModelProto, feeds: list[graphs.Arrays]) -> tuple[Any, str]:
-    """`batchnorm.onnx.fold`."""
+    """`batchnorm.onnx.fold`, verified if onnxruntime runs the model."""
     from batchnorm.onnx import fold
 
-    folded, report = fold(model, feeds)
+    folded, report = fold(model, feeds or None)
     return folded, "; ".join([*report.refused.values(), *report.alone.values()])
 
 
@@ -241,15 +246,17 @@ def exported(case: models.Case) -> onnx.ModelProto:
     """
     stream = io.BytesIO()
     try:
-        torch.onnx.export(
-            case.model(),
-            case.calls()[0],
-            stream,
-            dynamo=False,
-            training=torch.onnx.TrainingMode.PRESERVE,
-            do_constant_folding=False,
-            opset_version=graphs.OPSET,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # this exporter is the older one
+            torch.onnx.export(
+                case.model(),
+                case.calls()[0],
+                stream,
+                dynamo=False,
+                training=torch.onnx.TrainingMode.PRESERVE,
+                do_constant_folding=False,
+                opset_version=graphs.OPSET,
+            )
     except torch.onnx.errors.UnsupportedOperatorError as error:
         raise Inapplicable(f"torch.onnx.export: {error.args[0].split(chr(10))[0]}") from error
     model = onnx.load_from_string(stream.getvalue())
@@ -257,6 +264,11 @@ def exported(case: models.Case) -> onnx.ModelProto:
         # Convolutions of bfloat16 are of opset 22; nothing else has changed for these nodes.
         model.opset_import[0].version, model.ir_version = 22, 10
     return model
+
+
+def in_float32(epsilon: float) -> float:
+    """As ONNX files have it."""
+    return float(np.float32(epsilon))
 
 
 def as_array(x: Any) -> Any:
@@ -272,7 +284,10 @@ def as_array(x: Any) -> Any:
 
 @dataclass
 class Reference:
-    """What is known about a case in one form before a tool sees it."""
+    """What is known about a case in one form before a tool sees it.
+
+    `examples` is empty if onnxruntime does not run the model.
+    """
 
     outputs: list[Any]
     norms: int
@@ -308,7 +323,7 @@ def norms_of(model: nn.Module) -> int:
     return sum("BatchNorm" in type(module).__name__ for module in model.modules())
 
 
-def exact_weights(case: models.Case) -> list[Any]:
+def exact_weights(case: models.Case, epsilon: Callable[[float], float]) -> list[Any]:
     """Weights of the folded pairs in float64, before they are rounded."""
     model, found = case.model(), []
     for layer_name, norm_name in case.pairs:
@@ -316,7 +331,7 @@ def exact_weights(case: models.Case) -> list[Any]:
         norm: Any = model.get_submodule(norm_name)
         if getattr(norm, "running_var", None) is None:
             continue
-        scale = 1 / torch.sqrt(norm.running_var.double() + norm.eps)
+        scale = 1 / torch.sqrt(norm.running_var.double() + epsilon(norm.eps))
         if norm.weight is not None:
             scale = scale * norm.weight.double()
         weight = layer.weight.detach().double()
@@ -330,10 +345,17 @@ def exact_weights(case: models.Case) -> list[Any]:
     return found
 
 
-def count_misrounded(exact: Iterable[Any], weights: Iterable[Any]) -> tuple[int, int]:
+def in_type(array: Any, dtype: str) -> Any:
+    """In the type of the model, if a tool has put its numbers into a wider one."""
+    kind = onnx.helper.tensor_dtype_to_np_dtype(getattr(TensorProto, TENSOR_TYPES[dtype]))
+    narrow = array.astype(kind)
+    return narrow if np.array_equal(narrow.astype(np.float64), array) else array
+
+
+def count_misrounded(exact: Iterable[Any], weights: Iterable[Any], dtype: str) -> tuple[int, int]:
     """How many of the folded weights are not what is nearest to the exact ones, and of how many."""
     wrong = total = 0
-    arrays = [np.asarray(one) for one in weights]
+    arrays = [in_type(np.asarray(one), dtype) for one in weights]
     for wanted in exact:
         for array in arrays:
             for one in (array, array.T) if array.ndim == 2 else (array,):
@@ -366,7 +388,6 @@ class Judge:
     """Answers what becomes of a case with a tool; lives in a process of its own."""
 
     def __init__(self) -> None:
-        warnings.simplefilter("ignore")
         torch.set_num_threads(1)
         self._cases: dict[str, Any] = {
             case.name: case for case in (*models.cases(), *graphs.cases())
@@ -421,7 +442,11 @@ class Judge:
         found |= {"verdict": verdict, "left": result.left, "error": error_, **result.numbers}
         found["detail"] = result.detail
         if verdict == RIGHT and isinstance(case, models.Case) and case.dtype != torch.float64:
-            wrong, total = count_misrounded(exact_weights(case), result.weights)
+            wrong, total = count_misrounded(
+                exact_weights(case, float if form == "torch" else in_float32),
+                result.weights,
+                models.short(case.dtype),
+            )
             if total:
                 found |= {"misrounded": wrong, "weights": total}
         if case.name == models.REBUILT:
@@ -475,6 +500,9 @@ class Judge:
                 left = count_norms(onnxruntime(reference.model, [], level="EXTENDED")[0])
         except Exception as error:
             raise RuntimeError(f"the result does not run: {one_line(error)}") from error
+        more = len(model.graph.node) - len(reference.model.graph.node)
+        if more > 0 and left < reference.norms and not detail:
+            detail = f"the graph has {more} nodes more"
         return Result(outputs, left, list(all_tensors(model)), detail)
 
     def _rebuilt(self, case: models.Case, found: dict[str, Any]) -> dict[str, Any]:
@@ -516,8 +544,7 @@ def of_onnx(case: Any) -> Reference:
     if isinstance(case, models.Case):
         if case.no_onnx:
             raise Inapplicable(case.no_onnx)
-        # A file has ε in float32.
-        reference = of_torch(case, epsilon=lambda eps: float(np.float32(eps)))
+        reference = of_torch(case, epsilon=in_float32)
         model = exported(case)
         name = model.graph.input[0].name
         feeds = [{name: as_array(call[0])} for call in case.calls()]
@@ -543,6 +570,7 @@ def of_onnx(case: Any) -> Reference:
         except Exception as error:
             why = "neither onnxruntime on a CPU nor onnx's reference runs it"
             raise Inapplicable(why) from error
+        examples = []
     own = largest_difference(outputs, wanted)
     if not own <= most:
         raise AssertionError(f"{case.name}: the file as it is is off by {own:.3g}")

@@ -23,10 +23,11 @@ crashed
 n/a
     The tool is not for this case; ``detail`` says why.
 
-``norms`` and ``left`` count batch norms before and after; ``error`` is the difference, ``own_error``
-that of the original; ``misrounded`` counts the folded weights, of ``weights``, that are not the
-nearest numbers of their type to the exact ones; ``share`` is the largest error of a pair over its
-proven bound, which only batchnorm states.
+``stays``: no batch norm can be folded by other values of the modules' parameters. ``norms`` and
+``left`` count batch norms before and after; ``error`` is the difference, and ``own_error`` that of
+the original; ``misrounded`` counts the folded weights, of ``weights``, that are not the nearest
+numbers of their type to the exact ones; ``share`` is the largest error of a pair over its proven
+bound, which only batchnorm states.
 
 PyTorch models become ONNX files by torch.onnx.export with dynamo=False, TrainingMode.PRESERVE and
 do_constant_folding=False, which keeps batch norms as they are. Results are run by onnxruntime
