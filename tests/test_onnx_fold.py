@@ -19,6 +19,7 @@ from batchnorm.onnx import FoldError, fold
 from onnx_models import array, convolutions, model, norm, operators, reference, weights
 
 BN = "BatchNormalization"
+X = array(1, 4, 5, 5)
 
 
 def check_equal(proto, folded, *shape, dtype=np.float64, tolerance=1e-10, **more):
@@ -738,18 +739,144 @@ def test_fold_keeps_all_that_it_does_not_fold():
     assert folded == expected
 
 
-def test_fold_leaves_merged_branches_apart_where_they_do_not_fit():
-    body = """a = Conv<pads=[1, 1, 1, 1]>(x, w) p = BatchNormalization(a, s, b, m, v)
-        d = Conv<pads=[1, 1, 1, 1]>(x, k3) q = BatchNormalization(d, ts, tb, tm, tv)
-        r = BatchNormalization(x, s, tb, m, tv) e = Add(p, q) y = Add(e, r)"""
-    even = array(4, 4, 2, 2, seed=3, dtype=np.float64)
-    proto = convolutions(body.replace("[1, 1, 1, 1]>(x, k3)", "[1, 1, 0, 0]>(x, k3)"), np.float64,
-                         more={"k3": even})  # fmt: skip
+APART = {
+    "even": ("Conv<pads=[1, 1, 0, 0]>(x, even)", "Conv<pads=[1, 1, 1, 1]>(x, w)"),
+    "strides": ("Conv<pads=[1, 1, 1, 1], strides=[2, 2]>(x, k3)", "Conv<pads=[1, 1, 1, 1]>(x, w)"),
+    "dilations": (
+        "Conv<pads=[1, 1, 1, 1], dilations=[2, 2]>(x, k3)",  # one value, for each of the other
+        "Conv<pads=[1, 1, 1, 1]>(x, w)",
+    ),
+    "off the middle": ("Conv<pads=[0, 1, 2, 1]>(x, k3)", "Conv<pads=[1, 1, 1, 1]>(x, w)"),
+    "padding by size": ('Conv<auto_pad = "SAME_UPPER">(x, k3)', "Conv<pads=[1, 1, 1, 1]>(x, w)"),
+    "groups": ("Conv<group = 2>(x, half)", "Conv<pads=[1, 1, 1, 1]>(x, w)"),
+    "other input": ("Conv(i, u)", "Conv<pads=[1, 1, 1, 1]>(x, w)"),
+    "transposed": ("ConvTranspose(x, u)", "Conv<pads=[1, 1, 1, 1]>(x, w)"),
+}
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_fold_leaves_branches_apart_that_do_not_fit(kind):
+    one, other = APART[kind]
+    body = f"""i = Relu(x) a = {one} p = BatchNormalization(a, s, b, m, v)
+        d = {other} q = BatchNormalization(d, ts, tb, tm, tv) e = Add(p, q) y = Add(e, i)"""
+    more = {
+        "even": array(4, 4, 2, 2, seed=3, dtype=np.float64),
+        "k3": array(4, 4, 3, 3, seed=3, dtype=np.float64),
+        "half": array(4, 2, 1, 1, seed=3, dtype=np.float64),
+    }
+    proto = convolutions(body, np.float64, more=more)
     folded, report = fold(proto)
-    assert operators(folded.graph) == ["Conv", "Conv", BN, "Add", "Add"]
-    assert len(report.pairs) == 2
-    assert list(report.alone) == ["BatchNormalization_4 (output 'r')"]
-    check_equal(proto, folded, 1, 4, 6, 6)
+    assert operators(folded.graph)[-2:] == ["Add", "Add"]
+    assert [pair.merged for pair in report.pairs] == [[], []]
+    size = {"strides": 1, "dilations": 3}.get(kind, 6)
+    check_equal(proto, folded, 1, 4, size, size)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    ["Conv<pads=[0, 1, 2, 1]>(x, w)", "Conv<auto_pad = \"SAME_LOWER\">(x, w)",
+     "Conv<pads=[1, 1, 0, 0]>(x, even)", "Conv<pads=[1, 1, 1, 1], strides=[2, 2]>(x, w)"],
+)  # fmt: skip
+def test_fold_leaves_a_batch_norm_beside_a_convolution_that_moves_its_input(layer):
+    body = f"a = {layer} p = BatchNormalization(a, s, b, m, v) "
+    body += "q = BatchNormalization(x, ts, tb, tm, tv) y = Add(p, q)"
+    more = {"even": array(4, 4, 2, 2, seed=3, dtype=np.float64)}
+    proto = convolutions(body, np.float64, more=more)
+    folded, report = fold(proto)
+    assert sorted(operators(folded.graph)) == ["Add", BN, "Conv"]
+    assert list(report.alone) == ["BatchNormalization_2 (output 'q')"]
+    check_equal(proto, folded, 1, 4, *([1, 1] if "strides" in layer else [6, 6]))
+
+
+def test_report_names_what_a_layer_has_taken_in():
+    body = """a = Conv<pads=[1, 1, 1, 1]>(x, w) p = BatchNormalization(a, s, b, m, v)
+        d = Conv(x, u, c) q = BatchNormalization(d, ts, tb, tm, tv) e = Add(p, q)
+        y = BatchNormalization(e, s, b, m, v)"""
+    proto = convolutions(f"f = BatchNormalization(h, s, zero, zero, v) {body}".replace("x,", "f,"))
+    proto.graph.node.insert(0, helper.make_node(BN, ["x", "s", "zero", "zero", "v"], ["h"]))
+    for node, name in zip(proto.graph.node, ["h", "f", "a", "p", "d", "q", "e", "y"], strict=True):
+        node.name = name
+    _, report = fold(proto, {"x": X})
+    (pair,) = report.pairs
+    assert (pair.layer, pair.before, pair.after) == ("a", ["h", "f"], ["p", "y"])
+    assert (pair.beside, pair.merged, pair.new_bias) == (["q"], ["d"], True)
+    assert pair.largest_weight > 0
+
+
+def test_bound_counts_the_roundings_of_what_is_added_to_a_product():
+    bounds = []
+    for text in (
+        "z = Gemm(x, w, c)",
+        "q = MatMul(x, w) z = Add(q, c)",
+        "z = Gemm<beta=2.0>(x, w, h)",
+    ):
+        proto = model(
+            f"(T[5, 3] x) => (T[M, 4] y) {{ {text} y = BatchNormalization(z, s, b, m, v) }}",
+            w=array(3, 4), c=array(4), h=array(4) / 2, **norm(4),
+        )  # fmt: skip
+        _, report = fold(proto, {"x": array(5, 3)})
+        bounds.append(report.pairs[0].bound)
+    assert bounds[0] < min(bounds[1:])
+
+
+# ---- any network --------------------------------------------------------------------------------
+
+
+@st.composite
+def networks(draw):
+    """Nodes that are connected at random, some of them inside of an If; and how many are norms."""
+    values, lines = ["x"], []
+
+    def grow(count, names, prefix):
+        for number in range(count):
+            kind = draw(st.sampled_from(sorted(NODES)))
+            a, b = (draw(st.sampled_from(names[-5:])) for _ in range(2))
+            norm = draw(st.sampled_from(["s, b, m, v", "ts, tb, tm, tv", "s, zero, zero, tv"]))
+            name = f"{prefix}{number}"
+            yield f"{name} = {NODES[kind].format(a=a, b=b, norm=norm)}"
+            names.append(name)
+
+    lines += grow(draw(st.integers(2, 12)), values, "a")
+    if draw(st.booleans()):
+        inner = [*values]
+        body = " ".join(grow(draw(st.integers(1, 5)), inner, "i"))
+        taken = f"then_branch = t () => (T[A, B, D, E] {inner[-1]}) {{ {body} }}"
+        other = f"else_branch = f () => (T[F, G, I, J] o) {{ o = Relu({values[-1]}) }}"
+        lines.append(f"j = If(k)<{taken}, {other}>")
+        values.append("j")
+        lines += grow(draw(st.integers(1, 3)), values, "c")
+    shown = draw(st.sets(st.sampled_from(values[1:]), max_size=2)) - {values[-1]}
+    lines.append(f"y = Relu({values[-1]})")
+    outputs = "".join(f", T[N, C, H, W] {name}" for name in sorted(shown))
+    return " ".join(lines), outputs
+
+
+NODES = {
+    "conv": "Conv<pads = [1, 1, 1, 1]>({a}, w, c)",
+    "dilated": "Conv<pads = [2, 2, 2, 2], dilations = [2, 2]>({a}, w)",
+    "point": "Conv({a}, u)",
+    "transposed": "ConvTranspose<pads = [1, 1, 1, 1]>({a}, w)",
+    "norm": "BatchNormalization({a}, {norm})",
+    "norm again": "BatchNormalization({a}, {norm})",
+    "identity": "Identity({a})",
+    "relu": "Relu({a})",
+    "add": "Add({a}, {b})",
+    "sum": "Sum({b}, {a})",
+}
+
+
+@given(networks(), st.booleans())
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_fold_keeps_what_networks_of_any_shape_compute(network, taken):
+    body, outputs = network
+    proto = convolutions(body, np.float64, inputs=", bool k", outputs=outputs)
+    folded, report = fold(proto)
+    norms = [report.folded, report.refused, report.alone]
+    assert sum(map(len, norms)) == str(proto).count('op_type: "BatchNormalization"')
+    assert str(folded).count('op_type: "BatchNormalization"') == len(report.refused) + len(
+        report.alone
+    )
+    check_equal(proto, folded, 1, 4, 4, 5, k=np.array(taken), tolerance=1e-9)
 
 
 # ---- the report, and errors ---------------------------------------------------------------------
@@ -797,9 +924,6 @@ def test_fold_refuses_an_error_beyond_its_bound(monkeypatch):
     folded, report = fold(proto, {"x": array(1, 4, 5, 5)})
     assert folded == proto
     assert "times the bound" in next(iter(report.refused.values()))
-
-
-X = array(1, 4, 5, 5)
 
 
 @pytest.mark.parametrize(
