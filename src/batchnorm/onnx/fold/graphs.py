@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +59,7 @@ class Scope:
     initializers: dict[str, TensorProto] = field(default_factory=dict)
     sparse: set[str] = field(default_factory=set)
     inputs: set[str] = field(default_factory=set)
+    annotated: set[str] = field(default_factory=set)  # with scales of a quantization
     removed: set[int] = field(default_factory=set)  # nodes, by their place
     gone: set[str] = field(default_factory=set)  # names of values
     retyped: set[str] = field(default_factory=set)  # whose shape may be another
@@ -120,6 +122,7 @@ class Graphs:
             scope.inputs = {value.name for value in graph.input}
             scope.initializers = {tensor.name: tensor for tensor in graph.initializer}
             scope.sparse = {tensor.values.name for tensor in graph.sparse_initializer}
+            scope.annotated = {each.tensor_name for each in graph.quantization_annotation}
             outputs = [value.name for value in graph.output]
         for node in scope.nodes:
             scope.producers.update((name, node) for name in node.output if name)
@@ -129,8 +132,9 @@ class Graphs:
             for name in node.input:
                 self._use(scope, name, node)
             for attribute in node.attribute:
-                for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                    key = (*scope.key, *node.output, attribute.name, inner.name)
+                inner_graphs = [attribute.g] if attribute.HasField("g") else attribute.graphs
+                for number, inner in enumerate(inner_graphs):
+                    key = (*scope.key, *node.output, attribute.name, str(number))
                     self._enter(Scope(inner, key, scope.opset, scope, node, attribute.name))
         for name in outputs:
             self._use(scope, name, None)
@@ -193,22 +197,54 @@ class Graphs:
         inside = "" if use.scope is scope else ", inside another node"
         return f"'{self.label(use.node)}' ({use.node.op_type}{inside})"
 
+    def check_plain(self, scope: Scope, node: NodeProto) -> None:
+        """Raise `Refused` if more is said of a node than what it computes, or less."""
+        if any(attribute.ref_attr_name for attribute in node.attribute):
+            raise Refused(f"an attribute of '{self.label(node)}' is an argument of the function")
+        if node.device_configurations:
+            raise Refused(f"'{self.label(node)}' is distributed over devices")
+        for name in (*node.input, *node.output):
+            if (home := scope.find(name)) is not None and name in home.annotated:
+                raise Refused(f"'{name}' has an annotation for its quantization")
+
     def constant(self, scope: Scope, name: str) -> Array:
-        """The values of a constant.
+        """The values of a constant, also one that has been cast or transposed.
 
         Raises
         ------
         Refused
             It is none.
         """
-        home = scope.find(name)
-        if home is None:
-            raise Refused(f"'{name}' is not defined")
+        changes: list[Callable[[Array], Array]] = []
+        while True:
+            home = scope.find(name)
+            if home is None:
+                raise Refused(f"'{name}' is not defined")
+            node = home.producers.get(name)
+            if node is None or not self.is_op(node, "Identity", "Cast", "Transpose"):
+                break
+            given = attributes(node)
+            if self.is_op(node, "Cast"):
+                if given.get("to") not in _FLOATS:
+                    break
+                dtype = helper.tensor_dtype_to_np_dtype(given["to"])
+                changes.append(partial(np.ndarray.astype, dtype=dtype))
+            elif self.is_op(node, "Transpose"):
+                changes.append(partial(np.transpose, axes=given.get("perm")))
+            scope, name = home, node.input[0]
+        values = self._made(home, name)
+        try:
+            for change in reversed(changes):
+                values = change(values)
+        except ValueError as error:
+            raise Refused(f"'{name}' cannot be transposed ({error})") from error
+        return values
+
+    def _made(self, home: Scope, name: str) -> Array:
+        """The values of an initializer or of a Constant."""
         if name in home.initializers:
             if name in home.inputs and self.model.ir_version >= 4:
-                raise Refused(
-                    f"'{name}' is also an input of the model, so that callers may replace it"
-                )
+                raise Refused(f"'{name}' is also an input of the model, and callers may replace it")
             return self._read(home.initializers[name])
         if name in home.sparse:
             raise Refused(f"'{name}' is a sparse initializer")
@@ -216,23 +252,15 @@ class Graphs:
             kind = "a parameter of a function" if home.is_function else "an input of its graph"
             raise Refused(f"'{name}' is {kind}, not a constant")
         node = home.producers[name]
-        given = attributes(node)
         if self.is_op(node, "Constant"):
-            for key, value in given.items():
+            for key, value in attributes(node).items():
                 if isinstance(value, TensorProto):
                     return self._read(value)
                 if key in ("value_float", "value_floats"):
                     return np.asarray(value, np.float32)
-        elif self.is_op(node, "Identity"):
-            return self.constant(home, node.input[0])
-        elif self.is_op(node, "Transpose"):
-            return np.transpose(self.constant(home, node.input[0]), given.get("perm"))
-        elif self.is_op(node, "Cast") and given.get("to") in _FLOATS:
-            values = self.constant(home, node.input[0])
-            return values.astype(helper.tensor_dtype_to_np_dtype(given["to"]))
-        elif self.is_op(node, "DequantizeLinear", "QuantizeLinear"):
-            raise Refused(f"'{name}' is quantized, by '{self.label(node)}'")
-        raise Refused(f"'{name}' is computed, by '{self.label(node)}' ({node.op_type})")
+        quantized = self.is_op(node, "DequantizeLinear", "QuantizeLinear")
+        how = "quantized" if quantized else "computed"
+        raise Refused(f"'{name}' is {how}, by '{self.label(node)}' ({node.op_type})")
 
     def calls(self, function: Scope) -> list[tuple[Scope, NodeProto]]:
         """The nodes that call a function, and their scopes."""
@@ -258,32 +286,39 @@ class Graphs:
 
     def remove(self, scope: Scope, node: NodeProto) -> None:
         """Remove a node, and the constants that nothing else uses."""
-        place = next(i for i, each in enumerate(scope.nodes) if each is node)
-        if place in scope.removed:
-            return
-        scope.removed.add(place)
-        for name in node.output:
-            if scope.producers.pop(name, None) is not None:
-                scope.gone.add(name)
-        for name in node.input:
-            self.drop_use(scope, name, node)
+        pending = [(scope, node)]
+        while pending:
+            scope, node = pending.pop()
+            place = next(i for i, each in enumerate(scope.nodes) if each is node)
+            if place in scope.removed:
+                continue
+            scope.removed.add(place)
+            for name in node.output:
+                if scope.producers.pop(name, None) is not None:
+                    scope.gone.add(name)
+            for name in node.input:
+                pending += self._drop_use(scope, name, node)
 
-    def drop_use(self, scope: Scope, name: str, node: NodeProto) -> None:
-        """Note that a node does not use a value any more; a constant without uses is removed."""
+    def _drop_use(self, scope: Scope, name: str, node: NodeProto) -> list[tuple[Scope, NodeProto]]:
+        """Note that a node does not use a value any more.
+
+        An initializer without uses is removed; a node that makes constants is to be.
+        """
         home = scope.find(name) if name else None
         if home is None:
-            return
+            return []
         uses = home.uses[name]
         del uses[next(i for i, use in enumerate(uses) if use.node is node)]
         if uses:
-            return
+            return []
         made = home.producers.get(name)
         if name in home.initializers and (name not in home.inputs or self.model.ir_version < 4):
             del home.initializers[name]
             home.inputs.discard(name)
             home.gone.add(name)
         elif made is not None and self.is_op(made, "Constant", "Identity", "Cast", "Transpose"):
-            self.remove(home, made)
+            return [(home, made)]
+        return []
 
     def set_input(self, scope: Scope, node: NodeProto, place: int, name: str) -> None:
         """Give a node another input."""
@@ -291,7 +326,8 @@ class Graphs:
         old = node.input[place]
         node.input[place] = name
         self._use(scope, name, node)
-        self.drop_use(scope, old, node)
+        for each in self._drop_use(scope, old, node):
+            self.remove(*each)
 
     def set_output(self, scope: Scope, node: NodeProto, name: str) -> None:
         """Let a node make a value whose former maker has been removed."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Mapping
 
 from onnx import NodeProto
 
 from ...folding import Affine, Linear
-from .graphs import Graphs, Refused, Scope, Use
+from .graphs import Graphs, Refused, Scope
 from .layers import LINEAR, Folding, Part, affine_of, geometry, layer_of
 
 __all__ = ["Pairs"]
 
+_MOST = 64  # nodes of a sum: more are no parallel branches
 #: Number of axes of a value, None if it is not known.
 Rank = Callable[[Scope, str], int | None]
 
@@ -113,13 +115,13 @@ class Pairs:
             known = layer_of(self._graphs, scope, node, self._rank(scope, node.output[0]), added)
         return known
 
-    def _goes_to_one(self, scope: Scope, name: str, label: str) -> Use:
-        """Where a value goes, if that is one place."""
-        uses = scope.uses.get(name, [])
-        if len(uses) != 1 or uses[0].scope is not scope or uses[0].node is None:
+    def _check_sole(self, scope: Scope, name: str, user: NodeProto, label: str) -> None:
+        """Raise `Refused` if a value, which '`label`' returns, does not go to one node alone."""
+        uses = [*scope.uses.get(name, ())]
+        del uses[next(i for i, use in enumerate(uses) if use.node is user)]
+        if uses:
             others = dict.fromkeys(self._graphs.going(use, scope) for use in uses)
-            raise Refused(f"the output of '{label}' goes to {', '.join(others)}")
-        return uses[0]
+            raise Refused(f"the output of '{label}' also goes to {', '.join(others)}")
 
     def _into_former(self, scope: Scope, norm: NodeProto) -> bool:
         """Fold a batch norm into the layer before it; False if there is none."""
@@ -149,8 +151,8 @@ class Pairs:
             raise Refused(f"'{label}' is outside of the graph that it is in")
         layer = self._layer(scope, node, bias)
         affine = self._affine(scope, norm, layer.parts[0].linear.outputs)
-        for each in [node, *between[1:]]:
-            self._goes_to_one(scope, each.output[0], label)
+        for user, maker in itertools.pairwise([*between, node]):
+            self._check_sole(scope, maker.output[0], user, label)
         layer.then(affine)
         layer.report.after.append(graphs.label(norm))
         self._layers[id(node)] = layer
@@ -178,7 +180,7 @@ class Pairs:
             return False
         node = found[0]
         label = graphs.label(node)
-        self._goes_to_one(scope, value, graphs.label(norm))
+        self._check_sole(scope, value, node, graphs.label(norm))
         layer = self._layer(scope, node)
         if any(a.name == "transA" and a.i for a in node.attribute):
             raise Refused(f"'{label}' comes after it and transposes its output")
@@ -225,10 +227,13 @@ class Pairs:
             main = base.parts[0].linear
             affines = [self._affine(scope, norm, main.outputs) for norm in norms]
             if not norms and not any(layer.report.norms for layer in layers):
-                use = self._goes_to_one(scope, node.output[0], "")
-                if not graphs.is_op(use.node, "BatchNormalization") or use.node is None:
+                uses = scope.uses.get(node.output[0], [])
+                if len(uses) != 1 or uses[0].scope is not scope:
                     return False
-                self._affine(scope, use.node, main.outputs)
+                user = uses[0].node
+                if user is None or not graphs.is_op(user, "BatchNormalization"):
+                    return False
+                self._affine(scope, user, main.outputs)
         except Refused:
             return False
         one = Linear.identity(main.inputs, [1] * len(main.kernel), main.groups)
@@ -250,6 +255,8 @@ class Pairs:
         uses, node = scope.uses.get(name, []), scope.producers.get(name)
         if len(uses) != 1 or uses[0].scope is not scope or node is None:
             return False
+        if len(gone) + len(branches) > _MOST:
+            return False
         if self._graphs.is_op(node, "Conv", "BatchNormalization"):
             branches.append(node)
             return True
@@ -265,7 +272,8 @@ class Pairs:
 def _fit(base: Folding, other: Folding) -> bool:
     """Whether the kernel of a convolution can be laid in the middle of that of another."""
     one, two = base.parts[0].linear, other.parts[0].linear
-    if (one.outputs, one.inputs, one.groups) != (two.outputs, two.inputs, two.groups):
+    kinds = [(x.outputs, x.inputs, x.groups, len(x.kernel)) for x in (one, two)]
+    if kinds[0] != kinds[1]:
         return False
     large, small = geometry(base.node, one.kernel), geometry(other.node, two.kernel)
     if base.last or other.last or base.dtype != other.dtype or large is None or small is None:

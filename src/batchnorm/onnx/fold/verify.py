@@ -67,7 +67,10 @@ def _checked(
             checked[name] = given  # a sequence, which onnxruntime checks
             continue
         values = np.asarray(given)
-        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type))
+        try:
+            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type))
+        except KeyError as error:
+            raise ArgumentError(f"the input {name!r} is of type {error}, which is none.") from error
         if values.dtype != dtype and not (dtype.kind == "O" and values.dtype.kind in "UO"):
             raise DTypeError(
                 f"inputs[{name!r}] must be of type {dtype}, got {values.dtype}. Convert it by "
