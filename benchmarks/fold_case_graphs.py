@@ -352,6 +352,98 @@ def inside_branch(rng: Rng) -> onnx.ModelProto:
     return model([choice], other, inputs=[value("raw", (), np.bool_)])
 
 
+def norm_inside_branch(rng: Rng) -> onnx.ModelProto:
+    """The batch norm that alone reads the convolution outside runs on some inputs only."""
+    normal = helper.make_graph([normalize("z", "n")], "normal", [], [value("n", (2, 8, 8, 8))])
+    other = helper.make_graph([node("Relu", ["z"], ["r"])], "other", [], [value("r", (2, 8, 8, 8))])
+    choice = node("If", ["raw"], ["y"], then_branch=other, else_branch=normal)
+    return model([convolve(), choice], weights(rng), inputs=[value("raw", (), np.bool_)])
+
+
+def in_loop(rng: Rng) -> onnx.ModelProto:
+    """A pair in the body of a Loop, whose weights are outside."""
+    arrays = weights(rng, 4, 4, 3, 3)
+    body = helper.make_graph(
+        [
+            node("Identity", ["go"], ["going"]),
+            convolve("z", ("carried", "w", "b")),
+            normalize("z", "n"),
+            node("Tanh", ["n"], ["next"]),
+        ],
+        "body",
+        [value("i", (), np.int64), value("go", (), np.bool_), value("carried", (2, 4, 8, 8))],
+        [value("going", (), np.bool_), value("next", (2, 4, 8, 8))],
+    )
+    loop = node("Loop", ["times", "yes", "x"], ["y"], body=body)
+    more = {"times": np.array(3), "yes": np.array(True)}
+    return model([loop], arrays | more, out=(2, 4, 8, 8))
+
+
+def names_taken(rng: Rng) -> onnx.ModelProto:
+    """Names that a tool may give to what it adds are those of other values."""
+    arrays = weights(rng)
+    del arrays["b"]
+    arrays["w_bias"] = arrays["w"] * 2
+    nodes = [
+        convolve("z", ("x", "w")),
+        normalize("z", "y_bias"),
+        convolve("z_bias", ("x", "w_bias")),
+        node("Mul", ["y_bias", "z_bias"], ["y"]),
+    ]
+    return model(nodes, arrays)
+
+
+def weight_of_two_pairs(rng: Rng) -> onnx.ModelProto:
+    nodes = [
+        convolve("a", ("x", "w", "b")),
+        normalize("a", "n0", "0"),
+        convolve("c", ("x", "w", "b")),
+        normalize("c", "n1", "1"),
+        node("Mul", ["n0", "n1"], ["y"]),
+    ]
+    return model(nodes, weights(rng, norm="0") | norms(rng, 8, "1"))
+
+
+def cast_between(rng: Rng) -> onnx.ModelProto:
+    arrays = weights(rng)
+    for name in ("w", "b"):
+        arrays[name] = arrays[name].astype(np.float16)
+    nodes = [
+        convolve(),
+        node("Cast", ["z"], ["c"], to=TensorProto.FLOAT),
+        normalize("c", "n"),
+        node("Cast", ["n"], ["y"], to=TensorProto.FLOAT16),
+    ]
+    return model(nodes, arrays, dtype=np.float16)
+
+
+def before_same_padding(rng: Rng) -> onnx.ModelProto:
+    arrays = weights(rng) | norms(rng, 4)
+    conv = node("Conv", ["n", "w", "b"], ["y"], auto_pad="SAME_LOWER")
+    return model([normalize("x", "n"), conv], arrays)
+
+
+def weight_on_the_left(rng: Rng) -> onnx.ModelProto:
+    """A MatMul with as many rows as columns, whose features are its rows."""
+    arrays = weights(rng, 5, 5)
+    del arrays["b"]
+    nodes = [node("MatMul", ["w", "x"], ["z"]), normalize("z")]
+    return model(nodes, arrays, shape=(5, 5), out=(5, 5))
+
+
+def transposed_input(rng: Rng) -> onnx.ModelProto:
+    arrays = weights(rng, 6, 5, features=5)
+    nodes = [node("Gemm", ["x", "w", "b"], ["z"], transA=1), normalize("z")]
+    return model(nodes, arrays, shape=(6, 7), out=(7, 5))
+
+
+def before_transposed_gemm(rng: Rng) -> onnx.ModelProto:
+    """The batch norm normalizes what the Gemm sums over in no output."""
+    arrays = weights(rng, 6, 5, features=5) | norms(rng, 6)
+    nodes = [normalize("x", "n"), node("Gemm", ["n", "w", "b"], ["y"], transA=1)]
+    return model(nodes, arrays, shape=(6, 6), out=(6, 5))
+
+
 def in_function(rng: Rng) -> onnx.ModelProto:
     names = ["x", "w", "b", "scale", "shift", "mean", "var"]
     function = helper.make_function(
@@ -510,6 +602,18 @@ def cases() -> Iterator[GraphCase]:
         "captured by If before the batch norm", captured_beside, more=raw, other=asked, stays=True
     )
     yield of("pair inside of If", inside_branch, more=raw, other=asked)
+    yield of(
+        "batch norm inside of If, Conv outside",
+        norm_inside_branch,
+        more=raw,
+        other=asked,
+        stays=True,
+    )
+    yield of("pair inside of Loop", in_loop)
+    yield of("names that a tool may give are taken", names_taken)
+    yield of("weight shared by two pairs", weight_of_two_pairs)
+    yield of("Cast in between", cast_between, dtype="float16")
+    yield of("BatchNormalization, Conv with auto_pad=SAME_LOWER", before_same_padding, stays=True)
     yield of("pair in a function", in_function)
     yield of("pair in a function called twice", function_called_twice)
     yield of("BatchNormalization, Pad, Conv", pad_between, stays=True)
@@ -517,6 +621,11 @@ def cases() -> Iterator[GraphCase]:
     yield of("Gemm without C, transB=0", gemm(c=None), **rows)
     yield of("Gemm, C of one number", gemm(c=(1,), transB=1), **rows)
     yield of("Gemm, C of shape (M, 1)", gemm(c=(7, 1), transB=1), **rows)
+    yield of("Gemm, transA=1", transposed_input, shape=(6, 7))
+    yield of(
+        "BatchNormalization, Gemm with transA=1", before_transposed_gemm, shape=(6, 6), stays=True
+    )
+    yield of("MatMul, weight on the left", weight_on_the_left, shape=(5, 5), stays=True)
     yield of("MatMul, Add", matmul(bias=True), **rows)
     yield of("MatMul", matmul(bias=False), **rows)
     yield of("MatMul, Add on (N, L, F), L = F", matmul_on_rows, shape=(2, 5, 6), stays=True)

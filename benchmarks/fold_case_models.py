@@ -380,6 +380,17 @@ class OnRequest(Pair):
         return y if raw else self.bn(y)
 
 
+class EverySecond(Pair):
+    """A path without the batch norm, in every second call."""
+
+    called = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.called += 1
+        y = self.conv(x)
+        return self.bn(y) if self.called % 2 else y
+
+
 class Loop(nn.Module):
     """As often as the image is wide."""
 
@@ -676,6 +687,7 @@ def code() -> Iterator[Case]:
     yield of("the same, never in the example", Gated, other=(far,), stays=True)
     yield of("branch on a value after the pair", BothPaths, other=(far,))
     yield of("branch on an argument skips the batch norm", OnRequest, other=(raw,), stays=True)
+    yield of("every second call skips the batch norm", EverySecond, stays=True)
     yield of("branch on a constant of the model", Flagged, no_onnx="")
     yield of("loop over the width", Loop, other=(image(2, 4, 8, 16),))
     yield of(

@@ -142,11 +142,12 @@ def measure(options: argparse.Namespace, files: command.Files) -> list[str]:
 
     chosen = all_cases()
     if options.quick:
-        chosen = list({case.line: case for case in reversed(chosen)}.values())[::-1]
+        seen: set[str] = set()
+        chosen = [case for case in chosen if not (case.line in seen or seen.add(case.line))]
     console = Console(highlight=False, markup=False)
     width = max(len(case.name) for case in chosen)
     for number, tool in enumerate(options.tools):
-        console.print(f"{'':{width}}  {'│ ' * number}{tool}")
+        console.print(f"{'':{width}}  {'│ ' * number}{tool}", soft_wrap=True)
     rows: list[FoldRow] = []
     tools = Tools()
     try:
