@@ -22,7 +22,6 @@ __all__ = [
     "data_path",
     "inferred",
     "is_external",
-    "is_inferable",
     "one_line",
     "read_model",
     "tensors",
@@ -166,7 +165,7 @@ def check(model: ModelProto, full: bool, what: str) -> None:
     try:
         plain = _plain(model)
         if full:
-            _infer_strictly(plain)
+            onnx.shape_inference.infer_shapes(plain, check_type=True, strict_mode=True)
         for tensor in tensors(plain):
             if is_external(tensor):  # which the checker would look for in the working directory
                 tensor.CopyFrom(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0]))
@@ -175,25 +174,12 @@ def check(model: ModelProto, full: bool, what: str) -> None:
         raise ArgumentError(f"{what} must be a valid ONNX model, but: {one_line(error)}") from error
 
 
-def is_inferable(model: ModelProto) -> bool:
-    """Whether inference finds nothing wrong with the shapes and types of a model."""
+def inferred(model: ModelProto) -> ModelProto | None:
+    """A model with the shapes and types of its values; None if inference finds them wrong."""
     try:
-        _infer_strictly(_plain(model))
+        return onnx.shape_inference.infer_shapes(_plain(model), check_type=True, strict_mode=True)
     except Exception:  # of inference, and of protobuf for more than 2 GB
-        return False
-    return True
-
-
-def inferred(model: ModelProto) -> ModelProto:
-    """A model with the shapes and types of its values, as far as they can be told."""
-    try:
-        return onnx.shape_inference.infer_shapes(_plain(model))
-    except Exception:  # of inference, and of protobuf for more than 2 GB
-        return model
-
-
-def _infer_strictly(model: ModelProto) -> None:
-    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        return None
 
 
 def _plain(model: ModelProto) -> ModelProto:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,14 @@ from ..files import (
     data_path,
     inferred,
     is_external,
-    is_inferable,
     one_line,
     read_model,
     tensors,
     write_model,
 )
-from .graphs import Graphs
+from .graphs import About, Graphs, Scope
 from .layers import Folding
-from .pairs import Pairs, Rank
+from .pairs import Pairs
 from .verify import Runtime, check_inputs, compare_layers, compare_outputs
 
 __all__ = ["fold", "fold_file"]
@@ -74,7 +74,7 @@ def fold(
     runtime = None if feeds is None else Runtime(folder)
     with np.errstate(invalid="ignore"):  # conversions of NaN, which is found later
         report, folded = _folded(model, data, feeds, runtime)
-    check(folded, is_inferable(model), "the folded model")
+    check(folded, inferred(model) is not None, "the folded model")
     if feeds is not None and runtime is not None:
         _compare(report, model, folded, feeds, runtime)
     if strict:
@@ -103,12 +103,12 @@ def _check(model: ModelProto, data: Data) -> None:
 def _folded(
     model: ModelProto, data: Data, feeds: list[Any] | None, runtime: Runtime | None
 ) -> tuple[FoldReport, ModelProto]:
-    rank = _ranks(model)
+    about = _known(model)
     excluded: dict[str, str] = {}
     apart: set[tuple[Any, str]] = set()
     while True:
-        graphs = _graphs(model, data)
-        pairs = Pairs(graphs, rank, excluded, apart)
+        graphs = Graphs(_copy(model), data.read, about)
+        pairs = Pairs(graphs, excluded, apart)
         problems: list[tuple[Folding, str]] = []
         for folding in pairs.foldings:
             try:
@@ -116,7 +116,9 @@ def _folded(
             except BatchNormError as error:
                 problems.append((folding, one_line(error)))
         if not problems and feeds is not None and runtime is not None and pairs.foldings:
-            missed = compare_layers(_graphs(model, data), graphs, pairs.foldings, feeds, runtime)
+            missed = compare_layers(
+                Graphs(_copy(model), data.read), graphs, pairs.foldings, feeds, runtime
+            )
             whys = [
                 (f, missed.get(place) or ("" if missed else f.compare()))
                 for place, f in enumerate(pairs.foldings)
@@ -140,24 +142,27 @@ def _folded(
     return report, graphs.model
 
 
-def _graphs(model: ModelProto, data: Data) -> Graphs:
+def _copy(model: ModelProto) -> ModelProto:
     copy = ModelProto()
     copy.CopyFrom(model)
-    return Graphs(copy, data.read)
+    return copy
 
 
-def _ranks(model: ModelProto) -> Rank:
-    """Numbers of axes of values, which are inferred when the first is asked for."""
+def _known(model: ModelProto) -> Callable[[Scope, str], About | None]:
+    """Types and numbers of axes of values, which are inferred when the first is asked for."""
 
     @cache
-    def known() -> dict[tuple[tuple[str, ...], str], int]:
-        scopes = [s for s in Graphs(inferred(model), Data(None).read).scopes if not s.is_function]
-        return {
-            (scope.key, value.name): len(value.type.tensor_type.shape.dim)
-            for scope in scopes
-            for value in (*scope.graph.input, *scope.graph.value_info, *scope.graph.output)
-            if value.type.tensor_type.HasField("shape")
-        }
+    def known() -> dict[tuple[tuple[str, ...], str], About]:
+        found = {}
+        for scope in Graphs(inferred(model) or ModelProto(), Data(None).read).scopes:
+            if scope.is_function:
+                continue
+            graph = scope.graph
+            for value in (*graph.input, *graph.value_info, *graph.output):
+                kind = value.type.tensor_type
+                rank = len(kind.shape.dim) if kind.HasField("shape") else None
+                found[scope.key, value.name] = About(kind.elem_type, rank)
+        return found
 
     return lambda scope, name: known().get((scope.key, name))
 

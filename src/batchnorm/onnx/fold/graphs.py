@@ -6,9 +6,9 @@ which has the same chains of uses, drops sparse initializers and does not read e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +16,30 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from ...native import Array
 
-__all__ = ["Graphs", "Refused", "Scope", "Use", "attributes"]
+__all__ = ["About", "Graphs", "Refused", "Scope", "Use", "attributes"]
 
 DOMAINS = ("", "ai.onnx")
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+
+
+#: What exporters make constants with.
+_CONSTANT = ("Constant", "Identity", "Cast", "CastLike", "Transpose", "Expand", "Shape")
+#: Attributes of Constant, and their types.
+_VALUES = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
+#: The longest chain of these, and the most values of an Expand, that are looked at.
+_DEPTH, _LARGE = 32, 1 << 20
+
+
+class About(NamedTuple):
+    """What is known of a value: its type, and its number of axes."""
+
+    type: int
+    rank: int | None
 
 
 class Refused(Exception):
@@ -98,10 +118,18 @@ class Graphs:
         Is changed by the methods below.
     read
         Returns the values of a tensor.
+    about
+        Returns what is known of a value of a scope; None if nothing is.
     """
 
-    def __init__(self, model: ModelProto, read: Callable[[TensorProto], Array]) -> None:
-        self.model, self._read = model, read
+    def __init__(
+        self,
+        model: ModelProto,
+        read: Callable[[TensorProto], Array],
+        about: Callable[[Scope, str], About | None] = lambda scope, name: None,
+    ) -> None:
+        self.model, self._read, self.about = model, read, about
+        self._constants: dict[int, Array] = {}
         self.scopes: list[Scope] = []
         self._labels: dict[int, str] = {}
         self._taken: set[str] = set()
@@ -207,41 +235,17 @@ class Graphs:
             if (home := scope.find(name)) is not None and name in home.annotated:
                 raise Refused(f"'{name}' has an annotation for its quantization")
 
-    def constant(self, scope: Scope, name: str) -> Array:
-        """The values of a constant, also one that has been cast or transposed.
+    def constant(self, scope: Scope, name: str, depth: int = 0) -> Array:
+        """The values of a constant, or of what exporters make of constants.
 
         Raises
         ------
         Refused
             It is none.
         """
-        changes: list[Callable[[Array], Array]] = []
-        while True:
-            home = scope.find(name)
-            if home is None:
-                raise Refused(f"'{name}' is not defined")
-            node = home.producers.get(name)
-            if node is None or not self.is_op(node, "Identity", "Cast", "Transpose"):
-                break
-            given = attributes(node)
-            if self.is_op(node, "Cast"):
-                if given.get("to") not in _FLOATS:
-                    break
-                dtype = helper.tensor_dtype_to_np_dtype(given["to"])
-                changes.append(partial(np.ndarray.astype, dtype=dtype))
-            elif self.is_op(node, "Transpose"):
-                changes.append(partial(np.transpose, axes=given.get("perm")))
-            scope, name = home, node.input[0]
-        values = self._made(home, name)
-        try:
-            for change in reversed(changes):
-                values = change(values)
-        except ValueError as error:
-            raise Refused(f"'{name}' cannot be transposed ({error})") from error
-        return values
-
-    def _made(self, home: Scope, name: str) -> Array:
-        """The values of an initializer or of a Constant."""
+        home = scope.find(name)
+        if home is None:
+            raise Refused(f"'{name}' is not defined")
         if name in home.initializers:
             if name in home.inputs and self.model.ir_version >= 4:
                 raise Refused(f"'{name}' is also an input of the model, and callers may replace it")
@@ -252,15 +256,45 @@ class Graphs:
             kind = "a parameter of a function" if home.is_function else "an input of its graph"
             raise Refused(f"'{name}' is {kind}, not a constant")
         node = home.producers[name]
+        if id(node) not in self._constants:
+            values = self._evaluate(home, node, depth) if depth < _DEPTH else None
+            if values is None:
+                quantized = self.is_op(node, "DequantizeLinear", "QuantizeLinear")
+                how = "quantized" if quantized else "computed"
+                raise Refused(f"'{name}' is {how}, by '{self.label(node)}' ({node.op_type})")
+            self._constants[id(node)] = values
+        return self._constants[id(node)]
+
+    def _evaluate(self, scope: Scope, node: NodeProto, depth: int) -> Array | None:
+        """What a node returns whose inputs are constants; None if it is of another kind."""
+        given = attributes(node)
         if self.is_op(node, "Constant"):
-            for key, value in attributes(node).items():
+            for key, value in given.items():
                 if isinstance(value, TensorProto):
                     return self._read(value)
-                if key in ("value_float", "value_floats"):
-                    return np.asarray(value, np.float32)
-        quantized = self.is_op(node, "DequantizeLinear", "QuantizeLinear")
-        how = "quantized" if quantized else "computed"
-        raise Refused(f"'{name}' is {how}, by '{self.label(node)}' ({node.op_type})")
+                if key in _VALUES:
+                    return np.asarray(value, _VALUES[key])
+        if not self.is_op(node, *_CONSTANT[1:]):
+            return None
+        values = self.constant(scope, node.input[0], depth + 1)
+        try:
+            if self.is_op(node, "Transpose"):
+                return np.transpose(values, given.get("perm"))
+            if self.is_op(node, "Shape"):
+                return np.array(values.shape, np.int64)[given.get("start", 0) : given.get("end")]
+            if self.is_op(node, "Expand"):
+                sizes = tuple(map(int, self.constant(scope, node.input[1], depth + 1)))
+                shape = np.broadcast_shapes(values.shape, sizes)
+                return np.broadcast_to(values, shape) if math.prod(shape) < _LARGE else None
+            if self.is_op(node, "Cast", "CastLike"):
+                about = self.about(scope, node.input[1]) if node.op_type == "CastLike" else None
+                number = given.get("to") if about is None else about.type
+                if number not in _FLOATS:
+                    return None
+                return values.astype(helper.tensor_dtype_to_np_dtype(number))
+        except (ValueError, TypeError) as error:
+            raise Refused(f"'{node.output[0]}' cannot be computed ({error})") from error
+        return values
 
     def calls(self, function: Scope) -> list[tuple[Scope, NodeProto]]:
         """The nodes that call a function, and their scopes."""
@@ -316,7 +350,7 @@ class Graphs:
             del home.initializers[name]
             home.inputs.discard(name)
             home.gone.add(name)
-        elif made is not None and self.is_op(made, "Constant", "Identity", "Cast", "Transpose"):
+        elif made is not None and self.is_op(made, *_CONSTANT):
             return [(home, made)]
         return []
 

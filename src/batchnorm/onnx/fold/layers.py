@@ -172,15 +172,11 @@ class Folding:
         return bound
 
 
-def layer_of(
-    graphs: Graphs, scope: Scope, node: NodeProto, rank: int | None, bias: Array | None = None
-) -> Folding:
+def layer_of(graphs: Graphs, scope: Scope, node: NodeProto, bias: Array | None = None) -> Folding:
     """A node as a layer.
 
     Parameters
     ----------
-    rank
-        Number of axes of the output of a MatMul.
     bias
         What is added to the output of a MatMul.
 
@@ -192,9 +188,11 @@ def layer_of(
     name = f"'{graphs.label(node)}'"
     given = attributes(node)
     graphs.check_plain(scope, node)
-    if graphs.is_op(node, "MatMul") and rank != 2:
-        axes = f"{rank} axes" if rank else "an unknown number of axes"
-        raise Refused(f"the output of {name} has {axes}, and its features are on the last")
+    if graphs.is_op(node, "MatMul"):
+        about = graphs.about(scope, node.output[0])
+        if about is None or about.rank != 2:
+            rank = "an unknown number of" if about is None or about.rank is None else about.rank
+            raise Refused(f"the output of {name} has {rank} axes, and its features are on the last")
     weight = graphs.constant(scope, node.input[1])
     if len(node.input) > 2 and node.input[2]:
         bias = graphs.constant(scope, node.input[2])

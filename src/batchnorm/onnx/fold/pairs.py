@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 from onnx import NodeProto
 
@@ -15,8 +15,6 @@ from .layers import LINEAR, Folding, Part, affine_of, geometry, layer_of
 __all__ = ["Pairs"]
 
 _MOST = 64  # nodes of a sum: more are no parallel branches
-#: Number of axes of a value, None if it is not known.
-Rank = Callable[[Scope, str], int | None]
 
 
 class Pairs:
@@ -37,11 +35,10 @@ class Pairs:
     def __init__(
         self,
         graphs: Graphs,
-        rank: Rank,
         excluded: Mapping[str, str],
         apart: Collection[tuple[tuple[str, ...], str]],
     ) -> None:
-        self._graphs, self._rank, self._excluded, self._apart = graphs, rank, excluded, apart
+        self._graphs, self._excluded, self._apart = graphs, excluded, apart
         self._layers: dict[int, Folding] = {}
         self.refused: dict[str, str] = {}
         self.alone: dict[str, str] = {}
@@ -112,7 +109,7 @@ class Pairs:
         known = self._layers.get(id(node))
         if known is None:
             added = self._graphs.constant(scope, bias) if bias else None
-            known = layer_of(self._graphs, scope, node, self._rank(scope, node.output[0]), added)
+            known = layer_of(self._graphs, scope, node, added)
         return known
 
     def _check_sole(self, scope: Scope, name: str, user: NodeProto, label: str) -> None:
