@@ -475,6 +475,112 @@ def watch_cost() -> str:
     )
 
 
+#: Tools that fold, as a column of the table is called.
+FOLDERS = {
+    "batchnorm.torch.fold": "batchnorm, PyTorch",
+    "torch.nn.utils.fusion": "torch.nn.utils. fusion",
+    "torch.fx fuse": "torch.fx",
+    "batchnorm.onnx.fold": "batchnorm, ONNX",
+    "onnxruntime": "onnxruntime",
+    "onnxoptimizer": "onnx-optimizer",
+    "onnxsim": "onnxsim",
+    "onnxslim": "onnxslim",
+}
+SIGNS = {"right": "✓", "refused": "–", "wrong": "✗", "crashed": "!"}
+
+
+def fold_cases() -> str:
+    """What tools that fold make of many cases: `benchmarks/fold_cases.py`."""
+    rows, about = read("fold_cases"), read_about("fold_cases")
+    versions = ", ".join(
+        f"{name} {about['versions'][name].split('+')[0]}"
+        for name in ("torch", "onnxruntime", "onnxoptimizer", "onnxsim", "onnxslim", "onnx")
+    )
+    verdicts = (*SIGNS, "n/a")
+
+    def misrounded(found: list[Any], dtype: str) -> str:
+        known = [row for row in found if row.weights > 0 and type_of(row) == dtype]
+        if not known:
+            return ""
+        share = sum(row.misrounded for row in known) / sum(row.weights for row in known)
+        return f"{100 * share:.0f} %"
+
+    def type_of(row: Any) -> str:
+        return next((t for t in ("bfloat16", "float16") if t in row.case), "float32")
+
+    summary = markdown(
+        f"{len({row.case for row in rows})} cases: how many of each verdict, and the share of "
+        f"folded weights that are not the nearest number of their type to the exact one. "
+        f"{versions}.",
+        ["", *verdicts, *(f"not nearest, {t}" for t in ("float32", "bfloat16", "float16"))],
+        [
+            [
+                name,
+                *(str(sum(row.verdict == verdict for row in found)) for verdict in verdicts),
+                *(misrounded(found, t) for t in ("float32", "bfloat16", "float16")),
+            ]
+            for key, name in FOLDERS.items()
+            if (found := [row for row in rows if row.provider == key])
+        ],
+    )
+
+    def cell(found: list[Any]) -> str:
+        counts = {v: sum(row.verdict == v for row in found) for v in SIGNS}
+        present = {v: count for v, count in counts.items() if count}
+        parts = []
+        for verdict, count in present.items():
+            sign = SIGNS[verdict] + (f" {count}" if len(present) > 1 else "")
+            if verdict == "wrong":
+                worst = max(row.error for row in found if row.verdict == "wrong")
+                sign += f" {worst:.1f}" if math.isfinite(worst) else " ∞"
+            parts.append(sign)
+        return ", ".join(parts)
+
+    def table(kinds: Iterable[str], tools: Iterable[str]) -> str:
+        lines = []
+        for kind in kinds:
+            lines.append([f"**{kind}**", *("" for _ in tools)])
+            of_kind = [row for row in rows if row.kind == kind]
+            for line in dict.fromkeys(row.line for row in of_kind):
+                found = [row for row in of_kind if row.line == line]
+                cases = len({row.case for row in found})
+                lines.append(
+                    [
+                        line + " †" * (found[0].stays == "True") + f" ({cases})" * (cases > 1),
+                        *(cell([row for row in found if row.provider == key]) for key in tools),
+                    ]
+                )
+        text = markdown("", ["", *(FOLDERS[key] for key in tools)], lines)
+        return f'<div class="verdicts" markdown>\n\n{text.replace("--:", ":-:")}\n\n</div>'
+
+    judged = [row for row in rows if row.verdict != "n/a" and row.error >= 0]
+    shares = [(row.verdict == "wrong", row.error / row.tolerance) for row in judged]
+    right, wrong = (
+        pick(share for is_wrong, share in shares if is_wrong == of)
+        for pick, of in ((max, False), (min, True))
+    )
+    line = (
+        f"No result is near the tolerance: what is right differs by at most {right:.1f} of it, and "
+        f"what is wrong by at least {10 ** math.floor(math.log10(wrong)):,} times as much."
+    )
+    of_case = by(rows, "case").values()
+    alone = "onnxoptimizer fuse_bn_into_conv"
+    if all(found[alone].verdict == found["onnxoptimizer"].verdict for found in of_case):
+        line += " onnx-optimizer's default passes do what its `fuse_bn_into_conv` does alone."
+    *kinds, graphs = dict.fromkeys(row.kind for row in rows)
+    on_files = [key for key in FOLDERS if "torch" not in key]
+    return "\n\n".join(
+        [
+            summary,
+            line,
+            "### Models of PyTorch",
+            table(kinds, FOLDERS),
+            "### Graphs that only ONNX has",
+            table([graphs], on_files),
+        ]
+    )
+
+
 #: Name of a table to the page that holds it and what makes it.
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "speed": ("README.md", speed),
@@ -489,6 +595,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "recalibrate_errors": ("docs/statistics.md", recalibrate_errors),
     "dataset_stats": ("docs/howto/large-data.md", dataset_stats),
     "images": ("docs/howto/images.md", images),
+    "fold_cases": ("docs/folding-tools.md", fold_cases),
     "sklearn_scaler": ("docs/howto/scikit-learn.md", sklearn_scaler),
 }
 END = "<!-- /benchmark -->"

@@ -60,6 +60,13 @@ def test_picture_of_the_readme_shows_the_committed_results(theme):
     assert hashlib.sha256(results).hexdigest()[:16] in picture, "python docs/site/overview.py"
 
 
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_picture_of_folding_tools_shows_the_committed_results(theme):
+    results = (ROOT / "benchmarks" / "results" / "fold_cases.csv").read_bytes()
+    picture = (DOCS / "assets" / f"fold-cases-{theme}.svg").read_text(encoding="utf-8")
+    assert hashlib.sha256(results).hexdigest()[:16] in picture, "python docs/site/fold_cases.py"
+
+
 def test_notebook_has_the_code_of_the_tutorial():
     notebook = _module("notebook").notebook((DOCS / "learn" / "tutorial.md").read_text("utf-8"))
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

@@ -507,6 +507,67 @@ def test_output_that_is_kept_as_an_attribute_is_refused():
     refuses(Keeps(), images(), "the output of 'conv' also goes to the attribute 'seen' of a module")
 
 
+class EverySecond(Net):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.conv(x)
+        return self.bn(y) if self.calls % 2 else y
+
+
+class FromThousandth(EverySecond):
+    def forward(self, x):
+        self.calls += 1
+        y = self.conv(x)
+        return self.bn(y) if self.calls < 1000 else y
+
+
+class First(Net):
+    last = None
+
+    def forward(self, x):
+        y, first, self.last = self.conv(x), self.last is None, x.shape
+        return self.bn(y) if first else y
+
+
+class AddsLast(Net):
+    last = None
+
+    def forward(self, x):
+        y, last = self.bn(self.conv(x)), self.last
+        self.last = x
+        return y if last is None else y + self.conv(last)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (EverySecond, "its path depends on 'calls', which earlier calls change"),
+        (FromThousandth, "its path depends on 'calls', which earlier calls change"),
+        (First, "its path depends on 'last', which earlier calls change"),
+        (AddsLast, "its path depends on 'last', which earlier calls change"),
+    ],
+)
+def test_path_that_depends_on_earlier_calls_is_refused(kind, message):
+    refuses(kind(), images(), message)
+
+
+class Remembers(Net):
+    """Of which later calls are like the first."""
+
+    ready, largest = False, 0
+
+    def forward(self, x):
+        self.ready, self.largest, self.shape = True, max(self.largest, 3), x.shape
+        return self.bn(self.conv(x))
+
+
+def test_attributes_that_change_no_path_do_not_matter():
+    _, report = folds(Remembers(), images())
+    assert report.folded == {"bn": "conv"}
+
+
 class Plain(Net):
     def forward(self, x):
         return self.bn(self.conv(x))

@@ -63,7 +63,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
-    r"""Make MathML of formulas, \(...\) and \[...\], which browsers draw without any script."""
+    r"""Make MathML of formulas, \(...\) and \[...\], and colour the verdicts of tables."""
 
     def drawn(found: re.Match[str]) -> str:
         inline = found[2].startswith("\\(")
@@ -71,7 +71,12 @@ def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
         return latex2mathml.converter.convert(formula, display="inline" if inline else "block")
 
     pattern = r'<(span|div) class="arithmatex">(.*?)</\1>'
-    return re.sub(pattern, drawn, content, flags=re.DOTALL)
+    content = re.sub(pattern, drawn, content, flags=re.DOTALL)
+    if 'class="verdicts"' in content:
+        for sign, kind in {"✓": "reproduced", "✗": "not", "!": "depends"}.items():
+            colored = rf'<span class="verdict {kind}">\1</span>'
+            content = re.sub(rf"(?<=[> ])({sign}[ ∞.\d]*)(?=[<,])", colored, content)
+    return content
 
 
 #: Of Material for MkDocs, on every page; the site has a copy.

@@ -37,6 +37,8 @@ __all__ = ["METADATA", "Context", "Paths", "Used", "explore", "is_torchs", "only
 
 #: Paths of one module that are followed.
 MOST_PATHS = 256
+#: By how much a number is raised that a forward changes, to see whether its path depends on it.
+MANY_CALLS = 100_000
 #: Questions on one path.
 MOST_DECISIONS = 24
 
@@ -125,12 +127,20 @@ def outline(graph: fx.Graph) -> list[Any]:
     """What is called with what, to compare graphs by."""
     numbers = {node: number for number, node in enumerate(graph.nodes)}
 
+    names: dict[str, str] = {}
+
+    def target(node: fx.Node) -> str:
+        name = str(node.target)
+        if node.op == "get_attr" and name.startswith("_tensor_constant"):  # fx counts them
+            name = names.setdefault(name, f"constant {len(names)}")
+        return name
+
     def numbered(args: Any) -> str:
-        return repr(fx.map_arg(args, lambda node: f"%{numbers[node]}"))
+        # A node of another graph is what an earlier call has left in an attribute.
+        return repr(fx.map_arg(args, lambda node: f"%{numbers.get(node, 'earlier')}"))
 
     return [
-        (node.op, str(node.target), numbered(node.args), numbered(node.kwargs))
-        for node in graph.nodes
+        (node.op, target(node), numbered(node.args), numbered(node.kwargs)) for node in graph.nodes
     ]
 
 
@@ -227,7 +237,18 @@ def _graphs(root: nn.Module, context: Context) -> list[fx.Graph]:
         raise _Opaque("it did not run on the example inputs")
     if not _has_forward(root) and "forward" not in root.__dict__:
         raise _Opaque("it has no forward")
-    found = [graph for spec in context.specs[name] for graph in _paths(root, spec, context)]
+
+    def follow() -> list[fx.Graph]:
+        return [graph for spec in context.specs[name] for graph in _paths(root, spec, context)]
+
+    before = _attributes(root)
+    found = follow()
+    if changed := _changed(before, _attributes(root)):
+        for module, attribute, value in changed:  # as a call much later finds them
+            if type(value) in (int, float):
+                setattr(module, attribute, value + MANY_CALLS)
+        if list(map(outline, found)) != list(map(outline, follow())):
+            raise _Opaque(f"its path depends on '{changed[0][1]}', which earlier calls change")
     if len(found) > MOST_PATHS:
         raise _Opaque(f"it has more than {MOST_PATHS} paths")
     modules = dict(root.named_modules(remove_duplicate=False))
@@ -301,6 +322,33 @@ def _follow(
     assert graph is not None
     _add_kept(root, tracer, graph)
     return graph
+
+
+_OF_MODULE = frozenset(vars(nn.Module())) - {"training"}
+
+
+def _attributes(root: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    """What Python keeps in a module and those in it."""
+    return {
+        (module, name): value
+        for module in root.modules()
+        for name, value in vars(module).items()
+        if name not in _OF_MODULE and not name.startswith("_tensor_constant")  # those are fx's
+    }
+
+
+def _changed(
+    before: dict[tuple[nn.Module, str], Any], after: dict[tuple[nn.Module, str], Any]
+) -> list[tuple[nn.Module, str, Any]]:
+    """Attributes that are others now, and what they are."""
+    plain = (bool, int, float, complex, str, bytes)
+    found = []
+    for key, value in after.items():
+        other = before.get(key, _ANY)
+        equal = type(value) is type(other) and isinstance(value, plain) and value == other
+        if value is not other and not equal:
+            found.append((*key, value))
+    return found
 
 
 def _random_state() -> Any:

@@ -1,0 +1,183 @@
+"""From a model to a folded one and its report, or to an error that leaves nothing behind."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto
+
+from ...atomic import check_place
+from ...errors import ArgumentError, BatchNormError
+from ...folding import FoldReport
+from ..files import (
+    Data,
+    check,
+    data_path,
+    inferred,
+    is_external,
+    one_line,
+    read_model,
+    tensors,
+    write_model,
+)
+from .graphs import About, Graphs, Scope
+from .layers import Folding
+from .pairs import Pairs
+from .verify import Runtime, check_inputs, compare_layers, compare_outputs
+
+__all__ = ["fold", "fold_file"]
+
+
+def fold_file(path: Path, out: Path, inputs: Any, *, strict: bool, tol: float | None) -> FoldReport:
+    """See `batchnorm.onnx.fold_file`."""
+    check_place(out, "an ONNX file", "folded.onnx")
+    model = read_model(path)
+    data = Data(path.parent)
+    sources = {data.path_of(tensor) for tensor in tensors(model) if is_external(tensor)}
+    for target in (out, data_path(out)):
+        for source in (path, *sources):
+            if os.path.exists(target) and os.path.samefile(target, source):
+                raise ArgumentError(
+                    f"out must be another file than the model and its data, got {str(out)!r}, "
+                    f"which would replace {str(source)!r}. Name another."
+                )
+    try:
+        folded, report = fold(model, inputs, path.parent, strict=strict, tol=tol)
+    except ArgumentError as error:
+        raise type(error)(f"{path}: {error}") from error
+    write_model(folded, out, data)
+    return report
+
+
+def fold(
+    model: object, inputs: Any, folder: Path | None, *, strict: bool, tol: float | None
+) -> tuple[ModelProto, FoldReport]:
+    """Fold a model whose data outside of it are in `folder`."""
+    if not isinstance(model, ModelProto):
+        raise ArgumentError(
+            f"fold takes an onnx.ModelProto, got {type(model).__name__}. onnx.load(path) returns "
+            "one."
+        )
+    if tol is not None and not (isinstance(tol, (int, float)) and tol >= 0):
+        raise ArgumentError(f"tol must be a number that is not negative, or None, got {tol!r}.")
+    if tol is not None and inputs is None:
+        raise ArgumentError("tol must come with inputs: without them, nothing is compared.")
+    data = Data(folder)
+    _check(model, data)
+    feeds = None if inputs is None else check_inputs(model, inputs)
+    runtime = None if feeds is None else Runtime(folder)
+    with np.errstate(invalid="ignore"):  # conversions of NaN, which is found later
+        report, folded = _folded(model, data, feeds, runtime)
+    check(folded, inferred(model) is not None, "the folded model")
+    if feeds is not None and runtime is not None:
+        _compare(report, model, folded, feeds, runtime)
+    if strict:
+        report.check(tol)
+    return folded, report
+
+
+def _check(model: ModelProto, data: Data) -> None:
+    """Raise unless the model can be read, is valid, and can be folded."""
+    for tensor in tensors(model):
+        if is_external(tensor):
+            data.bytes_of(tensor)
+    if model.training_info:
+        raise ArgumentError(
+            "model must be one for inference, got one with training_info. Export it anew."
+        )
+    versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
+    if versions and max(versions) < 9:
+        raise ArgumentError(
+            f"model must be of opset 9 or later, got {max(versions)}. "
+            "onnx.version_converter.convert_version(model, 13) converts it."
+        )
+    check(model, False, "model")
+
+
+def _folded(
+    model: ModelProto, data: Data, feeds: list[Any] | None, runtime: Runtime | None
+) -> tuple[FoldReport, ModelProto]:
+    about = _known(model)
+    excluded: dict[str, str] = {}
+    apart: set[tuple[Any, str]] = set()
+    while True:
+        graphs = Graphs(_copy(model), data.read, about)
+        pairs = Pairs(graphs, excluded, apart)
+        problems: list[tuple[Folding, str]] = []
+        for folding in pairs.foldings:
+            try:
+                folding.write(graphs)
+            except BatchNormError as error:
+                problems.append((folding, one_line(error)))
+        if not problems and feeds is not None and runtime is not None and pairs.foldings:
+            missed = compare_layers(
+                Graphs(_copy(model), data.read), graphs, pairs.foldings, feeds, runtime
+            )
+            whys = [
+                (f, missed.get(place) or ("" if missed else f.compare()))
+                for place, f in enumerate(pairs.foldings)
+            ]
+            problems = [(folding, why) for folding, why in whys if why]
+        if not problems:
+            break
+        for folding, why in problems:
+            if len(folding.parts) > 1:
+                apart.add((folding.scope.key, folding.node.output[0]))
+            else:
+                where = f"folded into '{folding.report.layer}', {why}"
+                excluded.update(dict.fromkeys(folding.report.norms, where))
+    graphs.finish()
+    reports = [folding.report for folding in pairs.foldings]
+    if feeds is None:
+        for each in reports:
+            each.error = each.relative_error = each.bound = each.share = math.nan
+    dtypes = ", ".join(sorted({str(folding.dtype) for folding in pairs.foldings}))
+    report = FoldReport(reports, pairs.refused, pairs.alone, dtypes, verified=feeds is not None)
+    return report, graphs.model
+
+
+def _copy(model: ModelProto) -> ModelProto:
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def _known(model: ModelProto) -> Callable[[Scope, str], About | None]:
+    """Types and numbers of axes of values, which are inferred when the first is asked for."""
+
+    @cache
+    def known() -> dict[tuple[tuple[str, ...], str], About]:
+        found = {}
+        for scope in Graphs(inferred(model) or ModelProto(), Data(None).read).scopes:
+            if scope.is_function:
+                continue
+            graph = scope.graph
+            for value in (*graph.input, *graph.value_info, *graph.output):
+                kind = value.type.tensor_type
+                rank = len(kind.shape.dim) if kind.HasField("shape") else None
+                found[scope.key, value.name] = About(kind.elem_type, rank)
+        return found
+
+    return lambda scope, name: known().get((scope.key, name))
+
+
+def _compare(
+    report: FoldReport, model: ModelProto, folded: ModelProto, feeds: list[Any], runtime: Runtime
+) -> None:
+    """Run both models as wholes."""
+    for optimized in (False, True):
+        one, other = (
+            runtime.outputs(each, feeds, what, optimized)
+            for each, what in ((model, "the model"), (folded, "the folded model"))
+        )
+        error, relative = compare_outputs(one, other)
+        if optimized:
+            report.optimized_error = error
+        else:
+            report.error, report.relative_error = error, relative
