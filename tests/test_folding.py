@@ -572,6 +572,58 @@ def test_difference_bounds_a_batch_norm_before_and_a_narrower_type(data):
 
 
 @given(data=st.data())
+def test_difference_bounds_a_batch_norm_beside_a_multiple_before_a_layer(data):
+    dtype, n = np.dtype(np.float32), data.draw(st.integers(1, 6))
+    draw = lambda count: np.array(data.draw(st.lists(_VALUES, min_size=count, max_size=count)))  # noqa: E731
+    w, x, mean, gamma, beta = (draw(n).astype(dtype) for _ in range(5))
+    var, eps = (abs(draw(n)) + 0.0625).astype(dtype), 2.0**-10
+    norm = Affine.of(mean, var, gamma, beta, eps=eps)
+    multiple = draw(n).astype(dtype)
+    if data.draw(st.booleans()):  # what is added cancels
+        multiple = -norm.scale.astype(dtype)
+    y = [
+        _one_by_one(*values, eps, data.draw(st.integers(0, 2)), dtype, dtype)
+        for values in zip(x, mean, var, gamma, beta, strict=True)
+    ]
+    original = _dot(w, np.array(y) + multiple * x, 0, range(n), dtype, dtype)
+    layer, both = Linear(w[None]), norm + Affine.scaling(multiple)
+    once = layer.after(both).rounded(dtype)
+    folded = _dot(once.weight[0], x, once.bias[0], range(n), dtype, dtype)
+    bound = layer.difference(None, abs(x), dtype, before=both)
+    assert abs(Fraction(float(original)) - Fraction(float(folded))) <= Fraction(float(bound[0]))
+
+
+def test_difference_counts_maps_that_cancel():
+    """x·s − x·s of float32: the sum has no scale, but the errors of both."""
+    f = np.float32
+    gamma, x = f(1.1), f(1.7)
+    norm = Affine.of([0.0], [2.0], [gamma], eps=0.0)
+    both = norm + Affine.scaling(-norm.scale)
+    original = gamma * (x / np.sqrt(f(2))) + f(-norm.scale[0]) * x
+    assert original != 0
+    bound = Linear(np.ones((1, 1), f)).difference(None, x, f, before=both)
+    assert abs(original) <= bound[0]
+
+
+def test_a_batch_norm_beside_a_multiple_is_one_map():
+    norm = Affine.of([1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0], eps=0.0)
+    both = norm + Affine.scaling([0.5, -1.0])
+    x = np.array([0.25, -3.0])
+    np.testing.assert_allclose(
+        both.scale * x + both.shift, norm.scale * x + norm.shift + x * [0.5, -1.0]
+    )
+
+
+def test_scaling_and_sums_name_what_does_not_fit():
+    with pytest.raises(ShapeError, match=r"factors must have shape \(C,\), got \(\)"):
+        Affine.scaling(2.0)
+    with pytest.raises(ArgumentError, match="factors must be finite"):
+        Affine.scaling([np.inf])
+    with pytest.raises(ShapeError, match="map to add must have its 2 channels, got 1"):
+        Affine.scaling([1.0, 1.0]) + Affine.scaling([1.0])
+
+
+@given(data=st.data())
 def test_difference_bounds_branches_that_are_added(data):
     dtype = data.draw(st.sampled_from(_types()))
     sums = np.dtype(np.float64) if dtype == np.float64 else np.dtype(np.float32)

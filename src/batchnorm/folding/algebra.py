@@ -36,13 +36,26 @@ class Affine:
         Sum of the magnitudes of what `shift` is the sum of, such as |β| + |μ·scale|: they may
         cancel, while their rounding errors do not.
     norms : int
-        Number of batch norms that this composes.
+        Number of batch norms, and of other maps, that this composes.
+    factors : (C,)
+        Likewise of `scale`; None for its magnitude.
     """
 
     scale: Float64
     shift: Float64
     terms: Float64
     norms: int = 1
+    factors: Float64 | None = None
+
+    def __post_init__(self) -> None:
+        """Fill in `factors`."""
+        if self.factors is None:
+            object.__setattr__(self, "factors", abs(self.scale))
+
+    @property
+    def size(self) -> Float64:
+        """`factors`, which are known."""
+        return cast(Float64, self.factors)
 
     @classmethod
     def of(
@@ -97,8 +110,46 @@ class Affine:
         return Affine(
             self.scale * after.scale,
             self.shift * after.scale + after.shift,
-            self.terms * abs(after.scale) + after.terms,
+            self.terms * after.size + after.terms,
             self.norms + after.norms,
+            self.size * after.size,
+        )
+
+    @classmethod
+    def scaling(cls, factors: ArrayLike) -> Affine:
+        """Each channel times a factor, (C,); of ones it is the identity.
+
+        Raises
+        ------
+        ShapeError, DTypeError, ArgumentError
+            They are not one finite real number for each channel.
+        """
+        if np.ndim(factors) != 1:
+            raise ShapeError(f"factors must have shape (C,), got {np.shape(factors)}.")
+        channels = len(np.asarray(factors))
+        scale = _vector(
+            factors, channels, "factors", "(C,)", "There is one value for each channel."
+        )
+        native.check_finite(scale, "factors")
+        return cls(scale, np.zeros(channels), np.zeros(channels))
+
+    def __add__(self, other: Affine) -> Affine:
+        """The sum of two maps of the same input, as in RepBN: a batch norm beside a multiple of x.
+
+        References
+        ----------
+        Guo et al. (2024), SLAB: Efficient Transformers with Simplified Linear Attention and
+        Progressive Re-parameterized Batch Normalization.
+        """
+        if not isinstance(other, Affine):
+            return NotImplemented
+        _check_channels(other, self.scale.size, "map to add", "channels")
+        return Affine(
+            self.scale + other.scale,
+            self.shift + other.shift,
+            self.terms + other.terms,
+            self.norms + other.norms,  # each of which counts what its result is stored in
+            self.size + other.size,
         )
 
 
@@ -386,9 +437,9 @@ class Linear:
         stored, summed = _precision(dtype), _precision(sums or dtype)
         given, step = _precision(original or dtype), _precision(steps or sums or dtype)
 
-        split, rank, scale = abs(self._split()), len(self.kernel), abs(last.scale)
+        split, rank, scale = abs(self._split()), len(self.kernel), last.size
         n = math.prod(split.shape[2:])
-        entering = abs(first.scale) * bounds + first.terms
+        entering = first.size * bounds + first.terms
 
         def total(values: Float64) -> Float64:
             return _over_inputs(split * _along(values, self.groups, 2, rank))
@@ -411,7 +462,7 @@ class Linear:
             )
             relative = (unfolded - 1) + (folded - 1)
             # What flushing to zero, or rounding a number below the normal ones, adds.
-            inputs = scale * total(abs(first.scale))
+            inputs = scale * total(first.size)
             ones = np.ones_like(split) * _along(bounds, self.groups, 2, rank)
             lost = (
                 (1 + scale) * (max(n, terms) * summed[1] + given[1])
