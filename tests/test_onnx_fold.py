@@ -206,6 +206,18 @@ FOLDED = {
         "z1 = Conv(x, w) r = Constant<value = float {0.5}>() z = Dropout(z1, r) " + AFTER,
         ["Conv"],
     ),
+    "sum of Python": (
+        "a = Conv(x, w) p = BatchNormalization(a, s, b, m, v) o = Constant<value = float {0}>() "
+        "h = CastLike(o, x) e = Add(h, p) f0 = Add(e, k0) d = Conv(x, k3) "
+        "q = BatchNormalization(d, ts, tb, tm, tv) g = Add(f0, q) y = Relu(g)",
+        ["Conv", "Relu"],
+    ),
+    "bias of an exporter": (
+        "d = Shape<start = 0, end = 1>(w) e = Constant<value_ints = [1]>() f0 = Expand(d, e) "
+        "g = Constant<value = float {3}>() h = CastLike(g, x) i = Expand(h, f0) z = Conv(x, w, i) "
+        + AFTER,
+        ["Conv"],
+    ),
     "before": ("z = BatchNormalization(x, s, b, m, v) y = Conv(z, w)", ["Conv"]),
     "before, identity between": (
         "z = BatchNormalization(x, s, b, m, v) i = Identity(z) "
@@ -284,6 +296,7 @@ FOLDED = {
 
 def folded_case(name, dtype):
     more = {"k3": array(4, 4, 3, 3, seed=9, dtype=dtype), "f": array(4, 4, 3, 3, seed=9)}
+    more["k0"] = np.zeros((), dtype)
     return convolutions(FOLDED[name][0], dtype, more=more)
 
 

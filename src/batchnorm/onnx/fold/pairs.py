@@ -127,11 +127,9 @@ class Pairs:
         if home is None:
             return False
         node = home.producers.get(value)
-        while home is scope and graphs.passes(scope, node):
-            assert node is not None
+        while node is not None and home is scope and (passed := graphs.passed(scope, node)):
             between.append(node)
-            value = node.input[0]
-            node = scope.producers.get(value)
+            node = scope.producers.get(passed)
         bias = ""
         if home is scope and graphs.is_op(node, "Add"):
             assert node is not None
@@ -159,13 +157,12 @@ class Pairs:
     def _into_next(self, scope: Scope, norm: NodeProto) -> bool:
         """Fold a batch norm into the layer after it; False if there is none."""
         graphs, between, value = self._graphs, [norm], norm.output[0]
-        while len(uses := scope.uses.get(value, [])) == 1 and graphs.passes(scope, uses[0].node):
-            node = uses[0].node
-            assert node is not None
-            if uses[0].scope is not scope or node.input[0] != value:
-                return False
-            between.append(node)
-            value = node.output[0]
+        while len(uses := scope.uses.get(value, [])) == 1:
+            inner, user = uses[0]
+            if user is None or inner is not scope or graphs.passed(scope, user) != value:
+                break
+            between.append(user)
+            value = user.output[0]
         found = [
             use.node
             for use in uses
@@ -257,12 +254,12 @@ class Pairs:
         if self._graphs.is_op(node, "Conv", "BatchNormalization"):
             branches.append(node)
             return True
+        if passed := self._graphs.passed(scope, node):
+            gone.append(node)
+            return self._collect(scope, passed, gone, branches)
         if self._graphs.is_op(node, "Add", "Sum"):
             gone.append(node)
             return all(self._collect(scope, each, gone, branches) for each in node.input)
-        if self._graphs.passes(scope, node):
-            gone.append(node)
-            return self._collect(scope, node.input[0], gone, branches)
         return False
 
 
