@@ -133,20 +133,20 @@ class Runtime:
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's have no base class of their own
-            raise ArgumentError(
-                f"onnxruntime cannot load {what}: {one_line(error)} Without inputs, nothing is "
-                "run, and it can still be folded."
-            ) from error
+            raise ArgumentError(f"onnxruntime cannot load {what}: {one_line(error)}") from error
 
-    def outputs(
-        self, model: ModelProto, feeds: list[Feed], what: str, optimized: bool = False
-    ) -> list[Any]:
-        """What a model returns for each of the inputs."""
-        session = self.session(model, what, optimized)
+    def outputs(self, model: ModelProto, feeds: list[Feed], what: str) -> tuple[list[Any], ...]:
+        """What a model returns for each of the inputs: as it is, and optimized."""
         try:
-            return [session.run(None, feed) for feed in feeds]
+            sessions = [self.session(model, what, optimized) for optimized in (False, True)]
+        except ArgumentError as error:
+            remedy = "Without inputs, nothing is run, and it can still be folded."
+            raise ArgumentError(f"{error} {remedy}") from error
+        try:
+            plain, optimized = ([s.run(None, feed) for feed in feeds] for s in sessions)
         except Exception as error:
             raise ArgumentError(f"onnxruntime cannot run {what}: {one_line(error)}") from error
+        return plain, optimized
 
 
 # ---- each layer ---------------------------------------------------------------------------------
