@@ -992,6 +992,20 @@ def test_fold_keeps_what_networks_of_any_shape_compute(network, taken):
     check_equal(proto, folded, 1, 4, 4, 5, k=np.array(taken), tolerance=1e-9)
 
 
+@given(networks())
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_fold_verifies_networks_of_any_shape(network):
+    body, outputs = network
+    proto = convolutions(body, inputs=", bool k", outputs=outputs)
+    feeds = [{"x": array(1, 4, 4, 5), "k": np.array(taken)} for taken in (True, False)]
+    _, unverified = fold(proto)
+    folded, report = fold(proto, feeds)
+    onnx.checker.check_model(folded, full_check=True)
+    assert (report.folded, report.refused) == (unverified.folded, unverified.refused)
+    assert report.share <= 1
+    assert report.relative_error < 1e-4
+
+
 # ---- the report, and errors ---------------------------------------------------------------------
 
 
