@@ -206,6 +206,18 @@ FOLDED = {
         "z1 = Conv(x, w) r = Constant<value = float {0.5}>() z = Dropout(z1, r) " + AFTER,
         ["Conv"],
     ),
+    "sum of Python": (
+        "a = Conv(x, w) p = BatchNormalization(a, s, b, m, v) o = Constant<value = float {0}>() "
+        "h = CastLike(o, x) e = Add(h, p) f0 = Add(e, k0) d = Conv(x, k3) "
+        "q = BatchNormalization(d, ts, tb, tm, tv) g = Add(f0, q) y = Relu(g)",
+        ["Conv", "Relu"],
+    ),
+    "bias of an exporter": (
+        "d = Shape<start = 0, end = 1>(w) e = Constant<value_ints = [1]>() f0 = Expand(d, e) "
+        "g = Constant<value = float {3}>() h = CastLike(g, x) i = Expand(h, f0) z = Conv(x, w, i) "
+        + AFTER,
+        ["Conv"],
+    ),
     "before": ("z = BatchNormalization(x, s, b, m, v) y = Conv(z, w)", ["Conv"]),
     "before, identity between": (
         "z = BatchNormalization(x, s, b, m, v) i = Identity(z) "
@@ -284,6 +296,7 @@ FOLDED = {
 
 def folded_case(name, dtype):
     more = {"k3": array(4, 4, 3, 3, seed=9, dtype=dtype), "f": array(4, 4, 3, 3, seed=9)}
+    more["k0"] = np.zeros((), dtype)
     return convolutions(FOLDED[name][0], dtype, more=more)
 
 
@@ -348,6 +361,34 @@ KEPT = {
         None,
     ),
 }
+
+
+def test_fold_folds_on_both_sides_of_a_product_and_what_is_added_to_it():
+    proto = model(
+        "(T[5, 3] x) => (T[M, 4] y) { h = BatchNormalization(x, p, p, p, q) z = MatMul(h, w) "
+        "a = Add(z, c) y = BatchNormalization(a, s, b, m, v) }",
+        dtype=np.float64,
+        w=array(3, 4, dtype=np.float64),
+        c=array(4, dtype=np.float64),
+        p=array(3, dtype=np.float64),
+        q=np.ones(3),
+        **norm(4, dtype=np.float64),
+    )
+    folded, report = fold(proto, {"x": array(5, 3, dtype=np.float64)})
+    assert operators(folded.graph) == ["Gemm"]
+    assert not report.pairs[0].new_bias
+    check_equal(proto, folded, 5, 3)
+
+
+def test_fold_leaves_alone_what_follows_a_residual_sum():
+    proto = model(
+        "(T[5, 4] x) => (T[5, 4] y) { z = MatMul(x, w) a = Add(z, x) "
+        "y = BatchNormalization(a, s, b, m, v) }",
+        w=array(4, 4), **norm(4),
+    )  # fmt: skip
+    folded, report = fold(proto)
+    assert folded == proto
+    assert list(report.alone) == ["BatchNormalization_2 (output 'y')"]
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -416,6 +457,16 @@ def test_fold_does_not_take_values_out_of_inner_graphs():
         "BatchNormalization_0 (output 'e')": "'Conv_0 (output 'z')' is outside of the graph that "
         "it is in"
     }
+
+
+def test_fold_does_not_take_batch_norms_into_inner_graphs():
+    body = """z = BatchNormalization(x, s, b, m, v) y = If(k)<
+        then_branch = t () => (T[A, B, D, E] e) { e = Conv(z, w) },
+        else_branch = f () => (T[F, G, I, J] g) { g = Conv(x, w) }>"""
+    proto = convolutions(body, inputs=", bool k")
+    folded, report = fold(proto, [{"x": X, "k": np.array(True)}, {"x": X, "k": np.array(False)}])
+    assert folded == proto
+    assert "which comes after it, is inside another node" in next(iter(report.refused.values()))
 
 
 def test_fold_gives_a_shared_weight_to_each_layer():
@@ -514,6 +565,41 @@ def test_fold_refuses_sparse_initializers():
     folded, report = fold(proto)
     assert folded == proto
     assert list(report.refused.values()) == ["'v' is a sparse initializer"]
+
+
+def test_fold_refuses_what_has_annotations():
+    proto = convolutions("z = Conv(x, w) " + AFTER)
+    proto.graph.quantization_annotation.add(tensor_name="z").quant_parameter_tensor_names.add(
+        key="SCALE_TENSOR", value="c"
+    )
+    folded, report = fold(proto)
+    assert folded == proto
+    assert list(report.refused.values()) == ["'z' has an annotation for its quantization"]
+
+
+def test_fold_refuses_nodes_on_several_devices():
+    proto = convolutions("z = Conv(x, w) " + AFTER)
+    proto.graph.node[0].device_configurations.add(configuration_id="a")
+    folded, report = fold(proto)
+    assert folded == proto
+    assert "is distributed over devices" in next(iter(report.refused.values()))
+
+
+def test_fold_raises_for_models_that_train():
+    proto = convolutions("z = Conv(x, w) " + AFTER)
+    proto.training_info.add()
+    with pytest.raises(ArgumentError, match="got one with training_info"):
+        fold(proto)
+
+
+def test_fold_raises_for_data_outside_of_the_model():
+    proto = convolutions("z = Conv(x, w) " + AFTER)
+    tensor = proto.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="a.data")
+    with pytest.raises(ArgumentError, match="is in 'a.data', outside of it. Load it with"):
+        fold(proto)
 
 
 # ---- training mode, versions, types -------------------------------------------------------------
@@ -739,6 +825,33 @@ def test_fold_keeps_all_that_it_does_not_fold():
     assert folded == expected
 
 
+def test_fold_leaves_branches_apart_that_do_not_fit_into_their_type():
+    """Each fits, and their sum does not; nor does a batch norm behind it."""
+    body = """a = Conv(x, u) p = BatchNormalization(a, one, b, zero, one) d = Conv(x, u)
+        q = BatchNormalization(d, one, b, zero, one) e = Add(p, q)
+        y = BatchNormalization(e, ts, tb, tm, tv)"""
+    more = {"b": np.full(4, 4e4, np.float16), "one": np.ones(4, np.float16)}
+    proto = convolutions(body, np.float16, more=more)
+    folded, report = fold(proto)
+    assert operators(folded.graph) == ["Conv", "Conv", "Add", BN]
+    assert len(report.folded) == 2
+
+
+def test_fold_leaves_branches_apart_whose_error_exceeds_the_bound(monkeypatch):
+    from batchnorm.onnx.fold import layers
+
+    bound = layers.Folding._bound
+    monkeypatch.setattr(
+        layers.Folding, "_bound", lambda self: bound(self) * (1 if len(self.parts) < 2 else 1e-9)
+    )
+    proto = folded_case("branches, norm behind", np.float32)
+    folded, report = fold(proto, {"x": array(2, 4, 6, 5)})
+    assert folded == proto
+    proto = folded_case("RepVGG", np.float32)
+    folded, report = fold(proto, {"x": array(2, 4, 6, 5)})
+    assert len(report.folded) == 2
+
+
 APART = {
     "even": ("Conv<pads=[1, 1, 0, 0]>(x, even)", "Conv<pads=[1, 1, 1, 1]>(x, w)"),
     "strides": ("Conv<pads=[1, 1, 1, 1], strides=[2, 2]>(x, k3)", "Conv<pads=[1, 1, 1, 1]>(x, w)"),
@@ -877,6 +990,20 @@ def test_fold_keeps_what_networks_of_any_shape_compute(network, taken):
         report.alone
     )
     check_equal(proto, folded, 1, 4, 4, 5, k=np.array(taken), tolerance=1e-9)
+
+
+@given(networks())
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_fold_verifies_networks_of_any_shape(network):
+    body, outputs = network
+    proto = convolutions(body, inputs=", bool k", outputs=outputs)
+    feeds = [{"x": array(1, 4, 4, 5), "k": np.array(taken)} for taken in (True, False)]
+    _, unverified = fold(proto)
+    folded, report = fold(proto, feeds)
+    onnx.checker.check_model(folded, full_check=True)
+    assert (report.folded, report.refused) == (unverified.folded, unverified.refused)
+    assert report.share <= 1
+    assert report.relative_error < 1e-4
 
 
 # ---- the report, and errors ---------------------------------------------------------------------

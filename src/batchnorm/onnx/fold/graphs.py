@@ -201,22 +201,33 @@ class Graphs:
             and (node.domain, node.op_type) not in self._functions
         )
 
-    def passes(self, scope: Scope, node: NodeProto | None) -> bool:
-        """Whether a node returns its first input as it is: Identity, or Dropout in evaluation."""
+    def passed(self, scope: Scope, node: NodeProto | None) -> str:
+        """The input that a node returns as it is; "" if it does something.
+
+        Identity does nothing, nor does Dropout in evaluation, nor adding 0 (where Python's `sum`
+        begins).
+        """
+        if node is None:
+            return ""
+        first, *rest = map(str, node.input) if node.input else [""]
         if self.is_op(node, "Identity"):
-            return True
-        if (
-            node is None
-            or not self.is_op(node, "Dropout")
-            or any(map(scope.uses.get, node.output[1:]))
-        ):
-            return False
-        if len(node.input) < 3 or not node.input[2]:
-            return True
+            return first
+        if self.is_op(node, "Dropout") and not any(map(scope.uses.get, node.output[1:])):
+            training = rest[1] if len(rest) > 1 else ""
+            return first if not training or self._is_zero(scope, training) else ""
+        if self.is_op(node, "Add"):
+            if self._is_zero(scope, rest[0]):
+                return first
+            return rest[0] if self._is_zero(scope, first) else ""
+        return ""
+
+    def _is_zero(self, scope: Scope, name: str) -> bool:
+        """Whether a value is the constant 0, without axes."""
         try:
-            return not self.constant(scope, node.input[2]).any()
+            values = self.constant(scope, name)
         except Refused:
             return False
+        return values.shape == () and not values.any()
 
     def going(self, use: Use, scope: Scope) -> str:
         """Where a value goes, for messages."""
