@@ -75,9 +75,14 @@ class FoldReport:
         Largest difference of the outputs of the folded model from those of the original on the
         examples, and the same over the largest output; infinite if their shapes differ; None if
         there is no tensor of real numbers in them.
+    optimized_error : float or None
+        The same difference if a runtime that optimizes models has done so with both; None if it
+        has not.
     original_error, folded_error : float or None
         Largest difference of each model's outputs from those of the original computed in float64;
         None if it does not run in float64, or is in float64 itself.
+    verified : bool
+        Whether both models ran on examples. If not, errors are None or NaN.
     """
 
     pairs: list[FoldedLayer] = field(default_factory=list)
@@ -86,8 +91,10 @@ class FoldReport:
     dtype: str = ""
     error: float | None = None
     relative_error: float | None = None
+    optimized_error: float | None = None
     original_error: float | None = None
     folded_error: float | None = None
+    verified: bool = True
 
     @property
     def folded(self) -> dict[str, str]:
@@ -132,6 +139,8 @@ class FoldReport:
         most = sys.float_info.max if tol is None else tol
         if self.error is not None and not self.error <= most:
             problems.append(f"outputs of the model differ by {self.error:.3g}")
+        if self.optimized_error is not None and not self.optimized_error <= most:
+            problems.append(f"outputs of the optimized model differ by {self.optimized_error:.3g}")
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise FoldError(
@@ -150,13 +159,21 @@ class FoldReport:
                 f"largest difference of outputs {self.error:.2g} ({self.relative_error:.2g} of the "
                 f"largest output), of a pair {self.share:.2g} of its bound"
             )
+        if self.optimized_error is not None:
+            lines.append(f"largest difference if both are optimized {self.optimized_error:.2g}")
+        if not self.verified:
+            lines.append("not verified: there were no inputs to run the models on")
         if self.original_error is not None and self.folded_error is not None:
             lines.append(
                 f"from float64: the original {self.original_error:.2g}, folded "
                 f"{self.folded_error:.2g}"
             )
         rows = [
-            (norm, f"into '{p.layer}': error {p.error:.2g}, bound {p.bound:.2g}")
+            (
+                norm,
+                f"into '{p.layer}'"
+                + (f": error {p.error:.2g}, bound {p.bound:.2g}" * self.verified),
+            )
             for p in self.pairs
             for norm in p.norms
         ]

@@ -1,0 +1,289 @@
+"""Nodes as layers that compose, and as nodes again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto
+
+from ... import native
+from ...errors import BatchNormError
+from ...folding import Affine, FoldedLayer, Linear
+from ...native import Array, Float64
+from .graphs import Graphs, Refused, Scope, attributes
+
+__all__ = ["LINEAR", "Folding", "Part", "affine_of", "geometry", "layer_of"]
+
+_EPSILON = float(np.float32(1e-5))
+LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+@dataclass(eq=False)
+class Part:
+    """A linear layer with batch norms before and after it.
+
+    Attributes
+    ----------
+    padded : bool
+        Whether it pads with zeros.
+    steps : int
+        Additions and products between its sums and the batch norm, whose results are rounded.
+    """
+
+    linear: Linear
+    before: Affine | None = None
+    after: Affine | None = None
+    padded: bool = False
+    steps: int = 0
+
+    def folded(self) -> Linear:
+        """All of them as one, in float64."""
+        linear = self.linear
+        if self.before is not None:
+            linear = linear.after(self.before, padded=self.padded)
+        return linear if self.after is None else linear.then(self.after)
+
+
+@dataclass(eq=False)
+class Folding:
+    """A node that takes batch norms in, and the branches that are added to it.
+
+    Attributes
+    ----------
+    parts
+        What is added up; the first is its own.
+    last
+        The batch norms after the sum.
+    error, input
+        Of each channel, the largest seen.
+    calls : int
+        How many were compared.
+    """
+
+    scope: Scope
+    node: NodeProto
+    parts: list[Part]
+    report: FoldedLayer
+    dtype: Any
+    last: Affine | None = None
+    error: Any = 0.0
+    output: float = 0.0
+    input: Any = 0.0
+    overflows: bool = False
+    calls: int = 0
+
+    def then(self, norm: Affine) -> None:
+        """Take in a batch norm that comes after it."""
+        if len(self.parts) == 1:
+            part = self.parts[0]
+            part.after = norm if part.after is None else part.after.then(norm)
+        else:
+            self.last = norm if self.last is None else self.last.then(norm)
+
+    def after(self, norm: Affine) -> None:
+        """Take in a batch norm that comes before it."""
+        for part in self.parts:
+            part.before = norm if part.before is None else norm.then(part.before)
+
+    def write(self, graphs: Graphs) -> None:
+        """Change the node.
+
+        Raises
+        ------
+        BatchNormError
+            Its weights do not fit into their type.
+        """
+        total: Linear = reduce(Linear.__add__, (part.folded() for part in self.parts))
+        if self.last is not None:
+            total = total.then(self.last)
+        total = total.rounded(self.dtype)
+        assert total.bias is not None
+        largest = (abs(values.astype(np.float64)).max() for values in (total.weight, total.bias))
+        self.report.largest_weight = float(max(largest))
+        node, weight = self.node, total.weight
+        if graphs.is_op(node, "Gemm", "MatMul"):
+            if not attributes(node).get("transB"):
+                weight = weight.T
+            _drop_attributes(node, "alpha", "beta")
+            node.op_type = "Gemm"
+        old = node.input[1]
+        graphs.put(self.scope, node, 1, np.ascontiguousarray(weight), f"{old}_folded")
+        graphs.put(self.scope, node, 2, total.bias, f"{old}_bias")
+
+    def add(self, x: Array, expected: Array, got: Array) -> None:
+        """Add a call to what was seen: the input, and both outputs."""
+        one, other = expected.astype(np.float64), got.astype(np.float64)
+        known = np.isfinite(one)
+        self.overflows |= bool((known & ~np.isfinite(other)).any())
+        with np.errstate(invalid="ignore"):
+            difference = np.where(known & np.isfinite(other), abs(one - other), 0.0)
+        others = tuple(axis for axis in range(one.ndim) if axis != 1)
+        self.error = np.maximum(self.error, difference.max(others))
+        self.output = max(self.output, float(np.where(known, abs(one), 0.0).max()))
+        channels = 0 if attributes(self.node).get("transA") and x.ndim == 2 else 1
+        others = tuple(axis for axis in range(x.ndim) if axis != channels)
+        self.input = np.fmax(self.input, abs(x.astype(np.float64)).max(others))
+        self.calls += 1
+
+    def compare(self) -> str:
+        """Complete the report; why the node must not be folded, or ""."""
+        if not self.calls:
+            return "it did not run on the inputs"
+        bound, report = self._bound(), self.report
+        error = np.broadcast_to(self.error, bound.shape)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            report.share = float(np.where(error > 0, error / bound, 0.0).max(initial=0.0))
+        report.error = float(error.max(initial=0.0))
+        report.relative_error = report.error / self.output if self.output else 0.0
+        report.bound = float(bound.max(initial=0.0))
+        if self.overflows:
+            return "its output overflows"
+        if report.share > 1:
+            return (
+                f"its error is {report.share:.3g} times the bound: onnxruntime may compute in "
+                "coarser arithmetic here than the types of the model"
+            )
+        return ""
+
+    def _bound(self) -> Float64:
+        """Of the error of each channel, on inputs no larger than those that were seen."""
+        main = self.parts[0].linear
+        sums = "float64" if self.dtype == np.float64 else "float32"
+        total: Any = 0.0
+        for part in self.parts:
+            after = part.after
+            if self.last is not None:
+                after = self.last if after is None else after.then(self.last)
+            total = total + part.linear.difference(
+                after,
+                self.input,
+                self.dtype,
+                before=part.before,
+                sums=sums,
+                additions=len(self.parts) - 1 + part.steps,
+                products=None if main.transposed else math.prod(main.weight.shape[1:]),
+            )
+        bound: Float64 = total
+        return bound
+
+
+def layer_of(
+    graphs: Graphs, scope: Scope, node: NodeProto, rank: int | None, bias: Array | None = None
+) -> Folding:
+    """A node as a layer.
+
+    Parameters
+    ----------
+    rank
+        Number of axes of the output of a MatMul.
+    bias
+        What is added to the output of a MatMul.
+
+    Raises
+    ------
+    Refused
+        Its weights are no constants, or it is not a layer of channels on axis 1.
+    """
+    name = f"'{graphs.label(node)}'"
+    given = attributes(node)
+    if any(a.ref_attr_name for a in node.attribute):
+        raise Refused(f"an attribute of {name} is an argument of the function")
+    if getattr(node, "device_configurations", ()):
+        raise Refused(f"{name} is distributed over devices")
+    if graphs.is_op(node, "MatMul") and rank != 2:
+        axes = f"{rank} axes" if rank else "an unknown number of axes"
+        raise Refused(f"the output of {name} has {axes}, and its features are on the last")
+    weight = graphs.constant(scope, node.input[1])
+    if len(node.input) > 2 and node.input[2]:
+        bias = graphs.constant(scope, node.input[2])
+    if not native.is_supported(weight.dtype):
+        raise Refused(f"the weight of {name} is of type {weight.dtype}")
+    new_bias, steps = bias is None, 0
+    try:
+        if graphs.is_op(node, "Conv", "ConvTranspose"):
+            transposed = node.op_type == "ConvTranspose"
+            linear = Linear(weight, bias, given.get("group", 1), transposed)
+            if weight.ndim < 3:
+                raise Refused(f"the weight of {name} has {weight.ndim} axes")
+        else:
+            if weight.ndim != 2:
+                raise Refused(f"the weight of {name} has {weight.ndim} axes")
+            alpha, beta = given.get("alpha", 1.0), given.get("beta", 1.0)
+            steps = 1 + (not new_bias) if (alpha, beta) != (1, 1) or node.op_type == "MatMul" else 0
+            rows = weight if given.get("transB") else weight.T
+            linear = Linear(rows if alpha == 1 else rows.astype(np.float64) * alpha)
+            if bias is not None:
+                if bias.ndim > 2 or (bias.ndim == 2 and len(bias) != 1):
+                    raise Refused(f"what {name} adds is not one value for each channel")
+                if bias.size not in (1, linear.outputs):
+                    raise Refused(f"{name} adds {bias.size} values to {linear.outputs} channels")
+                bias = np.broadcast_to(bias.reshape(-1), (linear.outputs,))
+                if beta != 1:
+                    bias = bias.astype(np.float64) * beta
+                linear = Linear(linear.weight, bias)
+    except BatchNormError as error:
+        raise Refused(f"{name}: {error}") from error
+    padded = linear.kernel != () and _padded(given, linear.kernel)
+    report = FoldedLayer(graphs.label(node), new_bias=new_bias)
+    return Folding(scope, node, [Part(linear, padded=padded, steps=steps)], report, weight.dtype)
+
+
+def affine_of(graphs: Graphs, scope: Scope, node: NodeProto) -> Affine:
+    """What a batch norm computes.
+
+    Raises
+    ------
+    Refused
+        It is in training mode, or its parameters are no finite constants.
+    """
+    if any(a.ref_attr_name for a in node.attribute):
+        raise Refused("an attribute is an argument of the function")
+    if getattr(node, "device_configurations", ()):
+        raise Refused("it is distributed over devices")
+    given = attributes(node)
+    if given.get("training_mode"):
+        raise Refused("it is in training mode (training_mode=1), and depends on the batch")
+    if any(node.output[1:]):
+        raise Refused("it is in training mode (more than one output), and depends on the batch")
+    if scope.opset < 9:
+        raise Refused(
+            f"it is of opset {scope.opset}; onnx.version_converter makes it one of 9 or later"
+        )
+    gamma, beta, mean, var = (graphs.constant(scope, name) for name in node.input[1:5])
+    try:
+        return Affine.of(mean, var, gamma, beta, eps=given.get("epsilon", _EPSILON))
+    except BatchNormError as error:
+        raise Refused(str(error)) from error
+
+
+def geometry(node: NodeProto, kernel: tuple[int, ...]) -> list[tuple[int, ...]] | None:
+    """(kernel, stride, dilation, padding at the begin and the end) of each axis.
+
+    None if padding depends on the size of the input.
+    """
+    given, rank = attributes(node), len(kernel)
+    mode = given.get("auto_pad", b"NOTSET")
+    if mode not in (b"NOTSET", b"VALID"):
+        return None
+    pads = given.get("pads", [0] * 2 * rank) if mode == b"NOTSET" else [0] * 2 * rank
+    strides, dilations = (given.get(name, [1] * rank) for name in ("strides", "dilations"))
+    return list(zip(kernel, strides, dilations, pads[:rank], pads[rank:], strict=True))
+
+
+def _padded(given: dict[str, Any], kernel: Iterable[int]) -> bool:
+    """Whether a convolution pads with zeros."""
+    mode = given.get("auto_pad", b"NOTSET")
+    if mode == b"NOTSET":
+        return any(given.get("pads", ()))
+    return bool(mode != b"VALID" and any(k > 1 for k in kernel))
+
+
+def _drop_attributes(node: NodeProto, *names: str) -> None:
+    for place in reversed(range(len(node.attribute))):
+        if node.attribute[place].name in names:
+            del node.attribute[place]

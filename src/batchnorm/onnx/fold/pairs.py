@@ -1,0 +1,300 @@
+"""Which batch norms may be folded into which layers, and the graph without them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+
+from onnx import NodeProto
+
+from ...folding import Affine, Linear
+from .graphs import Graphs, Refused, Scope, Use
+from .layers import LINEAR, Folding, Part, affine_of, geometry, layer_of
+
+__all__ = ["Pairs"]
+
+#: Number of axes of a value, None if it is not known.
+Rank = Callable[[Scope, str], int | None]
+
+
+class Pairs:
+    """Takes batch norms out of graphs, until none is left that may be folded.
+
+    Parameters
+    ----------
+    excluded
+        Batch norms that stay, and why.
+    apart
+        Outputs of sums whose branches stay apart.
+
+    Attributes
+    ----------
+    refused, alone : dict of str to str
+    """
+
+    def __init__(
+        self,
+        graphs: Graphs,
+        rank: Rank,
+        excluded: Mapping[str, str],
+        apart: Collection[tuple[tuple[str, ...], str]],
+    ) -> None:
+        self._graphs, self._rank, self._excluded, self._apart = graphs, rank, excluded, apart
+        self._layers: dict[int, Folding] = {}
+        self.refused: dict[str, str] = {}
+        self.alone: dict[str, str] = {}
+        changed = True
+        while changed:
+            changed = sum(self._fold(s, n) for s, n in self._norms()) > 0
+            for scope in graphs.scopes:
+                for node in reversed([*scope.alive()]):
+                    changed |= self._merge(scope, node)
+        for scope, norm in self._norms():
+            self._explain(scope, norm)
+
+    @property
+    def foldings(self) -> list[Folding]:
+        """The layers that have changed, whose weights are still to be written."""
+        return [f for f in self._layers.values() if f.report.norms or len(f.parts) > 1]
+
+    def _norms(self) -> list[tuple[Scope, NodeProto]]:
+        return [
+            (scope, node)
+            for scope in self._graphs.scopes
+            for node in scope.alive()
+            if self._graphs.is_op(node, "BatchNormalization")
+        ]
+
+    # ---- one batch norm -------------------------------------------------------------------------
+
+    def _fold(self, scope: Scope, norm: NodeProto) -> bool:
+        for way in (self._into_former, self._into_next):
+            try:
+                if way(scope, norm):
+                    return True
+            except Refused:
+                pass
+        return False
+
+    def _explain(self, scope: Scope, norm: NodeProto) -> None:
+        label = self._graphs.label(norm)
+        try:
+            near = self._into_former(scope, norm) or self._into_next(scope, norm)
+            assert not near
+        except Refused as reason:
+            self.refused[label] = str(reason)
+            return
+        source = scope.producers.get(norm.input[0])
+        made = (
+            f"'{self._graphs.label(source)}' ({source.op_type})"
+            if source is not None
+            else "outside"
+        )
+        uses = scope.uses.get(norm.output[0], [])
+        to = ", ".join(dict.fromkeys(self._graphs.going(use, scope) for use in uses)) or "nowhere"
+        self.alone[label] = f"its input comes from {made}, its output goes to {to}"
+
+    def _affine(self, scope: Scope, norm: NodeProto, channels: int) -> Affine:
+        label = self._graphs.label(norm)
+        if label in self._excluded:
+            raise Refused(self._excluded[label])
+        affine = affine_of(self._graphs, scope, norm)
+        if affine.scale.size != channels:
+            raise Refused(
+                f"it has {affine.scale.size} channels, and the layer next to it {channels}"
+            )
+        return affine
+
+    def _layer(self, scope: Scope, node: NodeProto, bias: str = "") -> Folding:
+        """The layer that a node is, with what has been folded into it already."""
+        known = self._layers.get(id(node))
+        if known is None:
+            added = self._graphs.constant(scope, bias) if bias else None
+            known = layer_of(self._graphs, scope, node, self._rank(scope, node.output[0]), added)
+        return known
+
+    def _goes_to_one(self, scope: Scope, name: str, label: str) -> Use:
+        """Where a value goes, if that is one place."""
+        uses = scope.uses.get(name, [])
+        if len(uses) != 1 or uses[0].scope is not scope or uses[0].node is None:
+            others = dict.fromkeys(self._graphs.going(use, scope) for use in uses)
+            raise Refused(f"the output of '{label}' goes to {', '.join(others)}")
+        return uses[0]
+
+    def _into_former(self, scope: Scope, norm: NodeProto) -> bool:
+        """Fold a batch norm into the layer before it; False if there is none."""
+        graphs, between, value = self._graphs, [norm], norm.input[0]
+        home = scope.find(value)
+        if home is None:
+            return False
+        node = home.producers.get(value)
+        while home is scope and graphs.passes(scope, node):
+            assert node is not None
+            between.append(node)
+            value = node.input[0]
+            node = scope.producers.get(value)
+        bias = ""
+        if home is scope and graphs.is_op(node, "Add"):
+            assert node is not None
+            for inner, other in (tuple(node.input), tuple(node.input)[::-1]):
+                made = scope.producers.get(inner)
+                if graphs.is_op(made, "MatMul") and id(made) not in self._layers:
+                    between.append(node)
+                    node, bias = made, other
+                    break
+        if node is None or not graphs.is_op(node, *LINEAR):
+            return False
+        label = graphs.label(node)
+        if home is not scope:
+            raise Refused(f"'{label}' is outside of the graph that it is in")
+        layer = self._layer(scope, node, bias)
+        affine = self._affine(scope, norm, layer.parts[0].linear.outputs)
+        for each in [node, *between[1:]]:
+            self._goes_to_one(scope, each.output[0], label)
+        layer.then(affine)
+        layer.report.after.append(graphs.label(norm))
+        self._layers[id(node)] = layer
+        self._replace(scope, node, between, norm.output[0])
+        return True
+
+    def _into_next(self, scope: Scope, norm: NodeProto) -> bool:
+        """Fold a batch norm into the layer after it; False if there is none."""
+        graphs, between, value = self._graphs, [norm], norm.output[0]
+        while len(uses := scope.uses.get(value, [])) == 1 and graphs.passes(scope, uses[0].node):
+            node = uses[0].node
+            assert node is not None
+            if uses[0].scope is not scope or node.input[0] != value:
+                return False
+            between.append(node)
+            value = node.output[0]
+        found = [
+            use.node
+            for use in uses
+            if graphs.is_op(use.node, *LINEAR)
+            and use.node is not None
+            and use.node.input[0] == value
+        ]
+        if not found:
+            return False
+        node = found[0]
+        label = graphs.label(node)
+        self._goes_to_one(scope, value, graphs.label(norm))
+        layer = self._layer(scope, node)
+        if any(a.name == "transA" and a.i for a in node.attribute):
+            raise Refused(f"'{label}' comes after it and transposes its output")
+        affine = self._affine(scope, norm, layer.parts[0].linear.inputs)
+        if affine.shift.any():
+            if any(part.padded for part in layer.parts):
+                raise Refused(f"'{label}' comes after it and pads with zeros")
+            if any(part.linear.transposed for part in layer.parts):
+                raise Refused(f"'{label}' comes after it and is a transposed convolution")
+        layer.after(affine)
+        layer.report.before.insert(0, graphs.label(norm))
+        self._layers[id(node)] = layer
+        graphs.set_input(scope, node, 0, norm.input[0])
+        for each in reversed(between):
+            graphs.remove(scope, each)
+        return True
+
+    def _replace(self, scope: Scope, node: NodeProto, gone: list[NodeProto], output: str) -> None:
+        """Let a node make what the last of other nodes made, which are removed."""
+        for each in gone:
+            self._graphs.remove(scope, each)
+        self._graphs.set_output(scope, node, output)
+
+    # ---- parallel branches ----------------------------------------------------------------------
+
+    def _merge(self, scope: Scope, node: NodeProto) -> bool:
+        """Make one convolution of the branches that a node adds up, if a batch norm gains by it."""
+        graphs = self._graphs
+        if not graphs.is_op(node, "Add", "Sum") or (scope.key, node.output[0]) in self._apart:
+            return False
+        gone, branches = [node], list[NodeProto]()
+        for name in node.input:
+            if not self._collect(scope, name, gone, branches):
+                return False
+        try:
+            layers = [self._layer(scope, b) for b in branches if graphs.is_op(b, "Conv")]
+            if not layers or len({b.input[0] for b in branches}) != 1 or len(branches) < 2:
+                return False
+            base = max(layers, key=lambda layer: math.prod(layer.parts[0].linear.kernel))
+            norms = [b for b in branches if graphs.is_op(b, "BatchNormalization")]
+            others = [layer for layer in layers if layer is not base]
+            if not all(_fit(base, other) for other in others) or (norms and not _keeps_size(base)):
+                return False
+            main = base.parts[0].linear
+            affines = [self._affine(scope, norm, main.outputs) for norm in norms]
+            if not norms and not any(layer.report.norms for layer in layers):
+                use = self._goes_to_one(scope, node.output[0], "")
+                if not graphs.is_op(use.node, "BatchNormalization") or use.node is None:
+                    return False
+                self._affine(scope, use.node, main.outputs)
+        except Refused:
+            return False
+        one = Linear.identity(main.inputs, [1] * len(main.kernel), main.groups)
+        base.parts += [part for other in others for part in other.parts]
+        base.parts += [Part(one, after=affine) for affine in affines]
+        for other in others:
+            base.report.beside += [*other.report.norms]
+            base.report.merged += [other.report.layer, *other.report.merged]
+            self._layers.pop(id(other.node), None)
+        base.report.beside += [graphs.label(norm) for norm in norms]
+        self._layers[id(base.node)] = base
+        self._replace(scope, base.node, [*gone, *(o.node for o in others), *norms], node.output[0])
+        return True
+
+    def _collect(
+        self, scope: Scope, name: str, gone: list[NodeProto], branches: list[NodeProto]
+    ) -> bool:
+        """Find the convolutions and batch norms whose sum a value is; False if there is more."""
+        uses, node = scope.uses.get(name, []), scope.producers.get(name)
+        if len(uses) != 1 or uses[0].scope is not scope or node is None:
+            return False
+        if self._graphs.is_op(node, "Conv", "BatchNormalization"):
+            branches.append(node)
+            return True
+        if self._graphs.is_op(node, "Add", "Sum"):
+            gone.append(node)
+            return all(self._collect(scope, each, gone, branches) for each in node.input)
+        if self._graphs.passes(scope, node):
+            gone.append(node)
+            return self._collect(scope, node.input[0], gone, branches)
+        return False
+
+
+def _fit(base: Folding, other: Folding) -> bool:
+    """Whether the kernel of a convolution can be laid in the middle of that of another."""
+    one, two = base.parts[0].linear, other.parts[0].linear
+    if (one.outputs, one.inputs, one.groups) != (two.outputs, two.inputs, two.groups):
+        return False
+    large, small = geometry(base.node, one.kernel), geometry(other.node, two.kernel)
+    if base.last or other.last or base.dtype != other.dtype or large is None or small is None:
+        return False
+    for (k, stride, dilation, *pads), (k2, stride2, dilation2, *pads2) in zip(
+        large, small, strict=True
+    ):
+        middle = (k - k2) // 2 * dilation
+        if (
+            k < k2
+            or (k - k2) % 2
+            or stride != stride2
+            or (k2 > 1 and dilation != dilation2)
+            or [pad - pad2 for pad, pad2 in zip(pads, pads2, strict=True)] != [middle, middle]
+        ):
+            return False
+    return True
+
+
+def _keeps_size(base: Folding) -> bool:
+    """Whether a convolution's output has the shape of its input, each value in its place."""
+    linear = base.parts[0].linear
+    axes = geometry(base.node, linear.kernel)
+    return (
+        base.last is None
+        and axes is not None
+        and linear.inputs == linear.outputs
+        and all(
+            k % 2 and stride == 1 and begin == end == k // 2 * dilation
+            for k, stride, dilation, begin, end in axes
+        )
+    )

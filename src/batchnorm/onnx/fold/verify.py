@@ -1,0 +1,309 @@
+"""Runs of the original and of the folded model by onnxruntime, and how far apart they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+
+from ...errors import ArgumentError, DTypeError, ShapeError
+from ...extras import import_extra
+from ...native import Array, is_supported
+from ..files import one_line
+from .graphs import Graphs, Refused, Scope
+from .layers import Folding
+
+__all__ = ["Runtime", "check_inputs", "compare_layers", "compare_outputs"]
+
+#: Values of the inputs of a model, by name.
+Feed = dict[str, Any]
+
+
+def check_inputs(model: ModelProto, inputs: object) -> list[Feed]:
+    """The inputs as a list, after a comparison with what the model wants.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, DTypeError
+        They are others.
+    """
+    feeds: list[Any] = inputs if isinstance(inputs, list) else [inputs]
+    if not feeds or not all(isinstance(feed, Mapping) for feed in feeds):
+        raise ArgumentError(
+            "inputs must be a dict of arrays by name, or a list of such dicts that is not empty, "
+            f"got {'an empty list' if not feeds else type(feeds[0]).__name__}."
+        )
+    initialized = {tensor.name for tensor in model.graph.initializer}
+    initialized |= {tensor.values.name for tensor in model.graph.sparse_initializer}
+    wanted = {value.name: value for value in model.graph.input}
+    return [_checked(feed, wanted, initialized, model.ir_version) for feed in feeds]
+
+
+def _checked(
+    feed: Mapping[str, Any], wanted: Mapping[str, Any], initialized: set[str], ir_version: int
+) -> Feed:
+    optional = initialized if ir_version >= 4 else set()
+    names = [name for name in wanted if name not in initialized]
+    for name in feed:
+        if name not in wanted or (name in initialized and name not in optional):
+            raise ArgumentError(
+                f"inputs must have the names of the model's inputs, {', '.join(names) or 'none'}, "
+                f"got {name!r}."
+            )
+    missing = [name for name in names if name not in feed]
+    if missing:
+        raise ArgumentError(
+            f"inputs must have all inputs of the model; missing: {', '.join(missing)}."
+        )
+    checked = {}
+    for name, given in feed.items():
+        kind = wanted[name].type
+        if not kind.HasField("tensor_type"):
+            checked[name] = given  # a sequence, which onnxruntime checks
+            continue
+        values = np.asarray(given)
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type))
+        if values.dtype != dtype and not (dtype.kind == "O" and values.dtype.kind in "UO"):
+            raise DTypeError(
+                f"inputs[{name!r}] must be of type {dtype}, got {values.dtype}. Convert it by "
+                f"astype({str(dtype)!r})."
+            )
+        if kind.tensor_type.HasField("shape"):
+            dims = kind.tensor_type.shape.dim
+            sizes = [d.dim_value if d.HasField("dim_value") else None for d in dims]
+            fits = len(sizes) == values.ndim and all(
+                size in (None, n) for size, n in zip(sizes, values.shape, strict=True)
+            )
+            if not fits:
+                names = [
+                    str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?"
+                    for d in dims
+                ]
+                raise ShapeError(
+                    f"inputs[{name!r}] must have shape ({', '.join(names)}), got {values.shape}."
+                )
+        checked[name] = values
+    return checked
+
+
+class Runtime:
+    """onnxruntime, on the CPU.
+
+    Parameters
+    ----------
+    folder
+        Of data outside of the models.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._ort = import_extra("onnxruntime", "onnx", "Comparisons of ONNX models")
+        self._folder = folder
+
+    def session(self, model: ModelProto, what: str, optimized: bool = False) -> Any:
+        """Prepare a model; `what` it is, for messages.
+
+        Raises
+        ------
+        ArgumentError
+            onnxruntime does not run it.
+        """
+        level = self._ort.GraphOptimizationLevel
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 4  # errors are raised as well
+        options.graph_optimization_level = (
+            level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+        )
+        if self._folder is not None:
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(self._folder)
+            )
+        try:
+            return self._ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's have no base class of their own
+            raise ArgumentError(
+                f"onnxruntime cannot load {what}, so that nothing can be compared: "
+                f"{one_line(error)} Without inputs, it can still be folded."
+            ) from error
+
+    def outputs(
+        self, model: ModelProto, feeds: list[Feed], what: str, optimized: bool = False
+    ) -> list[Any]:
+        """What a model returns for each of the inputs."""
+        session = self.session(model, what, optimized)
+        try:
+            return [session.run(None, feed) for feed in feeds]
+        except Exception as error:
+            raise ArgumentError(f"onnxruntime cannot run {what}: {one_line(error)}") from error
+
+
+# ---- each layer ---------------------------------------------------------------------------------
+
+
+def compare_layers(
+    original: Graphs, folded: Graphs, foldings: list[Folding], feeds: list[Feed], runtime: Runtime
+) -> dict[int, str]:
+    """Run the original model, and each folded layer on the inputs of what it replaces.
+
+    Parameters
+    ----------
+    original
+        Of a copy of the model, which gets more outputs.
+
+    Returns
+    -------
+    dict
+        Why foldings could not be compared, by their place.
+    """
+    scopes = {scope.key: scope for scope in original.scopes}
+    seen: dict[int, list[tuple[list[str], int]]] = {}
+    problems = {}
+    for place, folding in enumerate(foldings):
+        names = [folding.node.input[0], folding.node.output[0]]
+        try:
+            seen[place] = _expose(original, scopes[folding.scope.key], names, folding.dtype)
+        except Refused as reason:
+            problems[place] = str(reason)
+    if problems:
+        return problems
+    layers = [_alone(folded, folding) for folding in foldings]
+    sessions = [runtime.session(layer, "a folded layer") for layer in layers]
+    session = runtime.session(original.model, "the model with the values inside of it as outputs")
+    names = [name for each in seen.values() for pair, _ in each for name in pair]
+    for feed in feeds:
+        try:
+            values = dict(zip(names, session.run(names, feed) if names else (), strict=True))
+        except Exception as error:
+            inside = [place for place, f in enumerate(foldings) if f.scope.owner is not None]
+            if not inside:
+                raise ArgumentError(
+                    f"onnxruntime cannot run the model: {one_line(error)}"
+                ) from error
+            return dict.fromkeys(inside, f"it could not be compared ({one_line(error)})")
+        for place, folding in enumerate(foldings):
+            for (x, y), depth in seen[place]:
+                for step in np.ndindex(values[x].shape[:depth]):
+                    given, expected = values[x][step], values[y][step]
+                    if given.size and expected.size:
+                        (got,) = sessions[place].run(None, {"x": given})
+                        folding.add(given, expected, got)
+    return problems
+
+
+def _expose(
+    graphs: Graphs, scope: Scope, names: list[str], dtype: Any
+) -> list[tuple[list[str], int]]:
+    """Make values outputs of the model.
+
+    Returns
+    -------
+    list
+        Names of outputs, for each call of the function that the values are in, and how many axes
+        of the outputs count the rounds of loops around it.
+    """
+    fresh = [graphs.unique(name) for name in names]
+    nodes = [helper.make_node("Identity", [a], [b]) for a, b in zip(names, fresh, strict=True)]
+    scope.graph.node.extend(nodes)
+    return _lift(graphs, scope, fresh, dtype)
+
+
+def _lift(
+    graphs: Graphs, scope: Scope, names: list[str], dtype: Any
+) -> list[tuple[list[str], int]]:
+    before = len(scope.graph.output)
+    if scope.is_function:
+        scope.graph.output.extend(names)
+        found = []
+        for caller, node in graphs.calls(scope):
+            found += _lift(graphs, caller, _more_outputs(graphs, node, before, names), dtype)
+        return found
+    for name in names:
+        scope.graph.output.add(name=name)
+    owner, outer = scope.owner, scope.parent
+    if owner is None or outer is None:
+        return [(names, 0)]
+    rounds = 0
+    if graphs.is_op(owner, "If"):
+        (other,) = (a.g for a in owner.attribute if a.name != scope.attribute)
+        for name in names:
+            empty = numpy_helper.from_array(np.zeros(0, dtype))
+            other.node.append(helper.make_node("Constant", [], [graphs.unique(name)], value=empty))
+            other.output.add(name=other.node[-1].output[0])
+    elif graphs.is_op(owner, "Loop", "Scan"):
+        rounds = 1
+        before -= owner.op_type == "Loop"  # whose body also returns the condition
+    else:
+        raise Refused(f"inside '{graphs.label(owner)}' ({owner.op_type}), it cannot be compared")
+    lifted = _lift(graphs, outer, _more_outputs(graphs, owner, before, names), dtype)
+    return [(each, depth + rounds) for each, depth in lifted]
+
+
+def _more_outputs(graphs: Graphs, node: NodeProto, before: int, names: list[str]) -> list[str]:
+    """Give a node outputs behind the `before` that it may have."""
+    more = [graphs.unique(name) for name in names]
+    node.output.extend([""] * (before - len(node.output)) + more)
+    return more
+
+
+def _alone(graphs: Graphs, folding: Folding) -> ModelProto:
+    """A model that consists of a folded layer."""
+    node = NodeProto()
+    node.CopyFrom(folding.node)
+    weights = [
+        numpy_helper.from_array(np.asarray(graphs.constant(folding.scope, name)), f"weight_{place}")
+        for place, name in enumerate(node.input[1:])
+    ]
+    del node.input[:], node.output[:]
+    node.input.extend(["x", *(weight.name for weight in weights)])
+    node.output.append("y")
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(folding.dtype))
+    graph = helper.make_graph(
+        [node],
+        "layer",
+        [helper.make_tensor_value_info("x", kind, None)],
+        [onnx.ValueInfoProto(name="y")],
+        weights,
+    )
+    opset = [helper.make_opsetid("", folding.scope.opset)]
+    ir_version = max(graphs.model.ir_version, 4)
+    return helper.make_model(graph, opset_imports=opset, ir_version=ir_version)
+
+
+# ---- the whole model ----------------------------------------------------------------------------
+
+
+def compare_outputs(one: Sequence[Any], other: Sequence[Any]) -> tuple[float | None, float | None]:
+    """Largest difference of the real arrays in two lists of outputs, and that over the largest."""
+    a, b = ([v for v in _arrays(outputs) if is_supported(v.dtype)] for outputs in (one, other))
+    if not a and not b:
+        return None, None
+    if [v.shape for v in a] != [v.shape for v in b]:
+        return math.inf, math.inf
+    error = largest = 0.0
+    for s, t in zip(a, b, strict=True):
+        x, y = s.astype(np.float64), t.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            same = (x == y) | (np.isnan(x) & np.isnan(y))  # also of infinities
+            difference = np.where(same, 0.0, np.nan_to_num(abs(x - y), nan=math.inf))
+        error = max(error, float(difference.max(initial=0.0)))
+        largest = max(
+            largest, float(abs(np.nan_to_num(x, nan=0, posinf=0, neginf=0)).max(initial=0.0))
+        )
+    return error, error / largest if largest else (0.0 if not error else math.inf)
+
+
+def _arrays(value: Any) -> Iterable[Array]:
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _arrays(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _arrays(item)
