@@ -16,12 +16,24 @@ from ..atomic import explain_write_errors, replacing
 from ..errors import ArgumentError
 from ..native import Array
 
-__all__ = ["Data", "check", "data_path", "one_line", "read_model", "tensors", "write_model"]
+__all__ = [
+    "Data",
+    "check",
+    "data_path",
+    "inferred",
+    "is_external",
+    "one_line",
+    "read_model",
+    "tensors",
+    "write_model",
+]
 
 #: Protobuf messages are smaller than 2 GiB; a margin for the graph itself.
 LIMIT = 2_000_000_000
 #: Smaller tensors stay in the model, as those of shapes have to.
 SMALL = 1024
+#: Data begin at multiples of this, so that they can be mapped.
+PAGE = 4096
 
 
 def read_model(path: Path) -> ModelProto:
@@ -97,9 +109,13 @@ class Data:
                 f"model must hold its tensors, and '{tensor.name}' is in {location!r}, outside of "
                 "it. Load it with onnx.load(path), or use fold_file."
             )
-        path = self.folder / location
-        folder, real = os.path.realpath(self.folder), os.path.realpath(path)
-        if os.path.isabs(location) or os.path.commonpath([folder, real]) != folder:
+        path, folder = self.folder / location, os.path.realpath(self.folder)
+        try:
+            real = os.path.realpath(path)
+            inside = not os.path.isabs(location) and os.path.commonpath([folder, real]) == folder
+        except ValueError:  # no path at all, or one on another drive
+            inside, real = False, ""
+        if not inside:
             raise ArgumentError(
                 f"the data of '{tensor.name}' must lie in the folder of the model, got "
                 f"{location!r}."
@@ -109,24 +125,30 @@ class Data:
         return path
 
 
-def tensors(message: Any) -> Iterator[TensorProto]:
-    """All tensors of a model, also those in nodes and in graphs inside of nodes."""
+def graphs_of(message: Any) -> Iterator[Any]:
+    """The graph and the functions of a model, and all graphs inside of their nodes."""
     if isinstance(message, ModelProto):
-        for graph in (message.graph, *message.functions):
-            yield from tensors(graph)
+        for part in (message.graph, *message.functions):
+            yield from graphs_of(part)
         return
-    yield from getattr(message, "initializer", ())
-    for sparse in getattr(message, "sparse_initializer", ()):
-        yield from (sparse.values, sparse.indices)
+    yield message
     for node in message.node:
         for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            if attribute.HasField("g"):
-                yield from tensors(attribute.g)
-            for graph in attribute.graphs:
-                yield from tensors(graph)
+            for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from graphs_of(graph)
+
+
+def tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """All tensors of a model, also those in nodes."""
+    for graph in graphs_of(model):
+        yield from getattr(graph, "initializer", ())
+        for sparse in getattr(graph, "sparse_initializer", ()):
+            yield from (sparse.values, sparse.indices)
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    yield attribute.t
+                yield from attribute.tensors
 
 
 def _where(tensor: TensorProto) -> dict[str, str]:
@@ -134,15 +156,47 @@ def _where(tensor: TensorProto) -> dict[str, str]:
 
 
 def is_external(tensor: TensorProto) -> bool:
+    """Whether the values of a tensor are in another file."""
     return tensor.data_location == TensorProto.EXTERNAL
 
 
-def check(model: ModelProto | str, full: bool, what: str) -> None:
-    """Raise unless the message, or the file of that name, is a valid model."""
+def check(model: ModelProto, full: bool, what: str) -> None:
+    """Raise unless a model is valid; `full` infers all shapes, too."""
     try:
-        onnx.checker.check_model(model, full_check=full)
+        plain = _plain(model)
+        if full:
+            onnx.shape_inference.infer_shapes(plain, check_type=True, strict_mode=True)
+        for tensor in tensors(plain):
+            if is_external(tensor):  # which the checker would look for in the working directory
+                tensor.CopyFrom(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0]))
+        onnx.checker.check_model(plain)
     except Exception as error:  # the checker's, inference's, and those of protobuf
         raise ArgumentError(f"{what} must be a valid ONNX model, but: {one_line(error)}") from error
+
+
+def inferred(model: ModelProto) -> ModelProto | None:
+    """A model with the shapes and types of its values; None if inference finds them wrong."""
+    try:
+        return onnx.shape_inference.infer_shapes(_plain(model), check_type=True, strict_mode=True)
+    except Exception:  # of inference, and of protobuf for more than 2 GB
+        return None
+
+
+def _plain(model: ModelProto) -> ModelProto:
+    """A model as onnx checks it: without the long name of its domain, and of its own memory.
+
+    The model itself, if it has neither that name nor data outside of it.
+    """
+    aliased = any(node.domain == "ai.onnx" for graph in graphs_of(model) for node in graph.node)
+    if not aliased and not any(map(is_external, tensors(model))):
+        return model
+    plain = ModelProto()
+    plain.CopyFrom(model)
+    for graph in graphs_of(plain):
+        for node in graph.node:
+            if node.domain == "ai.onnx":
+                node.domain = ""
+    return plain
 
 
 def data_path(out: Path) -> Path:
@@ -150,13 +204,13 @@ def data_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.data")
 
 
-def write_model(model: ModelProto, out: Path, data: Data, full: bool) -> None:
+def write_model(model: ModelProto, out: Path, data: Data) -> None:
     """Write a model completely or not at all; beside it its data, if they were outside before.
 
     Raises
     ------
     ArgumentError
-        It cannot be written, or would not be valid.
+        It cannot be written.
     """
     every = list(tensors(model))
     outside = any(map(is_external, every))
@@ -165,18 +219,12 @@ def write_model(model: ModelProto, out: Path, data: Data, full: bool) -> None:
         target = pending.enter_context(replacing(out))
         if outside:
             beside = pending.enter_context(replacing(data_path(out)))
-            moved = _write_data(every, beside, data)
-            target.write_bytes(model.SerializeToString())
-            check(str(target), full, "the folded model")
-            for tensor in moved:
-                _set_where(tensor, location=data_path(out).name)
-        else:
-            check(model, full, "the folded model")
+            _write_data(every, beside, data_path(out).name, data)
         target.write_bytes(model.SerializeToString())
 
 
-def _write_data(every: list[TensorProto], path: Path, data: Data) -> list[TensorProto]:
-    moved = []
+def _write_data(every: list[TensorProto], path: Path, name: str, data: Data) -> None:
+    """Write what is not small to a file, which will have a name of its own."""
     with path.open("wb") as file:
         for tensor in every:
             if is_external(tensor):
@@ -185,24 +233,19 @@ def _write_data(every: list[TensorProto], path: Path, data: Data) -> list[Tensor
                 content = tensor.raw_data
             else:
                 continue
-            file.write(b"\0" * (-file.tell() % 4096 if len(content) > 4096 else -file.tell() % 64))
-            where = {"location": path.name, "offset": str(file.tell()), "length": str(len(content))}
+            file.write(b"\0" * (-file.tell() % PAGE))
+            where = {"location": name, "offset": file.tell(), "length": len(content)}
             file.write(content)
             tensor.ClearField("raw_data")
-            del tensor.external_data[:]
+            tensor.ClearField("external_data")
             tensor.data_location = TensorProto.EXTERNAL
-            _set_where(tensor, **where)
-            moved.append(tensor)
-    return moved
-
-
-def _set_where(tensor: TensorProto, **values: str) -> None:
-    for key, value in values.items():
-        entry = next((e for e in tensor.external_data if e.key == key), None)
-        (entry or tensor.external_data.add(key=key)).value = value
+            for key, value in where.items():
+                tensor.external_data.add(key=key, value=str(value))
 
 
 def one_line(error: BaseException | str, length: int = 300) -> str:
     """A message without its line breaks."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyError) or not text:
+        text = f"{type(error).__name__} {text}".strip()
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -95,7 +95,7 @@ def fold(
     require("Folding an ONNX model", "onnx", "onnx")
     from . import folding
 
-    return folding.fold(model, inputs, None, strict=strict, tol=tol)[:2]
+    return folding.fold(model, inputs, None, strict=strict, tol=tol)
 
 
 def fold_file(

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import onnx
+import numpy as np
 from onnx import ModelProto
 
 from ...atomic import check_place
 from ...errors import ArgumentError, BatchNormError
 from ...folding import FoldReport
-from ..files import Data, check, data_path, is_external, one_line, read_model, tensors, write_model
-from .graphs import Graphs, Scope
+from ..files import (
+    Data,
+    check,
+    data_path,
+    inferred,
+    is_external,
+    one_line,
+    read_model,
+    tensors,
+    write_model,
+)
+from .graphs import About, Graphs, Scope
 from .layers import Folding
-from .pairs import Pairs, Rank
+from .pairs import Pairs
 from .verify import Runtime, check_inputs, compare_layers, compare_outputs
 
 __all__ = ["fold", "fold_file"]
@@ -36,25 +48,17 @@ def fold_file(path: Path, out: Path, inputs: Any, *, strict: bool, tol: float | 
                     f"which would replace {str(source)!r}. Name another."
                 )
     try:
-        check(str(path), False, "it")
-        folded, report, full = fold(model, inputs, path.parent, strict=strict, tol=tol)
+        folded, report = fold(model, inputs, path.parent, strict=strict, tol=tol)
     except ArgumentError as error:
         raise type(error)(f"{path}: {error}") from error
-    write_model(folded, out, data, full)
+    write_model(folded, out, data)
     return report
 
 
 def fold(
     model: object, inputs: Any, folder: Path | None, *, strict: bool, tol: float | None
-) -> tuple[ModelProto, FoldReport, bool]:
-    """Fold a model whose data outside of it are in `folder`.
-
-    Returns
-    -------
-    folded, report
-    full : bool
-        Whether the model passes the full check of the checker.
-    """
+) -> tuple[ModelProto, FoldReport]:
+    """Fold a model whose data outside of it are in `folder`."""
     if not isinstance(model, ModelProto):
         raise ArgumentError(
             f"fold takes an onnx.ModelProto, got {type(model).__name__}. onnx.load(path) returns "
@@ -65,21 +69,21 @@ def fold(
     if tol is not None and inputs is None:
         raise ArgumentError("tol must come with inputs: without them, nothing is compared.")
     data = Data(folder)
-    full = _check(model, data)
+    _check(model, data)
     feeds = None if inputs is None else check_inputs(model, inputs)
     runtime = None if feeds is None else Runtime(folder)
-    report, folded = _folded(model, data, feeds, runtime)
-    if folder is None:
-        check(folded, full, "the folded model")
+    with np.errstate(invalid="ignore"):  # conversions of NaN, which is found later
+        report, folded = _folded(model, data, feeds, runtime)
+    check(folded, inferred(model) is not None, "the folded model")
     if feeds is not None and runtime is not None:
         _compare(report, model, folded, feeds, runtime)
     if strict:
         report.check(tol)
-    return folded, report, full
+    return folded, report
 
 
-def _check(model: ModelProto, data: Data) -> bool:
-    """Raise unless the model can be read; whether it passes the full check, too."""
+def _check(model: ModelProto, data: Data) -> None:
+    """Raise unless the model can be read, is valid, and can be folded."""
     for tensor in tensors(model):
         if is_external(tensor):
             data.bytes_of(tensor)
@@ -93,24 +97,18 @@ def _check(model: ModelProto, data: Data) -> bool:
             f"model must be of opset 9 or later, got {max(versions)}. "
             "onnx.version_converter.convert_version(model, 13) converts it."
         )
-    if data.folder is None:
-        check(model, False, "model")
-    try:
-        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
-    except Exception:  # of inference, and of protobuf for more than 2 GB
-        return False
-    return True
+    check(model, False, "model")
 
 
 def _folded(
     model: ModelProto, data: Data, feeds: list[Any] | None, runtime: Runtime | None
 ) -> tuple[FoldReport, ModelProto]:
-    rank = _ranks(model)
+    about = _known(model)
     excluded: dict[str, str] = {}
     apart: set[tuple[Any, str]] = set()
     while True:
-        graphs = _graphs(model, data)
-        pairs = Pairs(graphs, rank, excluded, apart)
+        graphs = Graphs(_copy(model), data.read, about)
+        pairs = Pairs(graphs, excluded, apart)
         problems: list[tuple[Folding, str]] = []
         for folding in pairs.foldings:
             try:
@@ -118,7 +116,9 @@ def _folded(
             except BatchNormError as error:
                 problems.append((folding, one_line(error)))
         if not problems and feeds is not None and runtime is not None and pairs.foldings:
-            missed = compare_layers(_graphs(model, data), graphs, pairs.foldings, feeds, runtime)
+            missed = compare_layers(
+                Graphs(_copy(model), data.read), graphs, pairs.foldings, feeds, runtime
+            )
             whys = [
                 (f, missed.get(place) or ("" if missed else f.compare()))
                 for place, f in enumerate(pairs.foldings)
@@ -142,36 +142,29 @@ def _folded(
     return report, graphs.model
 
 
-def _graphs(model: ModelProto, data: Data) -> Graphs:
+def _copy(model: ModelProto) -> ModelProto:
     copy = ModelProto()
     copy.CopyFrom(model)
-    return Graphs(copy, data.read)
+    return copy
 
 
-def _ranks(model: ModelProto) -> Rank:
-    """Numbers of axes, from what the model says and from inference when it is first needed."""
-    known: dict[tuple[tuple[str, ...], str], int] = {}
-    inferred: list[bool] = []
+def _known(model: ModelProto) -> Callable[[Scope, str], About | None]:
+    """Types and numbers of axes of values, which are inferred when the first is asked for."""
 
-    def note(scope: Scope) -> None:
-        if not scope.is_function:
+    @cache
+    def known() -> dict[tuple[tuple[str, ...], str], About]:
+        found = {}
+        for scope in Graphs(inferred(model) or ModelProto(), Data(None).read).scopes:
+            if scope.is_function:
+                continue
             graph = scope.graph
-            for value in (*graph.value_info, *graph.output, *graph.input):
-                if value.type.tensor_type.HasField("shape"):
-                    known[scope.key, value.name] = len(value.type.tensor_type.shape.dim)
+            for value in (*graph.input, *graph.value_info, *graph.output):
+                kind = value.type.tensor_type
+                rank = len(kind.shape.dim) if kind.HasField("shape") else None
+                found[scope.key, value.name] = About(kind.elem_type, rank)
+        return found
 
-    def rank(scope: Scope, name: str) -> int | None:
-        if not inferred:
-            inferred.append(True)
-            try:
-                model_with = onnx.shape_inference.infer_shapes(model)
-            except Exception:  # of inference, and of protobuf for more than 2 GB
-                model_with = model
-            for each in Graphs(model_with, Data(None).read).scopes:
-                note(each)
-        return known.get((scope.key, name))
-
-    return rank
+    return lambda scope, name: known().get((scope.key, name))
 
 
 def _compare(

@@ -6,6 +6,7 @@ which has the same chains of uses, drops sparse initializers and does not read e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,10 +16,30 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from ...native import Array
 
-__all__ = ["Graphs", "Refused", "Scope", "Use", "attributes"]
+__all__ = ["About", "Graphs", "Refused", "Scope", "Use", "attributes"]
 
 DOMAINS = ("", "ai.onnx")
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+
+
+#: What exporters make constants with.
+_CONSTANT = ("Constant", "Identity", "Cast", "CastLike", "Transpose", "Expand", "Shape")
+#: Attributes of Constant, and their types.
+_VALUES = {
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
+#: The longest chain of these, and the most values of an Expand, that are looked at.
+_DEPTH, _LARGE = 32, 1 << 20
+
+
+class About(NamedTuple):
+    """What is known of a value: its type, and its number of axes."""
+
+    type: int
+    rank: int | None
 
 
 class Refused(Exception):
@@ -58,6 +79,7 @@ class Scope:
     initializers: dict[str, TensorProto] = field(default_factory=dict)
     sparse: set[str] = field(default_factory=set)
     inputs: set[str] = field(default_factory=set)
+    annotated: set[str] = field(default_factory=set)  # with scales of a quantization
     removed: set[int] = field(default_factory=set)  # nodes, by their place
     gone: set[str] = field(default_factory=set)  # names of values
     retyped: set[str] = field(default_factory=set)  # whose shape may be another
@@ -96,10 +118,18 @@ class Graphs:
         Is changed by the methods below.
     read
         Returns the values of a tensor.
+    about
+        Returns what is known of a value of a scope; None if nothing is.
     """
 
-    def __init__(self, model: ModelProto, read: Callable[[TensorProto], Array]) -> None:
-        self.model, self._read = model, read
+    def __init__(
+        self,
+        model: ModelProto,
+        read: Callable[[TensorProto], Array],
+        about: Callable[[Scope, str], About | None] = lambda scope, name: None,
+    ) -> None:
+        self.model, self._read, self.about = model, read, about
+        self._constants: dict[int, Array] = {}
         self.scopes: list[Scope] = []
         self._labels: dict[int, str] = {}
         self._taken: set[str] = set()
@@ -120,6 +150,7 @@ class Graphs:
             scope.inputs = {value.name for value in graph.input}
             scope.initializers = {tensor.name: tensor for tensor in graph.initializer}
             scope.sparse = {tensor.values.name for tensor in graph.sparse_initializer}
+            scope.annotated = {each.tensor_name for each in graph.quantization_annotation}
             outputs = [value.name for value in graph.output]
         for node in scope.nodes:
             scope.producers.update((name, node) for name in node.output if name)
@@ -129,8 +160,9 @@ class Graphs:
             for name in node.input:
                 self._use(scope, name, node)
             for attribute in node.attribute:
-                for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                    key = (*scope.key, *node.output, attribute.name, inner.name)
+                inner_graphs = [attribute.g] if attribute.HasField("g") else attribute.graphs
+                for number, inner in enumerate(inner_graphs):
+                    key = (*scope.key, *node.output, attribute.name, str(number))
                     self._enter(Scope(inner, key, scope.opset, scope, node, attribute.name))
         for name in outputs:
             self._use(scope, name, None)
@@ -169,22 +201,33 @@ class Graphs:
             and (node.domain, node.op_type) not in self._functions
         )
 
-    def passes(self, scope: Scope, node: NodeProto | None) -> bool:
-        """Whether a node returns its first input as it is: Identity, or Dropout in evaluation."""
+    def passed(self, scope: Scope, node: NodeProto | None) -> str:
+        """The input that a node returns as it is; "" if it does something.
+
+        Identity does nothing, nor does Dropout in evaluation, nor adding 0 (where Python's `sum`
+        begins).
+        """
+        if node is None:
+            return ""
+        first, *rest = map(str, node.input) if node.input else [""]
         if self.is_op(node, "Identity"):
-            return True
-        if (
-            node is None
-            or not self.is_op(node, "Dropout")
-            or any(map(scope.uses.get, node.output[1:]))
-        ):
-            return False
-        if len(node.input) < 3 or not node.input[2]:
-            return True
+            return first
+        if self.is_op(node, "Dropout") and not any(map(scope.uses.get, node.output[1:])):
+            training = rest[1] if len(rest) > 1 else ""
+            return first if not training or self._is_zero(scope, training) else ""
+        if self.is_op(node, "Add"):
+            if self._is_zero(scope, rest[0]):
+                return first
+            return rest[0] if self._is_zero(scope, first) else ""
+        return ""
+
+    def _is_zero(self, scope: Scope, name: str) -> bool:
+        """Whether a value is the constant 0, without axes."""
         try:
-            return not self.constant(scope, node.input[2]).any()
+            values = self.constant(scope, name)
         except Refused:
             return False
+        return values.shape == () and not values.any()
 
     def going(self, use: Use, scope: Scope) -> str:
         """Where a value goes, for messages."""
@@ -193,8 +236,18 @@ class Graphs:
         inside = "" if use.scope is scope else ", inside another node"
         return f"'{self.label(use.node)}' ({use.node.op_type}{inside})"
 
-    def constant(self, scope: Scope, name: str) -> Array:
-        """The values of a constant.
+    def check_plain(self, scope: Scope, node: NodeProto) -> None:
+        """Raise `Refused` if more is said of a node than what it computes, or less."""
+        if any(attribute.ref_attr_name for attribute in node.attribute):
+            raise Refused(f"an attribute of '{self.label(node)}' is an argument of the function")
+        if node.device_configurations:
+            raise Refused(f"'{self.label(node)}' is distributed over devices")
+        for name in (*node.input, *node.output):
+            if (home := scope.find(name)) is not None and name in home.annotated:
+                raise Refused(f"'{name}' has an annotation for its quantization")
+
+    def constant(self, scope: Scope, name: str, depth: int = 0) -> Array:
+        """The values of a constant, or of what exporters make of constants.
 
         Raises
         ------
@@ -206,9 +259,7 @@ class Graphs:
             raise Refused(f"'{name}' is not defined")
         if name in home.initializers:
             if name in home.inputs and self.model.ir_version >= 4:
-                raise Refused(
-                    f"'{name}' is also an input of the model, so that callers may replace it"
-                )
+                raise Refused(f"'{name}' is also an input of the model, and callers may replace it")
             return self._read(home.initializers[name])
         if name in home.sparse:
             raise Refused(f"'{name}' is a sparse initializer")
@@ -216,23 +267,45 @@ class Graphs:
             kind = "a parameter of a function" if home.is_function else "an input of its graph"
             raise Refused(f"'{name}' is {kind}, not a constant")
         node = home.producers[name]
+        if id(node) not in self._constants:
+            values = self._evaluate(home, node, depth) if depth < _DEPTH else None
+            if values is None:
+                quantized = self.is_op(node, "DequantizeLinear", "QuantizeLinear")
+                how = "quantized" if quantized else "computed"
+                raise Refused(f"'{name}' is {how}, by '{self.label(node)}' ({node.op_type})")
+            self._constants[id(node)] = values
+        return self._constants[id(node)]
+
+    def _evaluate(self, scope: Scope, node: NodeProto, depth: int) -> Array | None:
+        """What a node returns whose inputs are constants; None if it is of another kind."""
         given = attributes(node)
         if self.is_op(node, "Constant"):
             for key, value in given.items():
                 if isinstance(value, TensorProto):
                     return self._read(value)
-                if key in ("value_float", "value_floats"):
-                    return np.asarray(value, np.float32)
-        elif self.is_op(node, "Identity"):
-            return self.constant(home, node.input[0])
-        elif self.is_op(node, "Transpose"):
-            return np.transpose(self.constant(home, node.input[0]), given.get("perm"))
-        elif self.is_op(node, "Cast") and given.get("to") in _FLOATS:
-            values = self.constant(home, node.input[0])
-            return values.astype(helper.tensor_dtype_to_np_dtype(given["to"]))
-        elif self.is_op(node, "DequantizeLinear", "QuantizeLinear"):
-            raise Refused(f"'{name}' is quantized, by '{self.label(node)}'")
-        raise Refused(f"'{name}' is computed, by '{self.label(node)}' ({node.op_type})")
+                if key in _VALUES:
+                    return np.asarray(value, _VALUES[key])
+        if not self.is_op(node, *_CONSTANT[1:]):
+            return None
+        values = self.constant(scope, node.input[0], depth + 1)
+        try:
+            if self.is_op(node, "Transpose"):
+                return np.transpose(values, given.get("perm"))
+            if self.is_op(node, "Shape"):
+                return np.array(values.shape, np.int64)[given.get("start", 0) : given.get("end")]
+            if self.is_op(node, "Expand"):
+                sizes = tuple(map(int, self.constant(scope, node.input[1], depth + 1)))
+                shape = np.broadcast_shapes(values.shape, sizes)
+                return np.broadcast_to(values, shape) if math.prod(shape) < _LARGE else None
+            if self.is_op(node, "Cast", "CastLike"):
+                about = self.about(scope, node.input[1]) if node.op_type == "CastLike" else None
+                number = given.get("to") if about is None else about.type
+                if number not in _FLOATS:
+                    return None
+                return values.astype(helper.tensor_dtype_to_np_dtype(number))
+        except (ValueError, TypeError) as error:
+            raise Refused(f"'{node.output[0]}' cannot be computed ({error})") from error
+        return values
 
     def calls(self, function: Scope) -> list[tuple[Scope, NodeProto]]:
         """The nodes that call a function, and their scopes."""
@@ -258,32 +331,39 @@ class Graphs:
 
     def remove(self, scope: Scope, node: NodeProto) -> None:
         """Remove a node, and the constants that nothing else uses."""
-        place = next(i for i, each in enumerate(scope.nodes) if each is node)
-        if place in scope.removed:
-            return
-        scope.removed.add(place)
-        for name in node.output:
-            if scope.producers.pop(name, None) is not None:
-                scope.gone.add(name)
-        for name in node.input:
-            self.drop_use(scope, name, node)
+        pending = [(scope, node)]
+        while pending:
+            scope, node = pending.pop()
+            place = next(i for i, each in enumerate(scope.nodes) if each is node)
+            if place in scope.removed:
+                continue
+            scope.removed.add(place)
+            for name in node.output:
+                if scope.producers.pop(name, None) is not None:
+                    scope.gone.add(name)
+            for name in node.input:
+                pending += self._drop_use(scope, name, node)
 
-    def drop_use(self, scope: Scope, name: str, node: NodeProto) -> None:
-        """Note that a node does not use a value any more; a constant without uses is removed."""
+    def _drop_use(self, scope: Scope, name: str, node: NodeProto) -> list[tuple[Scope, NodeProto]]:
+        """Note that a node does not use a value any more.
+
+        An initializer without uses is removed; a node that makes constants is to be.
+        """
         home = scope.find(name) if name else None
         if home is None:
-            return
+            return []
         uses = home.uses[name]
         del uses[next(i for i, use in enumerate(uses) if use.node is node)]
         if uses:
-            return
+            return []
         made = home.producers.get(name)
         if name in home.initializers and (name not in home.inputs or self.model.ir_version < 4):
             del home.initializers[name]
             home.inputs.discard(name)
             home.gone.add(name)
-        elif made is not None and self.is_op(made, "Constant", "Identity", "Cast", "Transpose"):
-            self.remove(home, made)
+        elif made is not None and self.is_op(made, *_CONSTANT):
+            return [(home, made)]
+        return []
 
     def set_input(self, scope: Scope, node: NodeProto, place: int, name: str) -> None:
         """Give a node another input."""
@@ -291,7 +371,8 @@ class Graphs:
         old = node.input[place]
         node.input[place] = name
         self._use(scope, name, node)
-        self.drop_use(scope, old, node)
+        for each in self._drop_use(scope, old, node):
+            self.remove(*each)
 
     def set_output(self, scope: Scope, node: NodeProto, name: str) -> None:
         """Let a node make a value whose former maker has been removed."""

@@ -103,7 +103,7 @@ class Folding:
             total = total.then(self.last)
         total = total.rounded(self.dtype)
         assert total.bias is not None
-        largest = (abs(values.astype(np.float64)).max() for values in (total.weight, total.bias))
+        largest = (abs(v.astype(np.float64)).max(initial=0) for v in (total.weight, total.bias))
         self.report.largest_weight = float(max(largest))
         node, weight = self.node, total.weight
         if graphs.is_op(node, "Gemm", "MatMul"):
@@ -172,15 +172,11 @@ class Folding:
         return bound
 
 
-def layer_of(
-    graphs: Graphs, scope: Scope, node: NodeProto, rank: int | None, bias: Array | None = None
-) -> Folding:
+def layer_of(graphs: Graphs, scope: Scope, node: NodeProto, bias: Array | None = None) -> Folding:
     """A node as a layer.
 
     Parameters
     ----------
-    rank
-        Number of axes of the output of a MatMul.
     bias
         What is added to the output of a MatMul.
 
@@ -191,13 +187,12 @@ def layer_of(
     """
     name = f"'{graphs.label(node)}'"
     given = attributes(node)
-    if any(a.ref_attr_name for a in node.attribute):
-        raise Refused(f"an attribute of {name} is an argument of the function")
-    if getattr(node, "device_configurations", ()):
-        raise Refused(f"{name} is distributed over devices")
-    if graphs.is_op(node, "MatMul") and rank != 2:
-        axes = f"{rank} axes" if rank else "an unknown number of axes"
-        raise Refused(f"the output of {name} has {axes}, and its features are on the last")
+    graphs.check_plain(scope, node)
+    if graphs.is_op(node, "MatMul"):
+        about = graphs.about(scope, node.output[0])
+        if about is None or about.rank != 2:
+            rank = "an unknown number of" if about is None or about.rank is None else about.rank
+            raise Refused(f"the output of {name} has {rank} axes, and its features are on the last")
     weight = graphs.constant(scope, node.input[1])
     if len(node.input) > 2 and node.input[2]:
         bias = graphs.constant(scope, node.input[2])
@@ -241,10 +236,7 @@ def affine_of(graphs: Graphs, scope: Scope, node: NodeProto) -> Affine:
     Refused
         It is in training mode, or its parameters are no finite constants.
     """
-    if any(a.ref_attr_name for a in node.attribute):
-        raise Refused("an attribute is an argument of the function")
-    if getattr(node, "device_configurations", ()):
-        raise Refused("it is distributed over devices")
+    graphs.check_plain(scope, node)
     given = attributes(node)
     if given.get("training_mode"):
         raise Refused("it is in training mode (training_mode=1), and depends on the batch")
@@ -264,7 +256,7 @@ def affine_of(graphs: Graphs, scope: Scope, node: NodeProto) -> Affine:
 def geometry(node: NodeProto, kernel: tuple[int, ...]) -> list[tuple[int, ...]] | None:
     """(kernel, stride, dilation, padding at the begin and the end) of each axis.
 
-    None if padding depends on the size of the input.
+    None if padding depends on the size of the input, or an attribute has another length.
     """
     given, rank = attributes(node), len(kernel)
     mode = given.get("auto_pad", b"NOTSET")
@@ -272,7 +264,8 @@ def geometry(node: NodeProto, kernel: tuple[int, ...]) -> list[tuple[int, ...]] 
         return None
     pads = given.get("pads", [0] * 2 * rank) if mode == b"NOTSET" else [0] * 2 * rank
     strides, dilations = (given.get(name, [1] * rank) for name in ("strides", "dilations"))
-    return list(zip(kernel, strides, dilations, pads[:rank], pads[rank:], strict=True))
+    axes = [kernel, strides, dilations, pads[:rank], pads[rank:]]
+    return None if {len(axis) for axis in axes} != {rank} else list(zip(*axes, strict=True))
 
 
 def _padded(given: dict[str, Any], kernel: Iterable[int]) -> bool:

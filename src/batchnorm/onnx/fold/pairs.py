@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 from onnx import NodeProto
 
 from ...folding import Affine, Linear
-from .graphs import Graphs, Refused, Scope, Use
+from .graphs import Graphs, Refused, Scope
 from .layers import LINEAR, Folding, Part, affine_of, geometry, layer_of
 
 __all__ = ["Pairs"]
 
-#: Number of axes of a value, None if it is not known.
-Rank = Callable[[Scope, str], int | None]
+_MOST = 64  # nodes of a sum: more are no parallel branches
 
 
 class Pairs:
@@ -35,11 +35,10 @@ class Pairs:
     def __init__(
         self,
         graphs: Graphs,
-        rank: Rank,
         excluded: Mapping[str, str],
         apart: Collection[tuple[tuple[str, ...], str]],
     ) -> None:
-        self._graphs, self._rank, self._excluded, self._apart = graphs, rank, excluded, apart
+        self._graphs, self._excluded, self._apart = graphs, excluded, apart
         self._layers: dict[int, Folding] = {}
         self.refused: dict[str, str] = {}
         self.alone: dict[str, str] = {}
@@ -110,16 +109,16 @@ class Pairs:
         known = self._layers.get(id(node))
         if known is None:
             added = self._graphs.constant(scope, bias) if bias else None
-            known = layer_of(self._graphs, scope, node, self._rank(scope, node.output[0]), added)
+            known = layer_of(self._graphs, scope, node, added)
         return known
 
-    def _goes_to_one(self, scope: Scope, name: str, label: str) -> Use:
-        """Where a value goes, if that is one place."""
-        uses = scope.uses.get(name, [])
-        if len(uses) != 1 or uses[0].scope is not scope or uses[0].node is None:
+    def _check_sole(self, scope: Scope, name: str, user: NodeProto, label: str) -> None:
+        """Raise `Refused` if a value, which '`label`' returns, does not go to one node alone."""
+        uses = [*scope.uses.get(name, ())]
+        del uses[next(i for i, use in enumerate(uses) if use.node is user)]
+        if uses:
             others = dict.fromkeys(self._graphs.going(use, scope) for use in uses)
-            raise Refused(f"the output of '{label}' goes to {', '.join(others)}")
-        return uses[0]
+            raise Refused(f"the output of '{label}' also goes to {', '.join(others)}")
 
     def _into_former(self, scope: Scope, norm: NodeProto) -> bool:
         """Fold a batch norm into the layer before it; False if there is none."""
@@ -128,11 +127,9 @@ class Pairs:
         if home is None:
             return False
         node = home.producers.get(value)
-        while home is scope and graphs.passes(scope, node):
-            assert node is not None
+        while node is not None and home is scope and (passed := graphs.passed(scope, node)):
             between.append(node)
-            value = node.input[0]
-            node = scope.producers.get(value)
+            node = scope.producers.get(passed)
         bias = ""
         if home is scope and graphs.is_op(node, "Add"):
             assert node is not None
@@ -149,8 +146,8 @@ class Pairs:
             raise Refused(f"'{label}' is outside of the graph that it is in")
         layer = self._layer(scope, node, bias)
         affine = self._affine(scope, norm, layer.parts[0].linear.outputs)
-        for each in [node, *between[1:]]:
-            self._goes_to_one(scope, each.output[0], label)
+        for user, maker in itertools.pairwise([*between, node]):
+            self._check_sole(scope, maker.output[0], user, label)
         layer.then(affine)
         layer.report.after.append(graphs.label(norm))
         self._layers[id(node)] = layer
@@ -160,13 +157,12 @@ class Pairs:
     def _into_next(self, scope: Scope, norm: NodeProto) -> bool:
         """Fold a batch norm into the layer after it; False if there is none."""
         graphs, between, value = self._graphs, [norm], norm.output[0]
-        while len(uses := scope.uses.get(value, [])) == 1 and graphs.passes(scope, uses[0].node):
-            node = uses[0].node
-            assert node is not None
-            if uses[0].scope is not scope or node.input[0] != value:
-                return False
-            between.append(node)
-            value = node.output[0]
+        while len(uses := scope.uses.get(value, [])) == 1:
+            inner, user = uses[0]
+            if user is None or inner is not scope or graphs.passed(scope, user) != value:
+                break
+            between.append(user)
+            value = user.output[0]
         found = [
             use.node
             for use in uses
@@ -178,7 +174,7 @@ class Pairs:
             return False
         node = found[0]
         label = graphs.label(node)
-        self._goes_to_one(scope, value, graphs.label(norm))
+        self._check_sole(scope, value, node, graphs.label(norm))
         layer = self._layer(scope, node)
         if any(a.name == "transA" and a.i for a in node.attribute):
             raise Refused(f"'{label}' comes after it and transposes its output")
@@ -225,10 +221,13 @@ class Pairs:
             main = base.parts[0].linear
             affines = [self._affine(scope, norm, main.outputs) for norm in norms]
             if not norms and not any(layer.report.norms for layer in layers):
-                use = self._goes_to_one(scope, node.output[0], "")
-                if not graphs.is_op(use.node, "BatchNormalization") or use.node is None:
+                uses = scope.uses.get(node.output[0], [])
+                if len(uses) != 1 or uses[0].scope is not scope:
                     return False
-                self._affine(scope, use.node, main.outputs)
+                user = uses[0].node
+                if user is None or not graphs.is_op(user, "BatchNormalization"):
+                    return False
+                self._affine(scope, user, main.outputs)
         except Refused:
             return False
         one = Linear.identity(main.inputs, [1] * len(main.kernel), main.groups)
@@ -250,22 +249,25 @@ class Pairs:
         uses, node = scope.uses.get(name, []), scope.producers.get(name)
         if len(uses) != 1 or uses[0].scope is not scope or node is None:
             return False
+        if len(gone) + len(branches) > _MOST:
+            return False
         if self._graphs.is_op(node, "Conv", "BatchNormalization"):
             branches.append(node)
             return True
+        if passed := self._graphs.passed(scope, node):
+            gone.append(node)
+            return self._collect(scope, passed, gone, branches)
         if self._graphs.is_op(node, "Add", "Sum"):
             gone.append(node)
             return all(self._collect(scope, each, gone, branches) for each in node.input)
-        if self._graphs.passes(scope, node):
-            gone.append(node)
-            return self._collect(scope, node.input[0], gone, branches)
         return False
 
 
 def _fit(base: Folding, other: Folding) -> bool:
     """Whether the kernel of a convolution can be laid in the middle of that of another."""
     one, two = base.parts[0].linear, other.parts[0].linear
-    if (one.outputs, one.inputs, one.groups) != (two.outputs, two.inputs, two.groups):
+    kinds = [(x.outputs, x.inputs, x.groups, len(x.kernel)) for x in (one, two)]
+    if kinds[0] != kinds[1]:
         return False
     large, small = geometry(base.node, one.kernel), geometry(other.node, two.kernel)
     if base.last or other.last or base.dtype != other.dtype or large is None or small is None:

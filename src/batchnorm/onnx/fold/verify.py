@@ -67,7 +67,10 @@ def _checked(
             checked[name] = given  # a sequence, which onnxruntime checks
             continue
         values = np.asarray(given)
-        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type))
+        try:
+            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type))
+        except KeyError as error:
+            raise ArgumentError(f"the input {name!r} is of type {error}, which is none.") from error
         if values.dtype != dtype and not (dtype.kind == "O" and values.dtype.kind in "UO"):
             raise DTypeError(
                 f"inputs[{name!r}] must be of type {dtype}, got {values.dtype}. Convert it by "
@@ -104,7 +107,9 @@ class Runtime:
         self._ort = import_extra("onnxruntime", "onnx", "Comparisons of ONNX models")
         self._folder = folder
 
-    def session(self, model: ModelProto, what: str, optimized: bool = False) -> Any:
+    def session(
+        self, model: ModelProto, what: str, optimized: bool = False, threads: int = 0
+    ) -> Any:
         """Prepare a model; `what` it is, for messages.
 
         Raises
@@ -114,6 +119,7 @@ class Runtime:
         """
         level = self._ort.GraphOptimizationLevel
         options = self._ort.SessionOptions()
+        options.intra_op_num_threads = threads  # 0: as many as there are cores
         options.log_severity_level = 4  # errors are raised as well
         options.graph_optimization_level = (
             level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
@@ -128,8 +134,8 @@ class Runtime:
             )
         except Exception as error:  # onnxruntime's have no base class of their own
             raise ArgumentError(
-                f"onnxruntime cannot load {what}, so that nothing can be compared: "
-                f"{one_line(error)} Without inputs, it can still be folded."
+                f"onnxruntime cannot load {what}: {one_line(error)} Without inputs, nothing is "
+                "run, and it can still be folded."
             ) from error
 
     def outputs(
@@ -162,20 +168,21 @@ def compare_layers(
         Why foldings could not be compared, by their place.
     """
     scopes = {scope.key: scope for scope in original.scopes}
-    seen: dict[int, list[tuple[list[str], int]]] = {}
+    seen: list[list[tuple[list[str], int]]] = []
+    sessions = []
     problems = {}
     for place, folding in enumerate(foldings):
         names = [folding.node.input[0], folding.node.output[0]]
         try:
-            seen[place] = _expose(original, scopes[folding.scope.key], names, folding.dtype)
-        except Refused as reason:
+            seen.append(_expose(original, scopes[folding.scope.key], names, folding.dtype))
+            # Each session has threads of its own, which wait in a loop.
+            sessions.append(runtime.session(_alone(folded, folding), "it", threads=1))
+        except (Refused, ArgumentError) as reason:
             problems[place] = str(reason)
     if problems:
         return problems
-    layers = [_alone(folded, folding) for folding in foldings]
-    sessions = [runtime.session(layer, "a folded layer") for layer in layers]
     session = runtime.session(original.model, "the model with the values inside of it as outputs")
-    names = [name for each in seen.values() for pair, _ in each for name in pair]
+    names = [name for each in seen for pair, _ in each for name in pair]
     for feed in feeds:
         try:
             values = dict(zip(names, session.run(names, feed) if names else (), strict=True))
@@ -185,14 +192,17 @@ def compare_layers(
                 raise ArgumentError(
                     f"onnxruntime cannot run the model: {one_line(error)}"
                 ) from error
-            return dict.fromkeys(inside, f"it could not be compared ({one_line(error)})")
+            return dict.fromkeys(inside, f"it cannot be compared ({one_line(error)})")
         for place, folding in enumerate(foldings):
             for (x, y), depth in seen[place]:
                 for step in np.ndindex(values[x].shape[:depth]):
                     given, expected = values[x][step], values[y][step]
-                    if given.size and expected.size:
-                        (got,) = sessions[place].run(None, {"x": given})
-                        folding.add(given, expected, got)
+                    if not given.size or not expected.size:
+                        continue
+                    try:
+                        folding.add(given, expected, *sessions[place].run(None, {"x": given}))
+                    except Exception as error:  # onnxruntime's, or shapes that differ
+                        problems[place] = f"it cannot be compared ({one_line(error)})"
     return problems
 
 
