@@ -220,6 +220,40 @@ def test_onnx_file(folder, capsys):
     assert "BN401" not in out
 
 
+def _conv_and_norm(path, outputs):
+    """An ONNX file whose batch norm could be folded, unless an output is "h"."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import TensorProto, helper
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["h"], name="conv"),
+        helper.make_node("BatchNormalization", ["h", "s", "z", "m", "s"], ["y"], name="norm"),
+    ]
+    given = {"w": ([2, 2, 1, 1], [1.0] * 4), **{k: ([2], [1.0, 2.0]) for k in "szm"}}
+    tensors = [helper.make_tensor(k, TensorProto.FLOAT, *v) for k, v in given.items()]
+    shape = [1, 2, 4, 4]
+    values = [helper.make_tensor_value_info(k, TensorProto.FLOAT, shape) for k in ["x", *outputs]]
+    onnx.save(
+        helper.make_model(helper.make_graph(nodes, "g", values[:1], values[1:], tensors)), path
+    )
+
+
+LEVELS = {"text": "BN501 norm: only it", "json": '"level": "note"', "sarif": '"level": "note"'}
+
+
+@pytest.mark.parametrize(("form", "shown"), [*LEVELS.items(), ("github", "::notice title=BN501")])
+def test_batch_norm_of_a_file_that_could_be_folded_is_a_note(folder, capsys, form, shown):
+    _conv_and_norm("net.onnx", ["y"])
+    assert _run("net.onnx", "--format", form) == 0
+    assert shown in capsys.readouterr().out
+
+
+def test_batch_norm_of_a_file_whose_input_is_an_output_could_not_be_folded(folder, capsys):
+    _conv_and_norm("net.onnx", ["y", "h"])
+    assert _run("net.onnx") == 0
+    assert "no findings" in capsys.readouterr().out
+
+
 def test_recording_and_its_report(folder, capsys):
     net = nn.Sequential(nn.Linear(4, 3, bias=False), nn.BatchNorm1d(3, momentum=0.001))
     with watch(net, "run.parquet", every=10):

@@ -231,6 +231,31 @@ def test_findings_print_a_paragraph_for_each_code_with_five_layers():
     assert "8 findings" in text
 
 
+class Branches(nn.Module):
+    """Of its four batch norms, one could be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(4) for _ in range(4))
+
+    def forward(self, x):
+        ys = [linear(x) for linear in self.linears]
+        zs = [norm(y) for norm, y in zip(self.norms, ys, strict=True)]
+        again = self.linears[1](x + 1)  # called twice
+        return zs, again, ys[2], ys[3].relu()
+
+
+@pytest.mark.parametrize("data", [None, [torch.ones(8, 4)]], ids=["traced", "run"])
+def test_batch_norm_that_could_be_folded_is_noted_if_that_is_selected(data):
+    model = Branches().eval()
+    found = check(model, data, select="BN501", progress=False)
+    assert [(f.code, f.layer, f.level) for f in found] == [("BN501", "norms.0", "note")]
+    assert "BN501 could be folded into the layer before (note)" in str(found)
+    assert "BN501" not in _codes(check(model, data, progress=False))
+    assert not check(model.train(), data, select="BN501", progress=False)
+
+
 def test_no_findings_say_so():
     model, data = zoo.mlp(), zoo.loader(*zoo.rows())
     found = check(model, data, progress=False)

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,25 @@ def test_page_has_no_python_that_is_not_run(page):
     _, blocks = python_blocks(page.read_text(encoding="utf-8"))
     for block in blocks:
         assert block.lstrip().startswith(">>>"), block
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_page_commands_have_the_options_shown(page):
+    shown = re.findall(
+        r"^batchnorm (.*?)(?:\s+#.*)?$", page.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    if not shown:
+        return
+    typer = pytest.importorskip("typer")
+    from batchnorm import cli
+
+    commands = typer.main.get_command(cli.application()).commands
+    for line in shown:
+        name, *arguments = shlex.split(line, comments=True)
+        if name.startswith("-"):
+            continue
+        with commands[name].make_context(name, arguments):  # parses, and runs nothing
+            pass
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

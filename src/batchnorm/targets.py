@@ -1,9 +1,11 @@
-"""What ``batchnorm check`` is given: a model by name, or one of several kinds of files."""
+"""What ``batchnorm check`` and ``fold`` are given: a model by name, or a file of some kind."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ from batchnorm.diagnose import RULES, Findings, examine
 from batchnorm.diagnose.findings import page_of
 from batchnorm.errors import ArgumentError, BatchNormError
 from batchnorm.extras import require
+from batchnorm.folding import FoldError, FoldReport
 
-__all__ = ["check", "explain"]
+__all__ = ["check", "explain", "fold"]
 
 WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
@@ -65,7 +68,7 @@ def _check_file(
         return Findings(examine(network_of_onnx(path), select, ignore))
     if suffix in WEIGHTS:
         require("A file of weights", "torch", "torch")
-        from batchnorm.torch.diagnose.targets import network_of_weights
+        from batchnorm.torch.diagnose.weights import network_of_weights
 
         found = examine(network_of_weights(path), select, ignore)
         return Findings(found, skipped=["wiring, ε, momentum, and problems that show only on data"])
@@ -88,7 +91,7 @@ def _check_model(
 
     from batchnorm import torch as face
     from batchnorm.atomic import explain_write_errors, replacing
-    from batchnorm.torch.diagnose.targets import load_batches, load_model
+    from batchnorm.torch.targets import load_batches, load_model
 
     model = load_model(target, weights)
     batches: Any = None if data is None else load_batches(data)
@@ -128,3 +131,132 @@ def explain(code: str) -> str:
         f"--explain takes the code of a finding, got {code!r}. The codes are "
         f"{', '.join(rule.code for rule in RULES)}."
     )
+
+
+# ---- fold ---------------------------------------------------------------------------------------
+
+
+def fold(
+    target: str,
+    out: Path,
+    *,
+    weights: Path | None = None,
+    verify: Path | None = None,
+    shapes: Sequence[str] = (),
+    dtype: str | None = None,
+    strict: bool = False,
+    tol: float | None = None,
+) -> tuple[FoldReport, list[str]]:
+    """Fold an ONNX file, or a model by name, and write the result.
+
+    Parameters
+    ----------
+    target
+        ``model.onnx`` or ``package.module:factory``.
+    out
+        Where to write it; by the end of its name a state dict, a program, or ONNX.
+    weights
+        State dict for the model that the factory makes.
+    verify
+        A .npz file of inputs.
+    shapes
+        Of random inputs, as in "1x3x224x224".
+    dtype
+        Of the folded model: float16, bfloat16 or float32.
+    strict, tol
+        As `batchnorm.torch.fold`; nothing is written then.
+
+    Returns
+    -------
+    report
+    notes
+        What to know of the file.
+
+    Raises
+    ------
+    FoldError
+        With `strict`.
+    BatchNormError
+        Arguments do not go together, or something cannot be read, run or written.
+    """
+    if target.lower().endswith(".onnx"):
+        model_only = {"--weights": weights, "--input": shapes, "--dtype": dtype}
+        for option, value in model_only.items():
+            if value:
+                raise ArgumentError(
+                    f"{option} goes with package.module:factory; {target} has weights and types "
+                    "of its own, and takes inputs by --verify."
+                )
+        if out.suffix.lower() != ".onnx":
+            raise ArgumentError(f"out must end in .onnx as {target} does, got {str(out)!r}.")
+        if tol is not None and verify is None:
+            raise ArgumentError("--tol is about outputs: pass --verify data.npz to compare them.")
+        from batchnorm.onnx import fold_file, read_inputs
+
+        inputs = None if verify is None else read_inputs(verify)
+        return fold_file(Path(target), out, inputs, strict=strict, tol=tol), []
+    if ":" not in target or os.path.exists(target):
+        hint = (
+            f" Weights alone do not say how layers are connected: pass --weights {target}."
+            if target.lower().endswith(WEIGHTS)
+            else ""
+        )
+        raise ArgumentError(
+            f"{target}: must be package.module:factory of a model, or a file that ends in "
+            f".onnx.{hint}"
+        )
+    if (verify is None) == (not shapes):
+        raise ArgumentError(
+            f"{target} must be run on example inputs: pass either --verify data.npz or --input "
+            f"with a shape such as 8x3x224x224, got {'neither' if verify is None else 'both'}."
+        )
+    require("A model", "torch", "torch")
+    return _fold_model(target, out, weights, verify, shapes, dtype, strict, tol)
+
+
+def _fold_model(
+    target: str,
+    out: Path,
+    weights: Path | None,
+    verify: Path | None,
+    shapes: Sequence[str],
+    dtype: str | None,
+    strict: bool,
+    tol: float | None,
+) -> tuple[FoldReport, list[str]]:
+    import torch
+
+    from batchnorm import torch as face
+    from batchnorm.torch.fold.files import check_out, make_file
+    from batchnorm.torch.targets import example_of, load_model, random_example
+
+    check_out(out)
+    wanted = None if dtype is None else getattr(torch, dtype)
+    model = load_model(target, weights).eval()
+    if verify is None:
+        example = random_example(shapes, model)
+    else:
+        from batchnorm.onnx import read_inputs
+
+        example = example_of(read_inputs(verify), verify)
+    with contextlib.redirect_stdout(sys.stderr):  # what models print is no report
+        try:
+            folded, report = face.fold(model, example, dtype=wanted)
+        except BatchNormError:
+            raise
+        except Exception as error:  # whatever the model does on the example
+            raise BatchNormError(
+                f"{target}: the model cannot be run on {verify or ', '.join(shapes)}: "
+                f"{type(error).__name__}: {error}."
+            ) from error
+        if strict:
+            report.check(tol)
+        file = make_file(folded, example, out, report, wanted)
+    if strict and tol is not None and file.error is not None and file.error > tol:
+        raise FoldError(
+            f"what was exported differs by {file.error:.3g} from the folded model, more than "
+            f"{tol:.3g}",
+            report,
+        )
+    file.write(out)
+    return report, file.notes

@@ -39,6 +39,8 @@ class Finding:
         Of the rule, in some words.
     where
         File and line, for findings in the text of a program.
+    level
+        Of the rule: "warning", or "note" for what is not wrong.
     """
 
     code: str
@@ -48,6 +50,7 @@ class Finding:
     fix: str = ""
     title: str = ""
     where: tuple[str, int] | None = None
+    level: str = "warning"
 
     @property
     def url(self) -> str:
@@ -107,7 +110,7 @@ class Findings(Sequence[Finding]):
         lines = []
         for code, group in self.by_code():
             first = group[0]
-            lines.append(f"{code} {first.title}")
+            lines.append(f"{code} {first.title}{' (note)' * (first.level == 'note')}")
             lines += [f"  {_place(finding)}{finding.message}" for finding in group[:5]]
             if len(group) > 5:
                 others = ", ".join(finding.layer for finding in group[5:])
@@ -137,17 +140,23 @@ class Rule:
         What to do, in general.
     look
         Yields layer ("" for the network), message and evidence.
+    level
+        "warning", or "note" for what is not wrong: it fails no command, and is looked for in files
+        for inference, or where it is selected.
     """
 
     code: str
     title: str
     fix: str
     look: Callable[[Network], Iterator[tuple[str, str, dict[str, float]]]]
+    level: str = "warning"
 
     def findings(self, network: Network) -> Iterator[Finding]:
         """Look for it."""
         for layer, message, evidence in self.look(network):
-            yield Finding(self.code, layer, message, evidence, self.fix, self.title)
+            yield Finding(
+                self.code, layer, message, evidence, self.fix, self.title, level=self.level
+            )
 
 
 def selected(

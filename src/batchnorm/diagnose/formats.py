@@ -22,6 +22,7 @@ def _json(findings: Sequence[Finding], target: str) -> str:
                 {
                     "code": f.code,
                     "title": f.title,
+                    "level": f.level,
                     "layer": f.layer,
                     "message": f.message,
                     "evidence": f.evidence,
@@ -58,7 +59,8 @@ def _github(findings: Sequence[Finding], target: str) -> str:
         place = f"file={part(f.where[0])},line={f.where[1]}," if f.where else ""
         title = part(f"{f.code} {f.title}")
         message = escaped(f"{f.layer + ': ' if f.layer else ''}{f.message}. {f.fix}")
-        lines.append(f"::warning {place}title={title}::{message}")
+        command = "notice" if f.level == "note" else "warning"
+        lines.append(f"::{command} {place}title={title}::{message}")
     return "\n".join(lines)
 
 
@@ -80,7 +82,7 @@ def _sarif(findings: Sequence[Finding], target: str) -> str:
         results.append(
             {
                 "ruleId": f.code,
-                "level": "warning",
+                "level": f.level,
                 "message": {"text": f"{f.layer + ': ' if f.layer else ''}{f.message}"},
                 "locations": [
                     {

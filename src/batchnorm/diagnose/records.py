@@ -138,7 +138,8 @@ class Operation:
     ----------
     kind
         "batch norm", "convolution", "linear", "activation", "dropout", "pool", "identity" (the same
-        values, perhaps in another type), "reshape", "add", "concat", "input" or "other".
+        values, perhaps in another type), "reshape", "add", "concat", "input", "output" or
+        "other".
     name
         The path of the layer, or the name of the function.
     inputs

@@ -147,8 +147,8 @@ class FoldReport:
                 f"the model was not folded as strict=True demands: {problems[0]}{more}", self
             )
 
-    def __str__(self) -> str:
-        """A summary, and a line for each batch norm."""
+    def summary(self) -> list[str]:
+        """What was folded, and how far outputs are apart: a sentence a line."""
         count = len(self.folded)
         lines = [
             f"folded {count} batch norm{'' if count == 1 else 's'}, refused {len(self.refused)}, "
@@ -168,19 +168,33 @@ class FoldReport:
                 f"from float64: the original {self.original_error:.2g}, folded "
                 f"{self.folded_error:.2g}"
             )
+        return lines
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """For each batch norm: its name, the layer it is in, error, bound; or why it is not."""
         rows = [
             (
                 norm,
-                f"into '{p.layer}'"
-                + (f": error {p.error:.2g}, bound {p.bound:.2g}" * self.verified),
+                p.layer,
+                *((f"{p.error:.2g}", f"{p.bound:.2g}") if self.verified else ("", "")),
+                "",
             )
             for p in self.pairs
             for norm in p.norms
         ]
-        rows += [(name, f"refused: {why}") for name, why in self.refused.items()]
-        rows += [(name, f"left: {why}") for name, why in self.alone.items()]
-        width = max((len(name) for name, _ in rows), default=0)
-        return "\n".join([*lines, *(f"  {name:<{width}}  {text}" for name, text in rows)])
+        rows += [(name, "", "", "", f"refused: {why}") for name, why in self.refused.items()]
+        return rows + [(name, "", "", "", f"left: {why}") for name, why in self.alone.items()]
+
+    def __str__(self) -> str:
+        """The summary, and a line for each batch norm."""
+        rows = self.rows()
+        width = max((len(name) for name, *_ in rows), default=0)
+        lines = [
+            f"  {name:<{width}}  {why or f'into {layer!r}'}"
+            + (f": error {error}, bound {bound}" if error else "")
+            for name, layer, error, bound, why in rows
+        ]
+        return "\n".join([*self.summary(), *lines])
 
 
 def _finite(value: Any) -> Any:

@@ -72,6 +72,7 @@ def _operations(graph: Any, values: dict[str, Any]) -> tuple[list[Operation], li
         for output in node.output:
             made[output] = len(found)
         found.append(Operation(kind, name, inputs, bias))
+    found += [Operation("output", o.name, (made[o.name],)) for o in graph.output if o.name in made]
     return found, layers
 
 

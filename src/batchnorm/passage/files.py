@@ -132,7 +132,7 @@ def _format_of(path: Path, framework: str | None = None) -> _Format:
 
 def _load_torch(path: Path) -> Loaded:
     import_extra("torch", "torch", "PyTorch's files")
-    from batchnorm.torch.diagnose.targets import load_weights
+    from batchnorm.torch.targets import load_weights
 
     arrays: dict[str, Any] = {}
     for name, tensor in load_weights(path).items():

@@ -115,7 +115,7 @@ def convert(
     ----------
     model : Module
         May itself be a batch-norm layer. Convert before `torch.compile` and before wrapping in
-        `DistributedDataParallel`; revert before quantization.
+        `DistributedDataParallel`; revert before `torch.ao.quantization`.
     on_nonfinite, on_single, group_size
         As in `BatchNorm2d`. If an option is not given, layers that are ours already keep its value,
         and others get the default.

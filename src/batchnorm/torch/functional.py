@@ -19,7 +19,7 @@ from ..moments import Moments
 from . import autograd, native, operators, portable, running
 from .autograd import Call, NotPlainError, PlainCall, is_differentiated
 from .contract import IDENTITY, Config, config_of, joins, values_per_example
-from .internals import is_direct, is_eager, is_exporting_to_onnx, is_tracing
+from .internals import is_direct, is_eager, is_exporting, is_exporting_to_onnx, is_tracing
 
 __all__ = ["batch_norm"]
 
@@ -123,7 +123,7 @@ def batch_norm(
     _check_tensors(input, running_mean, running_var, weight, bias)
     config = config_of(eps, group_size, activation, negative_slope)
     y, statistics = normalize(
-        input, running_mean, running_var, weight, bias, training, config, residual, mask
+        input, running_mean, running_var, weight, bias, training, config, residual, mask, momentum
     )
     if training and running_mean is not None and running_var is not None:
         update_running(
@@ -142,8 +142,11 @@ def normalize(
     config: Config,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    momentum: float | None = 0.0,
 ) -> tuple[Tensor, Statistics | None]:
     """Check the arguments and normalize; do not update the running statistics.
+
+    Where an exporter or tracer records an evaluation, it sees torch's operator, with `momentum`.
 
     Returns y and the statistics of the batch (None in evaluation).
     """
@@ -172,9 +175,12 @@ def normalize(
                 return found if training else (found[0], None)
     check(x, *vectors, training, config)
     weights = None if mask is None else as_weights(mask, x)
+    if not training and is_recorded():
+        y = _by_torch(x, vectors, momentum or 0.0, config.eps)
+        return portable.finish(y, residual, weights, config), None
     if residual is not None and not joins(residual, x, config):
         linear = config._replace(activation=IDENTITY)
-        y, statistics = normalize(x, *vectors, training, linear, None, mask)
+        y, statistics = normalize(x, *vectors, training, linear, None, mask, momentum)
         return portable.finish(y, residual, weights, config), statistics
     tensors = (weight, bias, residual, weights)
     if (
@@ -201,6 +207,26 @@ def normalize(
         y, statistics = backend.forward(x, *tensors, config)
         return y, statistics
     return backend.normalize(x, statistics, *tensors, config), None
+
+
+def is_recorded() -> bool:
+    """Whether the call becomes a part of a file, whose readers only know torch's operators."""
+    return is_exporting() or is_tracing() or is_exporting_to_onnx()
+
+
+def _by_torch(x: Tensor, vectors: tuple[Tensor | None, ...], momentum: float, eps: float) -> Tensor:
+    """Evaluate by torch's operator, whatever the types of tensors."""
+    types = [t.dtype for t in vectors if t is not None]
+    given = x
+    if any(dtype != x.dtype for dtype in types):
+        # It takes vectors of x's type, or all of float32 beside a narrower x.
+        wide = torch.float64 if torch.float64 in (x.dtype, *types) else torch.float32
+        vectors = tuple(t if t is None or t.dtype == wide else t.to(wide) for t in vectors)
+        if wide == torch.float64 and x.dtype != wide:
+            given = x.to(wide)
+    mean, var, weight, bias = vectors
+    y = F.batch_norm(given, mean, var, weight, bias, False, momentum, eps)
+    return y if given is x else y.to(x.dtype)
 
 
 def _is_valid_buffer(t: Tensor, channels: int) -> bool:

@@ -16,6 +16,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 is_compiling = torch.compiler.is_compiling
+#: Whether `torch.export` is recording. Torch before 2.7 does not say.
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,9 +85,7 @@ def can_change_attributes(t: Tensor) -> bool:
     Exporters, tracers, transforms and dispatch modes would lose such a change, or refuse it.
     """
     if torch.compiler.is_dynamo_compiling():
-        # Older versions of torch do not say whether they export.
-        is_exporting = getattr(torch.compiler, "is_exporting", None)
-        return is_exporting is None or not is_exporting()
+        return not is_exporting()
     return is_direct(t)
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import ArgumentError
 from . import functional, native, portable, running
 from .contract import PLAIN_CONFIGS, Config, config_of, values_per_example
-from .internals import can_change_attributes, is_compiling, is_direct, is_recomputing
+from .internals import can_change_attributes, is_compiling, is_direct, is_exporting, is_recomputing
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -161,7 +161,7 @@ class Layer(nn.Module):
             weight, bias, mean, var = p["weight"], p["bias"], b["running_mean"], b["running_var"]
         except KeyError:  # one is computed from other parameters, as by weight norm
             weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
-        if self.affine_frozen:
+        if self.affine_frozen and not functional.is_recorded():  # where it would be an operation
             weight = None if weight is None else weight.detach()
             bias = None if bias is None else bias.detach()
         known = mean is not None or var is not None
@@ -177,23 +177,41 @@ class Layer(nn.Module):
             config = PLAIN_CONFIGS.get(self.eps) or Config(self.eps)
         else:
             config = config_of(self.eps, self.group_size, self.activation, self.negative_slope)
-        if not input.is_cpu and residual is None and mask is None and self._is_torchs(input):
+        if (
+            (not input.is_cpu or is_exporting())
+            and mask is None
+            and self._is_torchs(input, residual, batch)
+        ):
             functional.check(input, mean, var, weight, bias, batch, config)
             y: Tensor = _BatchNorm.forward(self, input)  # type: ignore[arg-type]
-            return portable.finish(y, None, None, config)
+            return portable.finish(y, residual, None, config)
         y, statistics = self._normalize(
-            input, mean, var, weight, bias, batch, config, residual, mask
+            input, mean, var, weight, bias, batch, config, residual, mask, self.momentum
         )
         if batch and self.training and not is_recomputing():
             self._track(mean, var, statistics, mask)
         return y
 
-    def _is_torchs(self, input: Tensor) -> bool:
-        """Whether torch's layer would do the same on a device that the core does not read.
+    def _is_torchs(self, input: Tensor, residual: Tensor | None, batch: bool) -> bool:
+        """Whether torch's layer runs instead of ours.
 
-        Then it runs, with fewer kernels: only to skip batches, statistics are computed apart.
+        On a device that the core does not read, it does so if it would do the same, with fewer
+        kernels: only to skip batches, statistics are computed apart. An exported program of
+        training has torch's operator, because tools that take programs know no other, unless an
+        option asks for something else than torch's layer does; it does not skip batches.
         """
-        return (
+        if is_exporting():
+            vectors = (self.weight, self.bias, self.running_mean, self.running_var)
+            return (
+                batch
+                and self.training
+                and self.on_nonfinite != "raise"
+                and self.group_size is None
+                and self.momentum is not None
+                and self._accumulated is None
+                and all(t is None or t.dtype == input.dtype for t in vectors)
+            )
+        return residual is None and (
             self.on_nonfinite == "propagate"
             and self.on_single == "raise"
             and self.group_size is None

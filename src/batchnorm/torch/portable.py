@@ -30,7 +30,7 @@ from .contract import (
     Needs,
     groups_of,
 )
-from .internals import is_transformed
+from .internals import is_tracing, is_transformed
 
 # ---- the contract -------------------------------------------------------------------------------
 
@@ -291,7 +291,8 @@ def _of_batch(
 def finish(y: Tensor, residual: Tensor | None, mask: Tensor | None, config: Config) -> Tensor:
     """Add a residual that cannot be added in the same pass, activate, and apply the mask."""
     if residual is not None:
-        check_residual(y, residual)
+        if not is_tracing():  # comparing a traced size would make it constant
+            check_residual(y, residual)
         y = y + residual
     return _masked(_activated(y, config), mask)
 

@@ -111,7 +111,7 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
     def _is_single(self, x: Tensor, mask: Tensor | None) -> bool:
         return False if self._is_shared() else super()._is_single(x, mask)
 
-    def _is_torchs(self, input: Tensor) -> bool:
+    def _is_torchs(self, input: Tensor, residual: Tensor | None, batch: bool) -> bool:
         return False  # torch's layer exchanges statistics in another way
 
     def _is_shared(self) -> bool:
@@ -131,6 +131,7 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
         config: Config,
         residual: Tensor | None,
         mask: Tensor | None,
+        momentum: float | None,
     ) -> tuple[Tensor, Any]:
         tensors = (x, running_mean, running_var, weight, bias)
         if batch and self.training and self._is_shared():
@@ -138,7 +139,7 @@ class SyncBatchNorm(Layer, nn.SyncBatchNorm):  # type: ignore[misc]
                 return _normalize_uncompiled(self, *tensors, config, residual, mask)
             return _normalize_synchronized(self, *tensors, config, residual, mask)
         super()._check_input_dim(x)
-        return functional.normalize(*tensors, batch, config, residual, mask)
+        return functional.normalize(*tensors, batch, config, residual, mask, momentum)
 
     def extra_repr(self) -> str:
         """torch's, and what differs from it."""

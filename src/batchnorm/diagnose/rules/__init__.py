@@ -32,11 +32,16 @@ def examine(
 ) -> list[Finding]:
     """Look for everything, or for what is selected, and order it by code.
 
+    Notes on a network that is no file for inference are only looked for if they are selected.
+
     Raises
     ------
     ArgumentError
         `select` or `ignore` names no code.
     """
     return [
-        finding for rule in selected(RULES, select, ignore) for finding in rule.findings(network)
+        finding
+        for rule in selected(RULES, select, ignore)
+        if rule.level == "warning" or network.exported or select is not None
+        for finding in rule.findings(network)
     ]

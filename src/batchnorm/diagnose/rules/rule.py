@@ -14,9 +14,11 @@ __all__ = ["Found", "many", "numbers", "rule"]
 Found = Iterator[tuple[str, str, dict[str, float]]]
 
 
-def rule(code: str, title: str, *, fix: str) -> Callable[[Callable[[Network], Found]], Rule]:
+def rule(
+    code: str, title: str, *, fix: str, level: str = "warning"
+) -> Callable[[Callable[[Network], Found]], Rule]:
     """Make a `Rule` of a function."""
-    return lambda look: Rule(code, title, fix, look)
+    return lambda look: Rule(code, title, fix, look, level)
 
 
 def numbers(**values: Any) -> dict[str, float]:

@@ -40,7 +40,7 @@ def by_running(model: nn.Module, run: Callable[[], Any]) -> list[Operation]:
                 stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(leave).remove)
         with recorder, torch.no_grad():
-            run()
+            recorder.end(run())
     return recorder.operations
 
 
@@ -67,6 +67,10 @@ class _Recorder(TorchFunctionMode):
         self._kept.append(result)
         for tensor in tensors_in(result):
             self._made[id(tensor)] = len(self.operations) - 1
+
+    def end(self, result: Any) -> None:
+        """Note what the model returns."""
+        self.operations.append(Operation("output", "output", self._inputs(result)))
 
     def inside(self, name: str) -> tuple[Any, Any]:
         """Hooks that tell which module without children runs."""
@@ -155,13 +159,15 @@ def by_tracing(model: nn.Module) -> list[Operation]:
     modules, numbers = dict(model.named_modules()), dict[fx.Node, int]()
     found: list[Operation] = []
     for node in graph.nodes:
-        if node.op in ("output", "get_attr"):
+        if node.op == "get_attr":
             continue
         inputs = tuple(dict.fromkeys(numbers[n] for n in node.all_input_nodes if n in numbers))
         if node.op == "call_module":
             _append_module(found, str(node.target), modules[str(node.target)], inputs)
         elif node.op == "placeholder":
             found.append(Operation("input", node.name))
+        elif node.op == "output":
+            found.append(Operation("output", node.name, inputs))
         else:
             name = node.target if isinstance(node.target, str) else node.target.__name__
             kind = kind_of(name)

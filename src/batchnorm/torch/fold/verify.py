@@ -21,7 +21,7 @@ from ..population.state import RngState
 from .foldings import Folding, wide
 from .layers import activation_of
 
-__all__ = ["Examples", "compare_groups", "compare_outputs"]
+__all__ = ["Examples", "cast", "compare_groups", "compare_outputs"]
 
 
 class Examples:
@@ -55,7 +55,7 @@ class Examples:
             for args, kwargs in self._calls:
                 args, kwargs = copy_of(args), copy_of(kwargs)
                 if dtype is not None:
-                    args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
+                    args, kwargs = cast(args, dtype), cast(kwargs, dtype)
                 outputs.append(model(*args, **kwargs))
         return outputs
 
@@ -87,16 +87,17 @@ def _exactly() -> Iterator[None]:
             matmul.allow_bf16_reduced_precision_reduction = reduced_bf16
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Arguments with their real tensors in `dtype`."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_cast(item, dtype) for item in value))
+        return type(value)(*(cast(item, dtype) for item in value))
     if type(value) in (list, tuple):
-        return type(value)(_cast(item, dtype) for item in value)
+        return type(value)(cast(item, dtype) for item in value)
     if isinstance(value, dict):
         copied = copy.copy(value)
-        copied.update((key, _cast(item, dtype)) for key, item in value.items())
+        copied.update((key, cast(item, dtype)) for key, item in value.items())
         return copied
     return value
 

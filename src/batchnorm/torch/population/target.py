@@ -132,9 +132,10 @@ class Target:
         config: Config,
         residual: Tensor | None,
         mask: Tensor | None,
+        momentum: float | None,
     ) -> Any:
         seen = on_input(self, x, mask)
-        rest = config, residual, mask
+        rest = config, residual, mask, momentum
         if seen is not None and seen.values > 1 and config.group_size:
             return inner(x, mean, var, weight, bias, True, *rest)
         pair = self.statistics_for(seen, wide=native.supports(x)) or (mean, var)

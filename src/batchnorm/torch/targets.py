@@ -1,24 +1,23 @@
-"""Models and weights that a command names."""
+"""Models, weights and inputs that a command names."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...diagnose.records import Network
-from ...diagnose.weights import from_weights
-from ...errors import ArgumentError, BatchNormError
-from .records import numpy_of
+from ..errors import ArgumentError, BatchNormError
 
-__all__ = ["load_batches", "load_model", "load_weights", "network_of_weights"]
+__all__ = ["example_of", "load_batches", "load_model", "load_weights", "random_example"]
 
 
 def load_model(target: str, weights: Path | None = None) -> nn.Module:
@@ -124,15 +123,54 @@ def _first_line(error: BaseException) -> str:
     return f"it cannot be read ({(text or [type(error).__name__])[0][:160]})"
 
 
-def network_of_weights(path: Path) -> Network:
-    """Records of the batch norms in a file of weights."""
-    weights = load_weights(path)
-    dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in weights.items()}
-    arrays = {name: numpy_of(t) for name, t in weights.items() if _matters(name)}
-    return from_weights(arrays, str(path), dtypes)
+# ---- inputs -------------------------------------------------------------------------------------
 
 
-def _matters(name: str) -> bool:
-    return name.rpartition(".")[2] in (
-        "running_mean", "running_var", "weight", "bias", "num_batches_tracked",
-    )  # fmt: skip
+def example_of(arrays: Mapping[str, np.ndarray[Any, Any]], path: Path) -> Any:
+    """Arguments of a model: `arr_0`, `arr_1` and so on in their order, or keywords by their names.
+
+    Raises
+    ------
+    ArgumentError
+        There are both, or none, or arrays that no tensor can hold.
+    """
+    positions = {name: re.fullmatch(r"arr_(\d+)", name) for name in arrays}
+    ordered = sorted((int(m[1]), name) for name, m in positions.items() if m)
+    if not arrays or (ordered and [k for k, _ in ordered] != list(range(len(arrays)))):
+        raise ArgumentError(
+            f"{path}: must hold arrays arr_0, arr_1 and so on, as numpy.savez names arguments "
+            "without a name, or arrays with the names of keyword arguments, but not both, got "
+            f"{', '.join(arrays) or 'none'}."
+        )
+    try:
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
+    except TypeError as error:
+        raise ArgumentError(f"{path}: must hold numbers, but {error}") from error
+    return tuple(tensors[name] for _, name in ordered) if ordered else tensors
+
+
+def random_example(shapes: Sequence[str], model: nn.Module) -> tuple[Tensor, ...]:
+    """Standard normal values of a fixed seed, in the type of the model; shapes as in "8x3x32x32".
+
+    Raises
+    ------
+    ArgumentError
+        A shape is not such a text, or too large.
+    """
+    floats = [t for t in model.parameters() if t.is_floating_point()]
+    dtype = floats[0].dtype if floats else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for shape in shapes:
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+            raise ArgumentError(
+                f"--input must be a shape of positive numbers such as 8x3x224x224, got {shape!r}."
+            )
+        try:
+            values = torch.randn([int(n) for n in shape.split("x")], generator=generator)
+        except (RuntimeError, TypeError, MemoryError) as error:  # too large for it, or an int64
+            raise ArgumentError(
+                f"--input must be a shape that fits into memory, got {shape!r}."
+            ) from error
+        found.append(values.to(dtype))
+    return tuple(found)
