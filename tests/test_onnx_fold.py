@@ -1,7 +1,9 @@
 """What `batchnorm.onnx.fold` makes of models of every kind, against onnx's reference evaluator."""
 
+import importlib.util
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -488,18 +490,11 @@ def test_fold_folds_two_layers_with_one_weight():
 
 
 def test_fold_keeps_parameters_that_are_used_elsewhere():
-    body = "z = Conv(x, w, b) n = BatchNormalization(z, s, b, m, v) t = Mul(n, q) y = Add(t, q)"
-    proto = convolutions(body, np.float64, more={"q": np.ones(1)})
-    proto.graph.node[2].input[1] = "v"
-    proto.graph.node[2].op_type = "Conv"
-    proto.graph.node[2].input[1] = "u"
-    proto.graph.initializer.append(
-        numpy_helper.from_array(array(4, 4, 1, 1, dtype=np.float64), "u")
-    )
-    proto.graph.node[2].input.append("v")
+    body = "z = Conv(x, w, b) n = BatchNormalization(z, s, b, m, v) t = Conv(n, u, v) y = Relu(t)"
+    proto = convolutions(body, np.float64)
     folded, _ = fold(proto)
+    assert set(weights(folded)) == {"w", "b", "u", "v"}
     assert np.array_equal(weights(folded)["v"], weights(proto)["v"])
-    assert {"s", "m"}.isdisjoint(weights(folded))
     check_equal(proto, folded, 1, 4, 5, 5)
 
 
@@ -746,9 +741,6 @@ def with_function(body, proto_body="y = my.f(x)", **options):
     )  # fmt: skip
 
 
-CONSTANTS = "k = Constant<value_floats = [1.0, 2.0]>() w = Constant<value = {}>() "
-
-
 def constant_text(values):
     numbers = ", ".join(str(float(v)) for v in values.ravel())
     return f"float[{', '.join(map(str, values.shape))}] {{{numbers}}}"
@@ -766,6 +758,32 @@ def test_fold_folds_inside_of_functions():
     assert report.folded == {"f/BatchNormalization_6 (output 'r')": "f/Conv_5 (output 'z')"}
     assert 0 < report.pairs[0].error < report.pairs[0].bound
     check_equal(proto, folded, 2, 4, 5, 5, dtype=np.float32, tolerance=1e-4)
+
+
+def test_fold_compares_functions_that_are_called_in_loops():
+    tensors = {"w": array(4, 4, 1, 1) / 4, **norm(4)}
+    held = " ".join(f"{n} = Constant<value = {constant_text(t)}>()" for n, t in tensors.items())
+    proto = with_function(
+        f"(h) => (r) {{ {held} z = Conv(h, w) r = BatchNormalization(z, s, b, m, v) }}",
+        """n = Constant<value = int64 {3}>() q = my.f(x) y = Loop(n, k, q)<
+            body = l (int64 i, bool c0, T[A, B, D, E] h) => (bool c1, T[F, G, I, J] e) {
+                c1 = Identity(c0) e = my.f(h) }>""",
+        inputs=", bool k",
+    )
+    folded, report = fold(proto, {"x": array(2, 4, 5, 5), "k": np.array(True)})
+    assert operators(folded.functions[0])[-1] == "Conv"
+    assert 0 < report.pairs[0].error < report.pairs[0].bound
+
+
+def test_fold_refuses_to_compare_rounds_of_other_shapes():
+    body = """n = Constant<value = int64 {2}>() y = Loop(n, k, x)<
+        body = l (int64 i, bool c0, T[A, B, D, E] h) => (bool c1, T[F, G, I, J] e) {
+            c1 = Identity(c0) z = Conv(h, w) e = BatchNormalization(z, s, b, m, v) }>"""
+    proto = convolutions(body, inputs=", bool k")
+    assert len(fold(proto)[1].pairs) == 1
+    folded, report = fold(proto, {"x": array(1, 4, 9, 9), "k": np.array(True)})
+    assert folded == proto
+    assert "it cannot be compared" in next(iter(report.refused.values()))
 
 
 def test_fold_refuses_parameters_of_functions():
@@ -1096,3 +1114,14 @@ def test_fold_says_that_onnxruntime_does_not_know_an_operator():
 def test_fold_takes_models_alone(given):
     with pytest.raises(ArgumentError, match="takes an onnx.ModelProto, got"):
         fold(given)
+
+
+def test_fold_says_how_to_install_what_is_missing(monkeypatch):
+    proto = convolutions("z = Conv(x, w) " + AFTER)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert len(fold(proto)[1].pairs) == 1
+    with pytest.raises(BatchNormError, match=r"pip install onnxruntime adds it.*\[onnx\]"):
+        fold(proto, {"x": X})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BatchNormError, match=r"pip install onnx adds it.*\[onnx\]"):
+        fold(proto)

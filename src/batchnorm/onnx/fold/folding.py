@@ -26,7 +26,7 @@ from ..files import (
     tensors,
     write_model,
 )
-from .graphs import About, Graphs, Scope
+from .graphs import About, Graphs, Scope, opset_of
 from .layers import Folding
 from .pairs import Pairs
 from .verify import Runtime, check_inputs, compare_layers, compare_outputs
@@ -95,10 +95,9 @@ def _check(model: ModelProto, data: Data) -> None:
         raise ArgumentError(
             "model must be one for inference, got one with training_info. Export it anew."
         )
-    versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
-    if versions and max(versions) < 9:
+    if 0 < (opset := opset_of(model)) < 9:
         raise ArgumentError(
-            f"model must be of opset 9 or later, got {max(versions)}. "
+            f"model must be of opset 9 or later, got {opset}. "
             "onnx.version_converter.convert_version(model, 13) converts it."
         )
     check(model, False, "model")
