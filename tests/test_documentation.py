@@ -31,6 +31,7 @@ MODULES = [
     "batchnorm.dataset.measuring",
     "batchnorm.dataset.statistics",
     "batchnorm.sklearn",
+    "batchnorm.onnx.fold",
 ]
 TORCH_MODULES = [
     "batchnorm.torch",
@@ -94,7 +95,7 @@ def run_doctest(test: doctest.DocTest) -> None:
 def test_page_code_gives_the_output_shown(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where pages may write
     source, _ = python_blocks(page.read_text(encoding="utf-8"))
-    for package in ("torch", "sklearn", "PIL"):
+    for package in ("torch", "sklearn", "PIL", "onnx"):
         used = rf"^>>> (import {package}|from {package}[. ]|from batchnorm\.{package} )"
         if re.search(used, source, re.MULTILINE):
             pytest.importorskip(package)
@@ -138,8 +139,9 @@ def test_page_links_lead_to_files(page):
 def test_docstring_examples_give_the_output_shown(module):
     if module in TORCH_MODULES:
         pytest.importorskip("torch")
-    if module == "batchnorm.sklearn":
-        pytest.importorskip("sklearn")
+    for package in ("sklearn", "onnx"):
+        if module.startswith(f"batchnorm.{package}"):
+            pytest.importorskip(package)
     tests = doctest.DocTestFinder(exclude_empty=True).find(importlib.import_module(module))
     tests = [test for test in tests if test.examples]
     assert tests, f"{module} has no examples"

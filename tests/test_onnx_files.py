@@ -75,11 +75,16 @@ def test_fold_file_reads_constants_of_inner_graphs_outside_of_the_model(tmp_path
     onnx.checker.check_model(str(out), full_check=True)
 
 
-def test_fold_file_writes_data_outside_if_the_model_is_too_large(tmp_path, monkeypatch):
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("inputs", [None, X], ids=["unverified", "verified"])
+def test_fold_file_writes_data_outside_if_the_model_is_too_large(
+    tmp_path, inputs, external, monkeypatch
+):
     monkeypatch.setattr(files, "LIMIT", 500)
     monkeypatch.setattr(files, "SMALL", 100)
-    path, out = save(tmp_path), tmp_path / "out.onnx"
-    fold_file(path, out)
+    path, out = save(tmp_path, external), tmp_path / "out.onnx"
+    report = fold_file(path, out, inputs)
+    assert len(report.pairs) == 1
     assert (tmp_path / "out.onnx.data").stat().st_size > 500
     assert out.stat().st_size < 1000
     check_same(path, out)

@@ -1,7 +1,9 @@
 """What `batchnorm.onnx.fold` makes of models of every kind, against onnx's reference evaluator."""
 
+import importlib.util
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -363,6 +365,34 @@ KEPT = {
 }
 
 
+def test_fold_folds_on_both_sides_of_a_product_and_what_is_added_to_it():
+    proto = model(
+        "(T[5, 3] x) => (T[M, 4] y) { h = BatchNormalization(x, p, p, p, q) z = MatMul(h, w) "
+        "a = Add(z, c) y = BatchNormalization(a, s, b, m, v) }",
+        dtype=np.float64,
+        w=array(3, 4, dtype=np.float64),
+        c=array(4, dtype=np.float64),
+        p=array(3, dtype=np.float64),
+        q=np.ones(3),
+        **norm(4, dtype=np.float64),
+    )
+    folded, report = fold(proto, {"x": array(5, 3, dtype=np.float64)})
+    assert operators(folded.graph) == ["Gemm"]
+    assert not report.pairs[0].new_bias
+    check_equal(proto, folded, 5, 3)
+
+
+def test_fold_leaves_alone_what_follows_a_residual_sum():
+    proto = model(
+        "(T[5, 4] x) => (T[5, 4] y) { z = MatMul(x, w) a = Add(z, x) "
+        "y = BatchNormalization(a, s, b, m, v) }",
+        w=array(4, 4), **norm(4),
+    )  # fmt: skip
+    folded, report = fold(proto)
+    assert folded == proto
+    assert list(report.alone) == ["BatchNormalization_2 (output 'y')"]
+
+
 @pytest.mark.parametrize("name", KEPT)
 def test_fold_refuses_what_would_change_the_function(name):
     body, why = KEPT[name]
@@ -431,6 +461,16 @@ def test_fold_does_not_take_values_out_of_inner_graphs():
     }
 
 
+def test_fold_does_not_take_batch_norms_into_inner_graphs():
+    body = """z = BatchNormalization(x, s, b, m, v) y = If(k)<
+        then_branch = t () => (T[A, B, D, E] e) { e = Conv(z, w) },
+        else_branch = f () => (T[F, G, I, J] g) { g = Conv(x, w) }>"""
+    proto = convolutions(body, inputs=", bool k")
+    folded, report = fold(proto, [{"x": X, "k": np.array(True)}, {"x": X, "k": np.array(False)}])
+    assert folded == proto
+    assert "which comes after it, is inside another node" in next(iter(report.refused.values()))
+
+
 def test_fold_gives_a_shared_weight_to_each_layer():
     body = "z = Conv(x, w) n = BatchNormalization(z, s, b, m, v) y = Conv<pads=[2, 2, 2, 2]>(n, w)"
     proto = convolutions(body, np.float64)
@@ -450,18 +490,11 @@ def test_fold_folds_two_layers_with_one_weight():
 
 
 def test_fold_keeps_parameters_that_are_used_elsewhere():
-    body = "z = Conv(x, w, b) n = BatchNormalization(z, s, b, m, v) t = Mul(n, q) y = Add(t, q)"
-    proto = convolutions(body, np.float64, more={"q": np.ones(1)})
-    proto.graph.node[2].input[1] = "v"
-    proto.graph.node[2].op_type = "Conv"
-    proto.graph.node[2].input[1] = "u"
-    proto.graph.initializer.append(
-        numpy_helper.from_array(array(4, 4, 1, 1, dtype=np.float64), "u")
-    )
-    proto.graph.node[2].input.append("v")
+    body = "z = Conv(x, w, b) n = BatchNormalization(z, s, b, m, v) t = Conv(n, u, v) y = Relu(t)"
+    proto = convolutions(body, np.float64)
     folded, _ = fold(proto)
+    assert set(weights(folded)) == {"w", "b", "u", "v"}
     assert np.array_equal(weights(folded)["v"], weights(proto)["v"])
-    assert {"s", "m"}.isdisjoint(weights(folded))
     check_equal(proto, folded, 1, 4, 5, 5)
 
 
@@ -527,6 +560,41 @@ def test_fold_refuses_sparse_initializers():
     folded, report = fold(proto)
     assert folded == proto
     assert list(report.refused.values()) == ["'v' is a sparse initializer"]
+
+
+def test_fold_refuses_what_has_annotations():
+    proto = convolutions("z = Conv(x, w) " + AFTER)
+    proto.graph.quantization_annotation.add(tensor_name="z").quant_parameter_tensor_names.add(
+        key="SCALE_TENSOR", value="c"
+    )
+    folded, report = fold(proto)
+    assert folded == proto
+    assert list(report.refused.values()) == ["'z' has an annotation for its quantization"]
+
+
+def test_fold_refuses_nodes_on_several_devices():
+    proto = convolutions("z = Conv(x, w) " + AFTER)
+    proto.graph.node[0].device_configurations.add(configuration_id="a")
+    folded, report = fold(proto)
+    assert folded == proto
+    assert "is distributed over devices" in next(iter(report.refused.values()))
+
+
+def test_fold_raises_for_models_that_train():
+    proto = convolutions("z = Conv(x, w) " + AFTER)
+    proto.training_info.add()
+    with pytest.raises(ArgumentError, match="got one with training_info"):
+        fold(proto)
+
+
+def test_fold_raises_for_data_outside_of_the_model():
+    proto = convolutions("z = Conv(x, w) " + AFTER)
+    tensor = proto.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="a.data")
+    with pytest.raises(ArgumentError, match="is in 'a.data', outside of it. Load it with"):
+        fold(proto)
 
 
 # ---- training mode, versions, types -------------------------------------------------------------
@@ -673,9 +741,6 @@ def with_function(body, proto_body="y = my.f(x)", **options):
     )  # fmt: skip
 
 
-CONSTANTS = "k = Constant<value_floats = [1.0, 2.0]>() w = Constant<value = {}>() "
-
-
 def constant_text(values):
     numbers = ", ".join(str(float(v)) for v in values.ravel())
     return f"float[{', '.join(map(str, values.shape))}] {{{numbers}}}"
@@ -693,6 +758,32 @@ def test_fold_folds_inside_of_functions():
     assert report.folded == {"f/BatchNormalization_6 (output 'r')": "f/Conv_5 (output 'z')"}
     assert 0 < report.pairs[0].error < report.pairs[0].bound
     check_equal(proto, folded, 2, 4, 5, 5, dtype=np.float32, tolerance=1e-4)
+
+
+def test_fold_compares_functions_that_are_called_in_loops():
+    tensors = {"w": array(4, 4, 1, 1) / 4, **norm(4)}
+    held = " ".join(f"{n} = Constant<value = {constant_text(t)}>()" for n, t in tensors.items())
+    proto = with_function(
+        f"(h) => (r) {{ {held} z = Conv(h, w) r = BatchNormalization(z, s, b, m, v) }}",
+        """n = Constant<value = int64 {3}>() q = my.f(x) y = Loop(n, k, q)<
+            body = l (int64 i, bool c0, T[A, B, D, E] h) => (bool c1, T[F, G, I, J] e) {
+                c1 = Identity(c0) e = my.f(h) }>""",
+        inputs=", bool k",
+    )
+    folded, report = fold(proto, {"x": array(2, 4, 5, 5), "k": np.array(True)})
+    assert operators(folded.functions[0])[-1] == "Conv"
+    assert 0 < report.pairs[0].error < report.pairs[0].bound
+
+
+def test_fold_refuses_to_compare_rounds_of_other_shapes():
+    body = """n = Constant<value = int64 {2}>() y = Loop(n, k, x)<
+        body = l (int64 i, bool c0, T[A, B, D, E] h) => (bool c1, T[F, G, I, J] e) {
+            c1 = Identity(c0) z = Conv(h, w) e = BatchNormalization(z, s, b, m, v) }>"""
+    proto = convolutions(body, inputs=", bool k")
+    assert len(fold(proto)[1].pairs) == 1
+    folded, report = fold(proto, {"x": array(1, 4, 9, 9), "k": np.array(True)})
+    assert folded == proto
+    assert "it cannot be compared" in next(iter(report.refused.values()))
 
 
 def test_fold_refuses_parameters_of_functions():
@@ -750,6 +841,33 @@ def test_fold_keeps_all_that_it_does_not_fold():
     assert [i.name for i in folded.graph.value_info] == ["n", "g"]
     del folded.graph.initializer[:], expected.graph.initializer[:]
     assert folded == expected
+
+
+def test_fold_leaves_branches_apart_that_do_not_fit_into_their_type():
+    """Each fits, and their sum does not; nor does a batch norm behind it."""
+    body = """a = Conv(x, u) p = BatchNormalization(a, one, b, zero, one) d = Conv(x, u)
+        q = BatchNormalization(d, one, b, zero, one) e = Add(p, q)
+        y = BatchNormalization(e, ts, tb, tm, tv)"""
+    more = {"b": np.full(4, 4e4, np.float16), "one": np.ones(4, np.float16)}
+    proto = convolutions(body, np.float16, more=more)
+    folded, report = fold(proto)
+    assert operators(folded.graph) == ["Conv", "Conv", "Add", BN]
+    assert len(report.folded) == 2
+
+
+def test_fold_leaves_branches_apart_whose_error_exceeds_the_bound(monkeypatch):
+    from batchnorm.onnx.fold import layers
+
+    bound = layers.Folding._bound
+    monkeypatch.setattr(
+        layers.Folding, "_bound", lambda self: bound(self) * (1 if len(self.parts) < 2 else 1e-9)
+    )
+    proto = folded_case("branches, norm behind", np.float32)
+    folded, report = fold(proto, {"x": array(2, 4, 6, 5)})
+    assert folded == proto
+    proto = folded_case("RepVGG", np.float32)
+    folded, report = fold(proto, {"x": array(2, 4, 6, 5)})
+    assert len(report.folded) == 2
 
 
 APART = {
@@ -892,6 +1010,20 @@ def test_fold_keeps_what_networks_of_any_shape_compute(network, taken):
     check_equal(proto, folded, 1, 4, 4, 5, k=np.array(taken), tolerance=1e-9)
 
 
+@given(networks())
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_fold_verifies_networks_of_any_shape(network):
+    body, outputs = network
+    proto = convolutions(body, inputs=", bool k", outputs=outputs)
+    feeds = [{"x": array(1, 4, 4, 5), "k": np.array(taken)} for taken in (True, False)]
+    _, unverified = fold(proto)
+    folded, report = fold(proto, feeds)
+    onnx.checker.check_model(folded, full_check=True)
+    assert (report.folded, report.refused) == (unverified.folded, unverified.refused)
+    assert report.share <= 1
+    assert report.relative_error < 1e-4
+
+
 # ---- the report, and errors ---------------------------------------------------------------------
 
 
@@ -982,3 +1114,14 @@ def test_fold_says_that_onnxruntime_does_not_know_an_operator():
 def test_fold_takes_models_alone(given):
     with pytest.raises(ArgumentError, match="takes an onnx.ModelProto, got"):
         fold(given)
+
+
+def test_fold_says_how_to_install_what_is_missing(monkeypatch):
+    proto = convolutions("z = Conv(x, w) " + AFTER)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert len(fold(proto)[1].pairs) == 1
+    with pytest.raises(BatchNormError, match=r"pip install onnxruntime adds it.*\[onnx\]"):
+        fold(proto, {"x": X})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BatchNormError, match=r"pip install onnx adds it.*\[onnx\]"):
+        fold(proto)

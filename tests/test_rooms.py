@@ -34,6 +34,7 @@ FRAMEWORKS = {
     "tensorflow",
     "keras",
     "onnx",
+    "onnxruntime",
     "haiku",
     "equinox",
     "dask",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ __all__ = [
     "data_path",
     "inferred",
     "is_external",
+    "is_large",
     "one_line",
     "read_model",
+    "take_out",
     "tensors",
     "write_model",
 ]
@@ -183,12 +185,13 @@ def inferred(model: ModelProto) -> ModelProto | None:
 
 
 def _plain(model: ModelProto) -> ModelProto:
-    """A model as onnx checks it: without the long name of its domain, and of its own memory.
+    """A model that onnx checks: with the short name of its domain, and no message too large.
 
-    The model itself, if it has neither that name nor data outside of it.
+    The model itself, if it is one and all data are in it.
     """
+    large = is_large(model)
     aliased = any(node.domain == "ai.onnx" for graph in graphs_of(model) for node in graph.node)
-    if not aliased and not any(map(is_external, tensors(model))):
+    if not (large or aliased or any(map(is_external, tensors(model)))):
         return model
     plain = ModelProto()
     plain.CopyFrom(model)
@@ -196,7 +199,23 @@ def _plain(model: ModelProto) -> ModelProto:
         for node in graph.node:
             if node.domain == "ai.onnx":
                 node.domain = ""
+    if large:
+        take_out(tensors(plain))
     return plain
+
+
+def is_large(model: ModelProto) -> bool:
+    """Whether a model is too large for a protobuf message."""
+    return sum(len(tensor.raw_data) for tensor in tensors(model)) > LIMIT
+
+
+def take_out(every: Iterable[TensorProto]) -> None:
+    """Let the values of tensors be elsewhere, unless they are few."""
+    for tensor in every:
+        if len(tensor.raw_data) > SMALL:
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            tensor.external_data.add(key="location", value=tensor.name)
 
 
 def data_path(out: Path) -> Path:
@@ -213,8 +232,7 @@ def write_model(model: ModelProto, out: Path, data: Data) -> None:
         It cannot be written.
     """
     every = list(tensors(model))
-    outside = any(map(is_external, every))
-    outside |= sum(len(t.raw_data) for t in every) > LIMIT
+    outside = any(map(is_external, every)) or is_large(model)
     with explain_write_errors(out), ExitStack() as pending:
         target = pending.enter_context(replacing(out))
         if outside:

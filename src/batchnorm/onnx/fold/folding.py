@@ -26,7 +26,7 @@ from ..files import (
     tensors,
     write_model,
 )
-from .graphs import About, Graphs, Scope
+from .graphs import About, Graphs, Scope, opset_of
 from .layers import Folding
 from .pairs import Pairs
 from .verify import Runtime, check_inputs, compare_layers, compare_outputs
@@ -72,11 +72,15 @@ def fold(
     _check(model, data)
     feeds = None if inputs is None else check_inputs(model, inputs)
     runtime = None if feeds is None else Runtime(folder)
+    before = () if runtime is None else runtime.outputs(model, feeds or [], "the model")
     with np.errstate(invalid="ignore"):  # conversions of NaN, which is found later
         report, folded = _folded(model, data, feeds, runtime)
     check(folded, inferred(model) is not None, "the folded model")
-    if feeds is not None and runtime is not None:
-        _compare(report, model, folded, feeds, runtime)
+    if runtime is not None:
+        after = runtime.outputs(folded, feeds or [], "the folded model")
+        (report.error, report.relative_error), (report.optimized_error, _) = (
+            compare_outputs(one, other) for one, other in zip(before, after, strict=True)
+        )
     if strict:
         report.check(tol)
     return folded, report
@@ -91,10 +95,9 @@ def _check(model: ModelProto, data: Data) -> None:
         raise ArgumentError(
             "model must be one for inference, got one with training_info. Export it anew."
         )
-    versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
-    if versions and max(versions) < 9:
+    if 0 < (opset := opset_of(model)) < 9:
         raise ArgumentError(
-            f"model must be of opset 9 or later, got {max(versions)}. "
+            f"model must be of opset 9 or later, got {opset}. "
             "onnx.version_converter.convert_version(model, 13) converts it."
         )
     check(model, False, "model")
@@ -127,8 +130,8 @@ def _folded(
         if not problems:
             break
         for folding, why in problems:
-            if len(folding.parts) > 1:
-                apart.add((folding.scope.key, folding.node.output[0]))
+            if folding.sums:
+                apart.update((folding.scope.key, name) for name in folding.sums)
             else:
                 where = f"folded into '{folding.report.layer}', {why}"
                 excluded.update(dict.fromkeys(folding.report.norms, where))
@@ -165,19 +168,3 @@ def _known(model: ModelProto) -> Callable[[Scope, str], About | None]:
         return found
 
     return lambda scope, name: known().get((scope.key, name))
-
-
-def _compare(
-    report: FoldReport, model: ModelProto, folded: ModelProto, feeds: list[Any], runtime: Runtime
-) -> None:
-    """Run both models as wholes."""
-    for optimized in (False, True):
-        one, other = (
-            runtime.outputs(each, feeds, what, optimized)
-            for each, what in ((model, "the model"), (folded, "the folded model"))
-        )
-        error, relative = compare_outputs(one, other)
-        if optimized:
-            report.optimized_error = error
-        else:
-            report.error, report.relative_error = error, relative

@@ -16,12 +16,11 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 
 from ...native import Array
 
-__all__ = ["About", "Graphs", "Refused", "Scope", "Use", "attributes"]
+__all__ = ["About", "Graphs", "Refused", "Scope", "Use", "attributes", "opset_of"]
 
-DOMAINS = ("", "ai.onnx")
+#: The two names of ONNX's own operators.
+_DOMAINS = ("", "ai.onnx")
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-
-
 #: What exporters make constants with.
 _CONSTANT = ("Constant", "Identity", "Cast", "CastLike", "Transpose", "Expand", "Shape")
 #: Attributes of Constant, and their types.
@@ -135,10 +134,10 @@ class Graphs:
         self._taken: set[str] = set()
         self._names: set[str] = set()
         self._functions = {(f.domain, f.name) for f in model.functions}
-        opset = _opset(model)
+        opset = opset_of(model)
         self.main = self._enter(Scope(model.graph, ("",), opset))
         for f in model.functions:
-            self._enter(Scope(f, ("function", f.domain, f.name, f.overload), _opset(f) or opset))
+            self._enter(Scope(f, ("function", f.domain, f.name, f.overload), opset_of(f) or opset))
 
     def _enter(self, scope: Scope) -> Scope:
         graph = scope.graph
@@ -197,7 +196,7 @@ class Graphs:
         return (
             node is not None
             and node.op_type in kinds
-            and node.domain in DOMAINS
+            and node.domain in _DOMAINS
             and (node.domain, node.op_type) not in self._functions
         )
 
@@ -417,7 +416,7 @@ class Graphs:
         value.type.CopyFrom(helper.make_tensor_type_proto(kind, values.shape))
 
     def finish(self) -> None:
-        """Remove from the message what has been removed, and what it says of that."""
+        """Make the message what the methods above have made of it."""
         for scope in self.scopes:
             graph = scope.graph
             for place in sorted(scope.removed, reverse=True):
@@ -436,8 +435,9 @@ def attributes(node: NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute if not a.ref_attr_name}
 
 
-def _opset(model: Any) -> int:
-    return max((o.version for o in model.opset_import if o.domain in DOMAINS), default=0)
+def opset_of(model: Any) -> int:
+    """The version of the operators in a model or function, 0 if it names none."""
+    return max((o.version for o in model.opset_import if o.domain in _DOMAINS), default=0)
 
 
 def _drop(items: Any, names: set[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -17,7 +17,7 @@ from ...folding import Affine, FoldedLayer, Linear
 from ...native import Array, Float64
 from .graphs import Graphs, Refused, Scope, attributes
 
-__all__ = ["LINEAR", "Folding", "Part", "affine_of", "geometry", "layer_of"]
+__all__ = ["LINEAR", "Folding", "Part", "affine_of", "biased", "geometry", "layer_of"]
 
 _EPSILON = float(np.float32(1e-5))
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -59,6 +59,8 @@ class Folding:
         What is added up; the first is its own.
     last
         The batch norms after the sum.
+    sums
+        The values that were sums of parts.
     error, input
         Of each channel, the largest seen.
     calls : int
@@ -71,6 +73,7 @@ class Folding:
     report: FoldedLayer
     dtype: Any
     last: Affine | None = None
+    sums: list[str] = field(default_factory=list)
     error: Any = 0.0
     output: float = 0.0
     input: Any = 0.0
@@ -122,6 +125,8 @@ class Folding:
         self.overflows |= bool((known & ~np.isfinite(other)).any())
         with np.errstate(invalid="ignore"):
             difference = np.where(known & np.isfinite(other), abs(one - other), 0.0)
+        if one.shape != other.shape:
+            raise ValueError(f"it returns shape {other.shape} in place of {one.shape}")
         others = tuple(axis for axis in range(one.ndim) if axis != 1)
         self.error = np.maximum(self.error, difference.max(others))
         self.output = max(self.output, float(np.where(known, abs(one), 0.0).max()))
@@ -172,13 +177,8 @@ class Folding:
         return bound
 
 
-def layer_of(graphs: Graphs, scope: Scope, node: NodeProto, bias: Array | None = None) -> Folding:
+def layer_of(graphs: Graphs, scope: Scope, node: NodeProto) -> Folding:
     """A node as a layer.
-
-    Parameters
-    ----------
-    bias
-        What is added to the output of a MatMul.
 
     Raises
     ------
@@ -194,8 +194,8 @@ def layer_of(graphs: Graphs, scope: Scope, node: NodeProto, bias: Array | None =
             rank = "an unknown number of" if about is None or about.rank is None else about.rank
             raise Refused(f"the output of {name} has {rank} axes, and its features are on the last")
     weight = graphs.constant(scope, node.input[1])
-    if len(node.input) > 2 and node.input[2]:
-        bias = graphs.constant(scope, node.input[2])
+    given_bias = len(node.input) > 2 and node.input[2]
+    bias = graphs.constant(scope, node.input[2]) if given_bias else None
     if not native.is_supported(weight.dtype):
         raise Refused(f"the weight of {name} is of type {weight.dtype}")
     new_bias, steps = bias is None, 0
@@ -209,23 +209,30 @@ def layer_of(graphs: Graphs, scope: Scope, node: NodeProto, bias: Array | None =
             if weight.ndim != 2:
                 raise Refused(f"the weight of {name} has {weight.ndim} axes")
             alpha, beta = given.get("alpha", 1.0), given.get("beta", 1.0)
-            steps = 1 + (not new_bias) if (alpha, beta) != (1, 1) or node.op_type == "MatMul" else 0
+            steps = (alpha != 1) + (beta != 1)
             rows = weight if given.get("transB") else weight.T
             linear = Linear(rows if alpha == 1 else rows.astype(np.float64) * alpha)
             if bias is not None:
-                if bias.ndim > 2 or (bias.ndim == 2 and len(bias) != 1):
-                    raise Refused(f"what {name} adds is not one value for each channel")
-                if bias.size not in (1, linear.outputs):
-                    raise Refused(f"{name} adds {bias.size} values to {linear.outputs} channels")
-                bias = np.broadcast_to(bias.reshape(-1), (linear.outputs,))
-                if beta != 1:
-                    bias = bias.astype(np.float64) * beta
-                linear = Linear(linear.weight, bias)
+                linear = biased(linear, bias if beta == 1 else bias.astype(np.float64) * beta, name)
     except BatchNormError as error:
         raise Refused(f"{name}: {error}") from error
     padded = linear.kernel != () and _padded(given, linear.kernel)
     report = FoldedLayer(graphs.label(node), new_bias=new_bias)
     return Folding(scope, node, [Part(linear, padded=padded, steps=steps)], report, weight.dtype)
+
+
+def biased(linear: Linear, values: Array, name: str) -> Linear:
+    """A matrix product with what is added to it.
+
+    Raises
+    ------
+    Refused
+        That is not one value for each output; `name` adds it.
+    """
+    one_row = values.ndim < 2 or (values.ndim == 2 and len(values) == 1)
+    if not one_row or values.size not in (1, linear.outputs):
+        raise Refused(f"what {name} adds is not one value for each channel")
+    return replace(linear, bias=np.broadcast_to(values.reshape(-1), (linear.outputs,)))
 
 
 def affine_of(graphs: Graphs, scope: Scope, node: NodeProto) -> Affine:

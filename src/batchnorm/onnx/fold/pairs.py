@@ -9,8 +9,9 @@ from collections.abc import Collection, Mapping
 from onnx import NodeProto
 
 from ...folding import Affine, Linear
+from ...native import Array
 from .graphs import Graphs, Refused, Scope
-from .layers import LINEAR, Folding, Part, affine_of, geometry, layer_of
+from .layers import LINEAR, Folding, Part, affine_of, biased, geometry, layer_of
 
 __all__ = ["Pairs"]
 
@@ -104,13 +105,9 @@ class Pairs:
             )
         return affine
 
-    def _layer(self, scope: Scope, node: NodeProto, bias: str = "") -> Folding:
+    def _layer(self, scope: Scope, node: NodeProto) -> Folding:
         """The layer that a node is, with what has been folded into it already."""
-        known = self._layers.get(id(node))
-        if known is None:
-            added = self._graphs.constant(scope, bias) if bias else None
-            known = layer_of(self._graphs, scope, node, added)
-        return known
+        return self._layers.get(id(node)) or layer_of(self._graphs, scope, node)
 
     def _check_sole(self, scope: Scope, name: str, user: NodeProto, label: str) -> None:
         """Raise `Refused` if a value, which '`label`' returns, does not go to one node alone."""
@@ -130,29 +127,43 @@ class Pairs:
         while node is not None and home is scope and (passed := graphs.passed(scope, node)):
             between.append(node)
             node = scope.producers.get(passed)
-        bias = ""
-        if home is scope and graphs.is_op(node, "Add"):
-            assert node is not None
-            for inner, other in (tuple(node.input), tuple(node.input)[::-1]):
-                made = scope.producers.get(inner)
-                if graphs.is_op(made, "MatMul") and id(made) not in self._layers:
-                    between.append(node)
-                    node, bias = made, other
-                    break
+        bias = None
+        if node is not None and home is scope and graphs.is_op(node, "Add"):
+            product, bias = self._product(scope, node)
+            if product is not None:
+                between.append(node)
+                node = product
         if node is None or not graphs.is_op(node, *LINEAR):
             return False
         label = graphs.label(node)
         if home is not scope:
             raise Refused(f"'{label}' is outside of the graph that it is in")
-        layer = self._layer(scope, node, bias)
+        layer = self._layer(scope, node)
+        part = layer.parts[0]
+        linear = part.linear if bias is None else biased(part.linear, bias, f"'{label}'")
         affine = self._affine(scope, norm, layer.parts[0].linear.outputs)
         for user, maker in itertools.pairwise([*between, node]):
             self._check_sole(scope, maker.output[0], user, label)
+        if bias is not None:
+            part.linear, part.steps, layer.report.new_bias = linear, part.steps + 1, False
         layer.then(affine)
         layer.report.after.append(graphs.label(norm))
         self._layers[id(node)] = layer
         self._replace(scope, node, between, norm.output[0])
         return True
+
+    def _product(self, scope: Scope, node: NodeProto) -> tuple[NodeProto | None, Array | None]:
+        """The MatMul to which an Add adds a constant, and that; None, None if it does not."""
+        for inner, other in (tuple(node.input), tuple(node.input)[::-1]):
+            made = scope.producers.get(inner)
+            layer = self._layers.get(id(made))
+            new = layer is None or (layer.report.new_bias and not layer.report.after)
+            if made is not None and new and self._graphs.is_op(made, "MatMul"):
+                try:
+                    return made, self._graphs.constant(scope, other)
+                except Refused:
+                    pass
+        return None, None
 
     def _into_next(self, scope: Scope, norm: NodeProto) -> bool:
         """Fold a batch norm into the layer after it; False if there is none."""
@@ -164,16 +175,16 @@ class Pairs:
             between.append(user)
             value = user.output[0]
         found = [
-            use.node
-            for use in uses
-            if graphs.is_op(use.node, *LINEAR)
-            and use.node is not None
-            and use.node.input[0] == value
+            (inner, user)
+            for inner, user in uses
+            if user is not None and graphs.is_op(user, *LINEAR) and user.input[0] == value
         ]
         if not found:
             return False
-        node = found[0]
+        inner, node = found[0]
         label = graphs.label(node)
+        if inner is not scope:
+            raise Refused(f"'{label}', which comes after it, is inside another node")
         self._check_sole(scope, value, node, graphs.label(norm))
         layer = self._layer(scope, node)
         if any(a.name == "transA" and a.i for a in node.attribute):
@@ -238,6 +249,7 @@ class Pairs:
             base.report.merged += [other.report.layer, *other.report.merged]
             self._layers.pop(id(other.node), None)
         base.report.beside += [graphs.label(norm) for norm in norms]
+        base.sums.append(node.output[0])
         self._layers[id(base.node)] = base
         self._replace(scope, base.node, [*gone, *(o.node for o in others), *norms], node.output[0])
         return True

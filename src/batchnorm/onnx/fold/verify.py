@@ -14,7 +14,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from ...errors import ArgumentError, DTypeError, ShapeError
 from ...extras import import_extra
 from ...native import Array, is_supported
-from ..files import one_line
+from ..files import is_external, is_large, one_line, take_out
 from .graphs import Graphs, Refused, Scope
 from .layers import Folding
 
@@ -78,17 +78,15 @@ def _checked(
             )
         if kind.tensor_type.HasField("shape"):
             dims = kind.tensor_type.shape.dim
-            sizes = [d.dim_value if d.HasField("dim_value") else None for d in dims]
+            sizes = [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims]
             fits = len(sizes) == values.ndim and all(
-                size in (None, n) for size, n in zip(sizes, values.shape, strict=True)
+                isinstance(size, str) or size == n
+                for size, n in zip(sizes, values.shape, strict=True)
             )
             if not fits:
-                names = [
-                    str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?"
-                    for d in dims
-                ]
                 raise ShapeError(
-                    f"inputs[{name!r}] must have shape ({', '.join(names)}), got {values.shape}."
+                    f"inputs[{name!r}] must have shape ({', '.join(map(str, sizes))}), got "
+                    f"{values.shape}."
                 )
         checked[name] = values
     return checked
@@ -128,25 +126,41 @@ class Runtime:
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(self._folder)
             )
+        if is_large(model):
+            model = self._with_values_beside(model, options)
         try:
             return self._ort.InferenceSession(
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's have no base class of their own
-            raise ArgumentError(
-                f"onnxruntime cannot load {what}: {one_line(error)} Without inputs, nothing is "
-                "run, and it can still be folded."
-            ) from error
+            raise ArgumentError(f"onnxruntime cannot load {what}: {one_line(error)}") from error
 
-    def outputs(
-        self, model: ModelProto, feeds: list[Feed], what: str, optimized: bool = False
-    ) -> list[Any]:
-        """What a model returns for each of the inputs."""
-        session = self.session(model, what, optimized)
+    def _with_values_beside(self, model: ModelProto, options: Any) -> ModelProto:
+        """A copy that is not too large, with large initializers among the options."""
+        small = ModelProto()
+        small.CopyFrom(model)
+        take_out(small.graph.initializer)
+        pairs = zip(model.graph.initializer, small.graph.initializer, strict=True)
+        taken = [tensor for tensor, left in pairs if is_external(left) != is_external(tensor)]
+        values = map(numpy_helper.to_array, taken)
+        options.add_external_initializers(
+            [tensor.name for tensor in taken],
+            [self._ort.OrtValue.ortvalue_from_numpy(each) for each in values],
+        )
+        return small
+
+    def outputs(self, model: ModelProto, feeds: list[Feed], what: str) -> tuple[list[Any], ...]:
+        """What a model returns for each of the inputs: as it is, and optimized."""
         try:
-            return [session.run(None, feed) for feed in feeds]
+            sessions = [self.session(model, what, optimized) for optimized in (False, True)]
+        except ArgumentError as error:
+            remedy = "Without inputs, nothing is run, and it can still be folded."
+            raise ArgumentError(f"{error} {remedy}") from error
+        try:
+            plain, optimized = ([s.run(None, feed) for feed in feeds] for s in sessions)
         except Exception as error:
             raise ArgumentError(f"onnxruntime cannot run {what}: {one_line(error)}") from error
+        return plain, optimized
 
 
 # ---- each layer ---------------------------------------------------------------------------------
@@ -181,18 +195,16 @@ def compare_layers(
             problems[place] = str(reason)
     if problems:
         return problems
-    session = runtime.session(original.model, "the model with the values inside of it as outputs")
     names = [name for each in seen for pair, _ in each for name in pair]
-    for feed in feeds:
+    session = None
+    for feed in feeds if names else ():
         try:
-            values = dict(zip(names, session.run(names, feed) if names else (), strict=True))
-        except Exception as error:
+            session = session or runtime.session(original.model, "it with more outputs")
+            values = dict(zip(names, session.run(names, feed), strict=True))
+        except Exception as error:  # rounds of a loop, say, whose values differ in shape
             inside = [place for place, f in enumerate(foldings) if f.scope.owner is not None]
-            if not inside:
-                raise ArgumentError(
-                    f"onnxruntime cannot run the model: {one_line(error)}"
-                ) from error
-            return dict.fromkeys(inside, f"it cannot be compared ({one_line(error)})")
+            unseen = f"it cannot be compared ({one_line(error)})"
+            return dict.fromkeys(inside or range(len(foldings)), unseen)
         for place, folding in enumerate(foldings):
             for (x, y), depth in seen[place]:
                 for step in np.ndindex(values[x].shape[:depth]):
