@@ -171,6 +171,17 @@ def test_state_dict_is_that_of_the_folded_model(folder, capsys, suffix):
         assert torch.equal(state[name], value)
 
 
+def test_of_many_layers_with_a_bias_some_are_named(folder, capsys):
+    (folder / "deep.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    pairs = ((nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)) for _ in range(23))\n"
+        "    return nn.Sequential(*(layer for pair in pairs for layer in pair))\n"
+    )
+    assert _run("deep:make", "--out", "net.pt", *X) == 0
+    assert "36, 38 and 3 more got a bias" in capsys.readouterr().err
+
+
 def test_weights_are_loaded_into_what_the_factory_makes(folder):
     torch.save({"state_dict": _model().state_dict()}, "trained.pt")
     arguments = ("--weights", "trained.pt", "--out", "net.pt")
@@ -369,6 +380,16 @@ def test_wrong_inputs_are_one_line(folder, capsys, arrays, words):
     np.savez("data.npz", **{name: np.array(values) for name, values in arrays.items()})
     _is_refused(capsys, _run(MODEL, "--out", "net.pt", "--verify", "data.npz"), *words)
     assert _written(folder) == {"data.npz"}
+
+
+@pytest.mark.parametrize("option", ["--weights", "--verify"])
+def test_what_is_read_is_not_replaced(folder, capsys, option):
+    torch.save(_model().state_dict(), "net.pt")
+    more = X if option == "--weights" else ()
+    before = (folder / "net.pt").read_bytes()
+    status = _run(MODEL, "--out", folder / "net.pt", option, "net.pt", *more)
+    _is_refused(capsys, status, f"would replace what {option} reads")
+    assert (folder / "net.pt").read_bytes() == before
 
 
 def test_model_that_cannot_be_exported_names_what_can_be_written(folder, capsys):

@@ -231,6 +231,9 @@ def _fold_model(
     from batchnorm.torch.targets import example_of, load_model, random_example
 
     check_out(out)
+    for option, given in (("--weights", weights), ("--verify", verify)):
+        if given is not None and given.exists() and out.exists() and given.samefile(out):
+            raise ArgumentError(f"--out would replace what {option} reads, {given}. Name another.")
     wanted = None if dtype is None else getattr(torch, dtype)
     model = load_model(target, weights).eval()
     if verify is None:

@@ -26,6 +26,8 @@ __all__ = ["SUFFIXES", "FoldedFile", "check_out", "make_file"]
 
 #: Of weights alone, and of whole models.
 SUFFIXES = (".safetensors", ".pt", ".pth", ".pt2", ".onnx")
+#: The maximum number of layers that are named.
+SHOWN = 20
 #: Protocol buffers end there; larger weights would need a second file.
 LARGEST_ONNX = 2**31 - 2**20
 
@@ -109,9 +111,10 @@ def make_file(
     ]
     biased = [pair.layer for pair in report.pairs if pair.new_bias]
     if biased:
+        more = f" and {len(biased) - SHOWN} more" if len(biased) > SHOWN else ""
         notes.append(
-            f"{', '.join(biased)} got a bias; the original model has no place for it, and "
-            "load_state_dict(strict=False) would drop it silently"
+            f"{', '.join(biased[:SHOWN])}{more} got a bias; the original model has no place for "
+            "it, and load_state_dict(strict=False) would drop it silently"
         )
     if suffix == ".safetensors":
         return FoldedFile(_safetensors(state), notes)
