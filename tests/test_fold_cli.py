@@ -243,6 +243,21 @@ def test_batch_norms_that_stay_are_exported_as_ordinary_ones(folder):
     assert nodes == ["BatchNormalization", "Relu"]
 
 
+def test_batch_norms_that_were_refused_are_not_folded_by_the_exporter(folder):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    (folder / "hooked.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    net = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))\n"
+        "    net[0].register_forward_hook(lambda *arguments: None)\n"
+        "    return net\n"
+    )
+    assert _run("hooked:make", "--out", "net.onnx", *X) == 0
+    nodes = [node.op_type for node in onnx.load("net.onnx").graph.node]
+    assert nodes == ["Conv", "BatchNormalization"]
+
+
 # ---- inputs -------------------------------------------------------------------------------------
 
 

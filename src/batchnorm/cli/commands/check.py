@@ -63,7 +63,7 @@ def check(
         str | None, typer.Option(help="Say what a code means, and exit.", metavar="CODE")
     ] = None,
 ) -> int:
-    """Look for what is wrong with the batch norms of a model; exit with 1 if there is anything.
+    """Look for what is wrong with the batch norms of a model; exit with 1 if anything is wrong.
 
     For example: batchnorm check mypackage.models:make_net --weights net.pt
     """

@@ -224,7 +224,8 @@ def _onnx(program: Any) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.onnx.export(program, dynamo=True, verbose=False)
+            # Not optimized: that would fold what was refused, without a bound.
+            return torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
     except Exception as error:
         raise BatchNormError(
             f"torch.onnx.export has no translation of the folded model ({_first_line(error)}). "
