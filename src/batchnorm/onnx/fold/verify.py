@@ -78,7 +78,7 @@ def _checked(
             )
         if kind.tensor_type.HasField("shape"):
             dims = kind.tensor_type.shape.dim
-            sizes = [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims]
+            sizes = [d.dim_value if d.dim_value > 0 else d.dim_param or "?" for d in dims]
             fits = len(sizes) == values.ndim and all(
                 isinstance(size, str) or size == n
                 for size, n in zip(sizes, values.shape, strict=True)
@@ -126,28 +126,29 @@ class Runtime:
             options.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(self._folder)
             )
+        values: list[Any] = []
         if is_large(model):
-            model = self._with_values_beside(model, options)
+            model, values = self._with_values_beside(model, options)
         try:
-            return self._ort.InferenceSession(
+            session = self._ort.InferenceSession(
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
+            session.values = values  # which it does not copy
+            return session
         except Exception as error:  # onnxruntime's have no base class of their own
             raise ArgumentError(f"onnxruntime cannot load {what}: {one_line(error)}") from error
 
-    def _with_values_beside(self, model: ModelProto, options: Any) -> ModelProto:
-        """A copy that is not too large, with large initializers among the options."""
+    def _with_values_beside(self, model: ModelProto, options: Any) -> tuple[ModelProto, list[Any]]:
+        """A copy that is not too large, and the values that are among the options instead."""
         small = ModelProto()
         small.CopyFrom(model)
         take_out(small.graph.initializer)
         pairs = zip(model.graph.initializer, small.graph.initializer, strict=True)
         taken = [tensor for tensor, left in pairs if is_external(left) != is_external(tensor)]
-        values = map(numpy_helper.to_array, taken)
-        options.add_external_initializers(
-            [tensor.name for tensor in taken],
-            [self._ort.OrtValue.ortvalue_from_numpy(each) for each in values],
-        )
-        return small
+        values = [numpy_helper.to_array(tensor) for tensor in taken]
+        beside = [self._ort.OrtValue.ortvalue_from_numpy(each) for each in values]
+        options.add_external_initializers([tensor.name for tensor in taken], beside)
+        return small, [*values, *beside]
 
     def outputs(self, model: ModelProto, feeds: list[Feed], what: str) -> tuple[list[Any], ...]:
         """What a model returns for each of the inputs: as it is, and optimized."""
