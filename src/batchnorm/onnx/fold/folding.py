@@ -123,7 +123,7 @@ def _folded(
                 Graphs(_copy(model), data.read), graphs, pairs.foldings, feeds, runtime
             )
             whys = [
-                (f, missed.get(place) or ("" if missed else f.compare()))
+                (f, missed.get(place) or ("" if missed else f.problem()))
                 for place, f in enumerate(pairs.foldings)
             ]
             problems = [(folding, why) for folding, why in whys if why]

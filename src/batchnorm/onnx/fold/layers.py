@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -14,71 +12,30 @@ from onnx import NodeProto
 from ... import native
 from ...errors import BatchNormError
 from ...folding import Affine, FoldedLayer, Linear
+from ...folding.sums import Part, Sum
 from ...native import Array, Float64
 from .graphs import Graphs, Refused, Scope, attributes
 
-__all__ = ["LINEAR", "Folding", "Part", "affine_of", "biased", "geometry", "layer_of"]
+__all__ = ["LINEAR", "Folding", "affine_of", "biased", "geometry", "layer_of"]
 
 _EPSILON = float(np.float32(1e-5))
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
-@dataclass(eq=False)
-class Part:
-    """A linear layer with batch norms before and after it.
-
-    Attributes
-    ----------
-    padded : bool
-        Whether it pads with zeros.
-    steps : int
-        Additions and products between its sums and the batch norm, whose results are rounded.
-    """
-
-    linear: Linear
-    before: Affine | None = None
-    after: Affine | None = None
-    padded: bool = False
-    steps: int = 0
-
-    def folded(self) -> Linear:
-        """All of them as one, in float64."""
-        linear = self.linear
-        if self.before is not None:
-            linear = linear.after(self.before, padded=self.padded)
-        return linear if self.after is None else linear.then(self.after)
-
-
-@dataclass(eq=False)
-class Folding:
+@dataclass(eq=False, kw_only=True)
+class Folding(Sum):
     """A node that takes batch norms in, and the branches that are added to it.
 
     Attributes
     ----------
-    parts
-        What is added up; the first is its own.
-    last
-        The batch norms after the sum.
     sums
         The values that were sums of parts.
-    error, input
-        Of each channel, the largest seen.
-    calls : int
-        How many were compared.
     """
 
     scope: Scope
     node: NodeProto
-    parts: list[Part]
-    report: FoldedLayer
     dtype: Any
-    last: Affine | None = None
     sums: list[str] = field(default_factory=list)
-    error: Any = 0.0
-    output: float = 0.0
-    input: Any = 0.0
-    overflows: bool = False
-    calls: int = 0
 
     def then(self, norm: Affine) -> None:
         """Take in a batch norm that comes after it."""
@@ -101,10 +58,7 @@ class Folding:
         BatchNormError
             Its weights do not fit into their type.
         """
-        total: Linear = reduce(Linear.__add__, (part.folded() for part in self.parts))
-        if self.last is not None:
-            total = total.then(self.last)
-        total = total.rounded(self.dtype)
+        total = self.folded().rounded(self.dtype)
         assert total.bias is not None
         largest = (abs(v.astype(np.float64)).max(initial=0) for v in (total.weight, total.bias))
         self.report.largest_weight = float(max(largest))
@@ -121,60 +75,29 @@ class Folding:
     def add(self, x: Array, expected: Array, got: Array) -> None:
         """Add a call to what was seen: the input, and both outputs."""
         one, other = expected.astype(np.float64), got.astype(np.float64)
-        known = np.isfinite(one)
-        self.overflows |= bool((known & ~np.isfinite(other)).any())
-        with np.errstate(invalid="ignore"):
-            difference = np.where(known & np.isfinite(other), abs(one - other), 0.0)
         if one.shape != other.shape:
             raise ValueError(f"it returns shape {other.shape} in place of {one.shape}")
-        others = tuple(axis for axis in range(one.ndim) if axis != 1)
-        self.error = np.maximum(self.error, difference.max(others))
-        self.output = max(self.output, float(np.where(known, abs(one), 0.0).max()))
+        known = np.isfinite(one)
+        with np.errstate(invalid="ignore"):
+            difference = np.where(known & np.isfinite(other), abs(one - other), 0.0)
         channels = 0 if attributes(self.node).get("transA") and x.ndim == 2 else 1
-        others = tuple(axis for axis in range(x.ndim) if axis != channels)
-        self.input = np.fmax(self.input, abs(x.astype(np.float64)).max(others))
-        self.calls += 1
+        self.see(
+            _over_others(difference, 1),
+            _over_others(abs(x.astype(np.float64)), channels),
+            float(np.where(known, abs(one), 0.0).max()),
+            overflows=bool((known & ~np.isfinite(other)).any()),
+        )
 
-    def compare(self) -> str:
+    def problem(self) -> str:
         """Complete the report; why the node must not be folded, or ""."""
-        if not self.calls:
-            return "it did not run on the inputs"
-        bound, report = self._bound(), self.report
-        error = np.broadcast_to(self.error, bound.shape)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            report.share = float(np.where(error > 0, error / bound, 0.0).max(initial=0.0))
-        report.error = float(error.max(initial=0.0))
-        report.relative_error = report.error / self.output if self.output else 0.0
-        report.bound = float(bound.max(initial=0.0))
-        if self.overflows:
-            return "its output overflows"
-        if report.share > 1:
-            return (
-                f"its error is {report.share:.3g} times the bound: onnxruntime may compute in "
-                "coarser arithmetic here than the types of the model"
-            )
-        return ""
-
-    def _bound(self) -> Float64:
-        """Of the error of each channel, on inputs no larger than those that were seen."""
-        main = self.parts[0].linear
         sums = "float64" if self.dtype == np.float64 else "float32"
-        total: Any = 0.0
-        for part in self.parts:
-            after = part.after
-            if self.last is not None:
-                after = self.last if after is None else after.then(self.last)
-            total = total + part.linear.difference(
-                after,
-                self.input,
-                self.dtype,
-                before=part.before,
-                sums=sums,
-                additions=len(self.parts) - 1 + part.steps,
-                products=None if main.transposed else math.prod(main.weight.shape[1:]),
-            )
-        bound: Float64 = total
-        return bound
+        return self.compare(self.dtype, coarser="onnxruntime", sums=sums)
+
+
+def _over_others(values: Float64, channels: int) -> Float64:
+    """The largest of each channel."""
+    largest: Float64 = values.max(tuple(axis for axis in range(values.ndim) if axis != channels))
+    return largest
 
 
 def layer_of(graphs: Graphs, scope: Scope, node: NodeProto) -> Folding:
@@ -218,7 +141,13 @@ def layer_of(graphs: Graphs, scope: Scope, node: NodeProto) -> Folding:
         raise Refused(f"{name}: {error}") from error
     padded = linear.kernel != () and _padded(given, linear.kernel)
     report = FoldedLayer(graphs.label(node), new_bias=new_bias)
-    return Folding(scope, node, [Part(linear, padded=padded, steps=steps)], report, weight.dtype)
+    return Folding(
+        [Part(linear, padded=padded, steps=steps)],
+        report,
+        scope=scope,
+        node=node,
+        dtype=weight.dtype,
+    )
 
 
 def biased(linear: Linear, values: Array, name: str) -> Linear:

@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping
 from onnx import NodeProto
 
 from ...folding import Affine, Linear
+from ...folding.sums import Part
 from ...native import Array
 from .graphs import Graphs, Refused, Scope
-from .layers import LINEAR, Folding, Part, affine_of, biased, geometry, layer_of
+from .layers import LINEAR, Folding, affine_of, biased, geometry, layer_of
 
 __all__ = ["Pairs"]
 

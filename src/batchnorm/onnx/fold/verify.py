@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from ...errors import ArgumentError, DTypeError, ShapeError
 from ...extras import import_extra
+from ...folding.sums import largest_difference
 from ...native import Array, is_supported
 from ..files import is_external, is_large, one_line, take_out
 from .graphs import Graphs, Refused, Scope
@@ -304,21 +304,7 @@ def _alone(graphs: Graphs, folding: Folding) -> ModelProto:
 def compare_outputs(one: Sequence[Any], other: Sequence[Any]) -> tuple[float | None, float | None]:
     """Largest difference of the real arrays in two lists of outputs, and that over the largest."""
     a, b = ([v for v in _arrays(outputs) if is_supported(v.dtype)] for outputs in (one, other))
-    if not a and not b:
-        return None, None
-    if [v.shape for v in a] != [v.shape for v in b]:
-        return math.inf, math.inf
-    error = largest = 0.0
-    for s, t in zip(a, b, strict=True):
-        x, y = s.astype(np.float64), t.astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            same = (x == y) | (np.isnan(x) & np.isnan(y))  # also of infinities
-            difference = np.where(same, 0.0, np.nan_to_num(abs(x - y), nan=math.inf))
-        error = max(error, float(difference.max(initial=0.0)))
-        largest = max(
-            largest, float(abs(np.nan_to_num(x, nan=0, posinf=0, neginf=0)).max(initial=0.0))
-        )
-    return error, error / largest if largest else (0.0 if not error else math.inf)
+    return largest_difference(a, b)
 
 
 def _arrays(value: Any) -> Iterable[Array]:

@@ -168,8 +168,9 @@ def _folded(
         problems = problems or _changes(model, result, plan, paths, calls)
         if not problems:
             outputs = compare_groups(copied(model), examples, foldings, dtype)
-            report.pairs = [folding.record() for folding in foldings]
-            problems = [(f.group, f.problem()) for f in foldings if f.problem()]
+            report.pairs = [folding.report for folding in foldings]
+            whys = [(folding.group, folding.problem()) for folding in foldings]
+            problems = [(group, why) for group, why in whys if why]
         if not problems:
             break
         for group, why in problems:
@@ -219,10 +220,7 @@ def _apply(
     result: nn.Module, plan: Plan, dtype: torch.dtype | None
 ) -> tuple[list[Folding], list[tuple[Group, str]]]:
     """Fold what is planned; also returns what does not fit, and why."""
-    foldings = []
-    for group in plan.groups:
-        foldings.append(Folding(group, result.get_submodule(group.layer)))
-        foldings[-1].read(result)
+    foldings = [Folding.of(group, result) for group in plan.groups]
     if dtype is not None:
         result.to(dtype)
     problems = []

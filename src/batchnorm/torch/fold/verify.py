@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
+from ...folding.sums import largest_difference
 from .. import functional
 from ..diagnose.records import eagerly
 from ..population.batches import copy_of, tensors_in
@@ -203,18 +203,8 @@ def _without_activation(norm: Any, x: Tensor) -> Tensor:
 
 def compare_outputs(one: list[Any], other: list[Any]) -> tuple[float | None, float | None]:
     """Largest difference of the real tensors in two lists of outputs, and that over the largest."""
-    a, b = ([t for t in tensors_in(v) if t.is_floating_point()] for v in (one, other))
-    if not a and not b:
-        return None, None
-    if [t.shape for t in a] != [t.shape for t in b]:
-        return math.inf, math.inf
-    error = largest = 0.0
-    for s, t in zip(a, b, strict=True):
-        if not s.numel():
-            continue
-        x, y = wide(s), wide(t)
-        same = (x == y) | (x.isnan() & y.isnan())  # also of infinities
-        difference = torch.where(same, 0.0, (x - y).abs()).nan_to_num(math.inf, math.inf)
-        error = max(error, float(difference.max()))
-        largest = max(largest, float(x.nan_to_num(0, 0, 0).abs().max()))
-    return error, error / largest if largest else (0.0 if not error else math.inf)
+    a, b = (
+        [wide(t).cpu().numpy() for t in tensors_in(v) if t.is_floating_point()]
+        for v in (one, other)
+    )
+    return largest_difference(a, b)
