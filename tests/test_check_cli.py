@@ -220,13 +220,14 @@ def test_onnx_file(folder, capsys):
     assert "BN401" not in out
 
 
-def _conv_and_norm(path, outputs):
+def _conv_and_norm(path, outputs, *bias):
     """An ONNX file whose batch norm could be folded, unless an output is "h"."""
     onnx = pytest.importorskip("onnx")
     from onnx import TensorProto, helper
 
     nodes = [
-        helper.make_node("Conv", ["x", "w"], ["h"], name="conv"),
+        helper.make_node("CastLike", ["z", "x"], ["zeros"]),
+        helper.make_node("Conv", ["x", "w", *bias], ["h"], name="conv"),
         helper.make_node("BatchNormalization", ["h", "s", "z", "m", "s"], ["y"], name="norm"),
     ]
     given = {"w": ([2, 2, 1, 1], [1.0] * 4), **{k: ([2], [1.0, 2.0]) for k in "szm"}}
@@ -246,6 +247,12 @@ def test_batch_norm_of_a_file_that_could_be_folded_is_a_note(folder, capsys, for
     _conv_and_norm("net.onnx", ["y"])
     assert _run("net.onnx", "--format", form) == 0
     assert shown in capsys.readouterr().out
+
+
+def test_bias_that_an_exporter_makes_of_constants_is_none(folder, capsys):
+    _conv_and_norm("net.onnx", ["y"], "zeros")
+    assert _run("net.onnx", "--format", "text", "--select", "BN501") == 0
+    assert "BN501 norm" in capsys.readouterr().out
 
 
 def test_batch_norm_of_a_file_whose_input_is_an_output_could_not_be_folded(folder, capsys):

@@ -65,7 +65,11 @@ def _operations(graph: Any, values: dict[str, Any]) -> tuple[list[Operation], li
             continue
         name = node.name or f"{node.op_type}_{number}"
         kind = kind_of(node.op_type)
-        inputs = tuple(dict.fromkeys(made[i] for i in node.input if i in made))
+        read = node.input[:1] if node.op_type == "CastLike" else node.input
+        inputs = tuple(dict.fromkeys(made[i] for i in read if i in made))
+        inside = any(a.HasField("g") for a in node.attribute)  # a graph, which reads more
+        if node.input and not inputs and not inside:
+            continue  # made of constants, as exporters write the zeros of a missing bias
         bias = kind in ("convolution", "linear") and len(node.input) > 2
         if kind == "batch norm":
             layers.append((node, name))
