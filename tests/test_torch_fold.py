@@ -930,7 +930,26 @@ def test_strict_raises_for_an_error_above_tol():
     fold(model, images(), strict=True, tol=1e-4)
     with pytest.raises(FoldError, match=r"'0' differs by .*, more than 1e-12 \(and 1 more\)"):
         fold(model, images(), strict=True, tol=1e-12)
-    fold(model, images(), tol=1e-12)  # which without `strict` is not looked at
+
+
+def test_inputs_without_a_finite_value_compare_nothing():
+    model = filled(block())
+    _, report = fold(model, torch.full((2, 3, 8, 8), math.nan))
+    assert report.refused == {"1": "folded into '0', it could not be compared on the inputs"}
+    assert report.error is not None
+    assert math.isnan(report.error)
+    assert json.loads(report.to_json())["error"] is None
+    with pytest.raises(FoldError):
+        fold(nn.ReLU().eval(), torch.full((2,), math.nan), strict=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_left_out_of_comparisons(value):
+    model, x = filled(block()), images()
+    x[0, 0, 0, 0] = value
+    _, report = fold(model, x)
+    assert report.folded == {"1": "0"}
+    assert 0 < report.pairs[0].error < report.pairs[0].bound < 1
 
 
 def test_bound_holds_for_sums_that_cancel():
@@ -954,7 +973,8 @@ def test_bound_holds_for_sums_that_cancel():
         (block().train(), {}, "model must be in evaluation mode"),
         (block().eval(), {"dtype": torch.int8}, "dtype must be one of float16, bfloat16, float32"),
         (block().eval(), {"dtype": "float16"}, "dtype must be one of float16, bfloat16, float32"),
-        (block().eval(), {"tol": -1}, "tol must be a number that is not negative"),
+        (block().eval(), {"tol": -1, "strict": True}, "tol must be a number that is not negative"),
+        (block().eval(), {"tol": 0.1}, "tol must come with strict=True"),
         (block().to("meta").eval(), {}, "fold takes a model whose tensors have values"),
         (nn.Sequential(nn.LazyConv2d(3, 1)).eval(), {}, "uninitialized tensors in '0'"),
     ],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError
 from ...folding import FoldedLayer, FoldError, FoldReport
+from ...folding.report import check_tol
 from ..internals import has_global_hooks
 from ..population.layers import check_values, unwrapped
 from ..population.state import RngState
@@ -93,7 +94,8 @@ def fold(
     >>> report.folded, report.share < 1
     ({'1': '0'}, True)
     """
-    model = _checked(model, dtype, tol)
+    check_tol(tol, strict=strict)
+    model = _checked(model, dtype)
     rng = RngState()
     try:
         with torch.inference_mode(False):  # the copies must be able to train
@@ -105,7 +107,7 @@ def fold(
     return folded, report
 
 
-def _checked(model: object, dtype: Any, tol: Any) -> nn.Module:
+def _checked(model: object, dtype: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"fold takes a torch.nn.Module, got {type(model).__name__}.")
     model = unwrapped(model)
@@ -123,8 +125,6 @@ def _checked(model: object, dtype: Any, tol: Any) -> nn.Module:
         raise ArgumentError(
             f"dtype must be one of {', '.join(map(short, _TYPES))}, or None, got {dtype!r}."
         )
-    if tol is not None and not (isinstance(tol, (int, float)) and tol >= 0):
-        raise ArgumentError(f"tol must be a number that is not negative, or None, got {tol!r}.")
     if has_global_hooks():
         raise ArgumentError(
             "fold must see all that happens to a model, and hooks are registered that every module "
