@@ -447,6 +447,34 @@ def test_layers_that_are_refused(change, reason):
     assert f"'0' cannot take it: {reason}" in report.refused["1"]
 
 
+class Three(nn.Conv2d):
+    """Only its constructor is another, as of torchvision's Conv3DSimple."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, 3, bias=False)
+
+    @staticmethod
+    def downsampling(stride):
+        return stride, stride
+
+
+def test_subclass_that_only_constructs_is_folded():
+    model = filled(nn.Sequential(Three(3, 4), nn.BatchNorm2d(4)))
+    folded, report = fold(model, images())
+    assert report.folded == {"1": "0"}
+    assert type(folded[0]) is Three
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images()), model(images()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["_conv_forward", "__call__", "__getattribute__", "stride"])
+def test_subclass_that_defines_what_a_forward_uses_is_refused(name):
+    stride = property(lambda _: (1, 1), lambda *_: None)
+    kind = type("Other", (Three,), {name: getattr(nn.Conv2d, name, stride)})
+    model = filled(nn.Sequential(kind(3, 4), nn.BatchNorm2d(4)))
+    assert "1" in fold(model, images())[1].refused
+
+
 def test_subclasses_of_layers_are_refused():
     class Standardized(nn.Conv2d):
         def forward(self, x):
