@@ -126,7 +126,10 @@ def test_frameworks_defaults_are_those_of_the_constructor(framework):
     row = FRAMEWORKS[framework]
     assert defaults[row.momentum] == row.default_momentum
     assert defaults[row.eps] == row.default_eps
-    assert {row.axis, row.scale, row.shift} - {None} <= defaults.keys()
+    assert {row.scale, row.shift} - {None} <= defaults.keys()
+    if row.axis is not None:
+        default = {"channels_last": -1}.get(defaults[row.axis], defaults[row.axis])
+        assert default == row.channel_axis
 
 
 def _constructor_defaults(framework):
@@ -317,7 +320,7 @@ def test_translate_takes_the_batch_norms_of_a_network_of_torch():
     )
     found = translate(
         net.state_dict(), "torch", "keras", momentum=0.1, eps=1e-5,
-        names={"1": "first"}, channel_axis=-1,
+        names={"1": "first"},
     )  # fmt: skip
     assert {name.rpartition("/")[0] for name in found.arrays} == {"first", "3/0"}
     assert found.left_out == ["0.weight", "0.bias", "2.weight", "2.bias"]
@@ -353,7 +356,7 @@ def test_page_lists_the_conventions():
     rows = [
         [c.strip(" `") for c in line.split("|")[1:-1]] for line in PAGE.read_text().splitlines()
     ]
-    table = {row[1]: (row[0], *row[2:]) for row in rows if len(row) == 8}
+    table = {row[1]: (row[0], *row[2:]) for row in rows if len(row) == 9}
     assert table.keys() >= FRAMEWORKS.keys()
     for name, row in FRAMEWORKS.items():
         assert table[name] == (
@@ -364,6 +367,7 @@ def test_page_lists_the_conventions():
             "unbiased" if row.unbiased else "biased",
             "yes" if "count" in row.paths else "no",
             "yes" if row.debiased else "no",
+            f"{'' if row.axis else 'always '}{row.channel_axis}",
         )
 
 
@@ -387,6 +391,50 @@ def test_translate_says_what_differs_when_training_goes_on(source, target, momen
     options = _choices(target, 1) | ({"count": 9} if target == "haiku" else {})
     found = translate(arrays, source, target, momentum=momentum, eps=1e-5, **options)
     assert [text for text in found.notes if said in text]
+
+
+SOME_AXIS = [name for name, row in FRAMEWORKS.items() if row.axis]
+
+
+@pytest.mark.parametrize("target", SOME_AXIS)
+@pytest.mark.parametrize("source", ["torch", "numpy", "equinox", "onnx", "keras"])
+def test_translate_puts_channels_where_the_target_has_them_and_says_so(source, target):
+    """PyTorch's axis is that of its own batches, not of those that the target will get."""
+    arrays, _ = _write(source)
+    options = {"momentum": 0.5, "eps": 1e-5} | (
+        {"ndim": 4, "count": 9} if target == "haiku" else {}
+    )
+    usual = translate(arrays, source, target, **options)
+    axis = FRAMEWORKS[target].channel_axis
+    given = translate(arrays, source, target, channel_axis=axis, **options)
+    assert usual.settings == given.settings
+    said = [text for text in usual.notes if text not in given.notes]
+    other = FRAMEWORKS[source].channel_axis
+    if other == axis:
+        assert said == []
+    else:
+        (note,) = said
+        assert f"as is usual in {FRAMEWORKS[target].title}; channel_axis={other} (" in note
+
+
+def test_translate_carries_an_axis_that_was_chosen():
+    arrays, _ = _write("keras")
+    own = {"net/bn": {"channel_axis": 1}}
+    found = translate(arrays, "keras", "flax", momentum=0.99, eps=1e-3, settings=own)
+    assert found.settings["net/bn"]["axis"] == 1
+    assert found.notes == []
+
+
+def test_translate_from_torch_evaluates_batches_as_flax_has_them():
+    """16×16 images with 16 channels, where a wrong axis is not refused."""
+    rng = np.random.default_rng(0)
+    old = _fresh("torch", -1)
+    found = translate(old.arrays(), "torch", "flax", momentum=MOMENTUM, eps=EPS)
+    linen = pytest.importorskip("flax.linen")
+    layer = linen.BatchNorm(use_running_average=True, **found.settings[""])
+    x = rng.normal(size=(2, CHANNELS, CHANNELS, CHANNELS)).astype(np.float32)
+    y = layer.apply(found.arrays, np.moveaxis(x, 1, -1))
+    np.testing.assert_allclose(np.moveaxis(y, -1, 1), old.evaluate(x), **CLOSE)
 
 
 def test_translate_has_nothing_to_say_between_equal_conventions():
@@ -448,7 +496,6 @@ def test_write_refuses_a_momentum_that_leaves_nothing_to_debias(target):
     [
         ({"ndim": None}, "ndim must be"),
         ({"ndim": 1}, "ndim must be"),
-        ({"channel_axis": None}, "channel_axis must be 1 or -1"),
         ({"channel_axis": 2, "ndim": 4}, "channel_axis must be 1 or -1"),
     ],
 )
@@ -522,7 +569,7 @@ def test_command_prints_how_to_build_the_layers(folder, capsys):
     assert output.splitlines() == [
         "left out 2 other arrays: 0.weight, 0.bias",
         "translated 1 batch norm from PyTorch to Keras 3",
-        "build them with momentum=0.9, epsilon=1e-05, scale=True, center=True, axis=1",
+        "build them with momentum=0.9, epsilon=1e-05, scale=True, center=True, axis=-1",
         "wrote net.npz",
     ]
     assert "biased variances" in errors

@@ -30,7 +30,7 @@ class Framework:
         The constructor's arguments that switch them off: the same if both go together, None if
         neither can go.
     momentum, eps, axis : str
-        The constructor calls them so; None for an axis that is not its own to choose.
+        The constructor calls them so; None for an axis that cannot be chosen.
     momentum_of_new : bool
         Momentum is the weight of the new value in the running statistics, not of the old one.
     unbiased : bool
@@ -41,8 +41,8 @@ class Framework:
         Averages begin with zero and are divided by 1 − momentum^count, as in Adam.
     nested : bool
         Arrays come as dicts of dicts.
-    channel_axis : int or None
-        The axis of the channels in batches, if the layer knows but one.
+    channel_axis : int
+        The axis of the channels in batches by default, or always if `axis` is None.
     """
 
     title: str
@@ -59,7 +59,7 @@ class Framework:
     default_eps: float = 1e-5
     debiased: bool = False
     nested: bool = False
-    channel_axis: int | None = None
+    channel_axis: int = -1
 
     @property
     def paths(self) -> dict[str, str]:
@@ -136,7 +136,7 @@ FRAMEWORKS: dict[str, Framework] = {
     ),
     "numpy": Framework(
         "batchnorm.BatchNorm", ".", f"gamma=*/gamma beta=*/beta {_TORCH}", "affine", "affine",
-        axis="channel_axis", **_OURS,
+        axis="channel_axis", channel_axis=1, **_OURS,
     ),
     "keras": Framework(
         "Keras 3", "/",

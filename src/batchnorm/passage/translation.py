@@ -37,7 +37,7 @@ class BatchNormState:
     gamma, beta : (C,)
         Scale and shift; None if the layer has none.
     channel_axis : int
-        Axis of the channels in the layer's batches; None if that is not known.
+        Axis of the channels in the layer's batches; None if it was not chosen, or is not known.
     unbiased : bool
         Whether training averages the unbiased variances of batches.
     count : int
@@ -153,7 +153,7 @@ def translate(
             raise ArgumentError(f"two layers would be called {called!r}. Rename one by names.")
         renamed[called] = state
     written, built = write(renamed, target, channel_axis=channel_axis, ndim=ndim, count=count)
-    return Translation(written, built, left_out, _notes(renamed, old, new))
+    return Translation(written, built, left_out, _notes(renamed, old, new, channel_axis))
 
 
 def read(
@@ -285,7 +285,7 @@ def _state(
     if "first" in values and values["first"].any():
         raise ArgumentError("has seen no batch yet, so it has no statistics. Train it first.")
     count = _as_count(values["count"]) if "count" in values else None
-    axis = settings.get("channel_axis", framework.channel_axis)
+    axis = settings.get("channel_axis")
     if framework.axis == "data_format":  # arrays are (1, ..., C, ..., 1)
         shape = values["mean"].shape
         long = [k for k, length in enumerate(shape) if length != 1]
@@ -325,7 +325,7 @@ def write(
         A name in `FRAMEWORKS`.
     channel_axis : int
         Axis of the channels in the target's batches, where its layers have a choice; by default
-        that of each state.
+        that of each state, or if it has none, the default of the target.
     ndim : int
         Number of axes of the batches, on which the shapes of Haiku's arrays depend.
     count : int
@@ -357,7 +357,8 @@ def write(
     arrays: dict[Path, Any] = {}
     settings = {}
     for name, state in states.items():
-        axis = state.channel_axis if channel_axis is None else channel_axis
+        chosen = state.channel_axis if channel_axis is None else channel_axis
+        axis = framework.channel_axis if chosen is None else chosen
         with _naming(name):
             values = _values(state, framework, state.count if count is None else count)
             if framework.axis == "data_format":
@@ -408,11 +409,11 @@ def _has_one_more(state: BatchNormState, framework: Framework) -> bool:
     )
 
 
-def _shape(axis: int | None, ndim: int | None) -> list[int]:
+def _shape(axis: int, ndim: int | None) -> list[int]:
     """The shape of Haiku's arrays."""
     if ndim is None or ndim < 2:
         raise ArgumentError(f"ndim must be the number of axes of a batch, such as 4, got {ndim}.")
-    if axis is None or axis not in (1, -1, ndim - 1):
+    if axis not in (1, -1, ndim - 1):
         raise ArgumentError(
             f"channel_axis must be 1 or -1, which are Haiku's data formats, got {axis}."
         )
@@ -422,7 +423,7 @@ def _shape(axis: int | None, ndim: int | None) -> list[int]:
 
 
 def _settings(
-    state: BatchNormState, framework: Framework, roles: Iterable[str], axis: int | None
+    state: BatchNormState, framework: Framework, roles: Iterable[str], axis: int
 ) -> dict[str, Any]:
     momentum = state.momentum if framework.momentum_of_new else _complement(state.momentum)
     found: dict[str, Any] = {framework.momentum: momentum, framework.eps: state.eps}
@@ -431,12 +432,17 @@ def _settings(
             found[option] = role in roles
     if framework.axis == "data_format":
         found["data_format"] = "channels_first" if axis == 1 else "channels_last"
-    elif framework.axis is not None and axis is not None:
+    elif framework.axis is not None:
         found[framework.axis] = axis
     return found
 
 
-def _notes(states: Mapping[str, BatchNormState], old: Framework, new: Framework) -> list[str]:
+def _notes(
+    states: Mapping[str, BatchNormState],
+    old: Framework,
+    new: Framework,
+    channel_axis: int | None,
+) -> list[str]:
     notes = []
     if old.unbiased != new.unbiased:
         kinds = ("unbiased", "biased") if new.unbiased else ("biased", "unbiased")
@@ -452,8 +458,16 @@ def _notes(states: Mapping[str, BatchNormState], old: Framework, new: Framework)
         )
     if "first" in new.paths and new is not old:
         notes.append(f"in training, {new.title} normalizes by the running statistics")
-    if new.channel_axis and any(s.channel_axis != new.channel_axis for s in states.values()):
-        notes.append(f"batches of {new.title} have their channels on axis {new.channel_axis}")
+    axes = {state.channel_axis for state in states.values()}
+    where = "the last axis" if new.channel_axis == -1 else f"axis {new.channel_axis}"
+    if new.axis is None:
+        if {old.channel_axis if axis is None else axis for axis in axes} != {new.channel_axis}:
+            notes.append(f"batches of {new.title} have their channels on {where}")
+    elif channel_axis is None and None in axes and old.channel_axis != new.channel_axis:
+        notes.append(
+            f"channels are on {where}, as is usual in {new.title}; channel_axis={old.channel_axis} "
+            f"(--channel-axis {old.channel_axis}) if batches stay as in {old.title}"
+        )
     if more := [name for name, state in states.items() if _has_one_more(state, new)]:
         notes.append(
             f"{new.title} has scale and shift together: 1 or 0 was added in {_some(more)}, and "

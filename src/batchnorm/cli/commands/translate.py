@@ -49,7 +49,11 @@ def translate(
         typer.Option(help="Name of a layer in IN and in OUT; may be repeated.", metavar="OLD=NEW"),
     ] = [],  # noqa: B006  # typer needs a list
     channel_axis: Annotated[
-        int | None, typer.Option(help="Axis of the channels in batches of the target.")
+        int | None,
+        typer.Option(
+            help="Axis of the channels in batches of the target; by default as IN says, or as is "
+            "usual in the target."
+        ),
     ] = None,
     ndim: Annotated[
         int | None, typer.Option(help="Number of axes of batches, which Haiku needs.")
