@@ -524,6 +524,23 @@ def test_read_refuses_variables_of_linen_as_those_of_nnx():
         read(_write("flax")[0], "nnx", momentum=0.5, eps=1e-5)
 
 
+def test_translate_refuses_a_network_and_says_what_to_pass():
+    nn = pytest.importorskip("torch.nn")
+    with pytest.raises(ArgumentError, match=r"got BatchNorm1d. Pass net.state_dict\(\)"):
+        translate(nn.BatchNorm1d(2), "torch", "keras", **GIVEN)
+
+
+def test_translation_prints_a_summary_without_arrays():
+    arrays = BN | {"fc.weight": np.ones((2, 2))} | {f"a{k}": np.ones((1, 1)) for k in range(30)}
+    found = translate(arrays, "torch", "onnx", **GIVEN)
+    first, build, left_out, *notes = repr(found).splitlines()
+    assert first == "Translation of bn"
+    assert build == "build them with momentum=0.9, epsilon=1e-05"
+    assert left_out.startswith("left out 31 other arrays: fc.weight, a0, a1,")
+    assert left_out.endswith(", a18 and 11 more")
+    assert notes == [f"note: {text}" for text in found.notes] != []
+
+
 def test_translate_copies_arrays():
     arrays = dict(BN)
     found = translate(arrays, "torch", "torch", **GIVEN)
@@ -567,9 +584,9 @@ def test_command_prints_how_to_build_the_layers(folder, capsys):
     assert _run("net.pt", "net.npz", "--to", "keras", "--rename", "1=net/bn", *NUMBERS) == cli.DONE
     output, errors = capsys.readouterr()
     assert output.splitlines() == [
-        "left out 2 other arrays: 0.weight, 0.bias",
         "translated 1 batch norm from PyTorch to Keras 3",
         "build them with momentum=0.9, epsilon=1e-05, scale=True, center=True, axis=-1",
+        "left out 2 other arrays: 0.weight, 0.bias",
         "wrote net.npz",
     ]
     assert "biased variances" in errors
@@ -815,30 +832,58 @@ def test_command_refuses_damaged_files_in_one_line(name, content, folder, capsys
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["none.pt", "out.npz", "--to", "keras", *NUMBERS], "there is no such file"),
-        (["net.npz", "out.npz", "--to", "keras", *NUMBERS], "Pass --from"),
+        (["none.pt", "net.npz", "--to", "keras"], "none.pt: there is no such file. Name another."),
+        (["other.npz", "out.npz", "--to", "keras", *NUMBERS], "names its arrays so. Pass --from"),
         (["net.npz", "out.npz", "--from", "torch", *NUMBERS], "Pass --to"),
-        (["net.npz", "out.npz", "--from", "mxnet", "--to", "keras"], "must be one of torch,"),
-        (["net.npz", "out.pkl", "--from", "torch", *NUMBERS], "must end in .pt, .pth,"),
+        (["net.npz", "out.npz", "--from", "pytorch", "--to", "keras"], "one of torch (PyTorch),"),
+        (["net.npz", "out.npz", "--to", "jax"], "nnx (Flax NNX), haiku (Haiku), equinox ("),
+        (["net.npz", "out.h5"], "end in .pt, .pth, .safetensors, .npz, .msgpack. Name it so."),
+        (["net.h5", "out.npz", "--to", "keras"], "Save the weights in such a file."),
         (["net.npz", "out.pt", "--from", "torch", "--to", "keras"], "is a file of torch, not of"),
         (["net.npz", "out.keras", "--from", "torch", *NUMBERS], "hold whole models"),
         (["net.npz", "out.onnx", "--from", "torch", *NUMBERS], "hold whole models"),
-        (["net.npz", "net.npz", "--from", "torch", "--to", "torch", *NUMBERS], "exists, and"),
+        (["net.npz", "net.npz", "--to", "torch", *NUMBERS], "but batch norms of PyTorch, which"),
+        (["net.npz", "other.npz", "--to", "keras", *NUMBERS], "other.npz: must not hold anything"),
+        (["net.npz", "other.npz", "--to", "keras"], "net.npz: bn: momentum and eps must be given"),
         (["net.npz", "no/out.npz", "--from", "torch", "--to", "torch"], "'no' is not one"),
         (["net.npz", "out.npz", "--from", "torch", "--to", "keras"], "net.npz: bn: momentum and"),
         (["net.npz", "out.npz", "--from", "torch", "--to", "keras", "--rename", "bn"], "OLD=NEW"),
     ],
 )
 def test_command_refuses_in_one_line_and_writes_nothing(arguments, said, folder, capsys):
-    np.savez("net.npz", **BN)
-    before = (folder / "net.npz").read_bytes()
+    np.savez("net.npz", **BN, **{"fc.weight": np.ones((2, 2))})
+    np.savez("other.npz", values=np.ones(2))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert _run(*arguments) == cli.UNUSABLE
     output, errors = capsys.readouterr()
     assert output == ""
     assert said in errors
     assert errors.count("\n") == 1
-    assert [path.name for path in folder.iterdir()] == ["net.npz"]
-    assert (folder / "net.npz").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_command_replaces_what_it_has_written(folder):
+    np.savez("net.npz", **BN)
+    for mean in (1, 2):
+        np.savez("net.npz", **BN | {"bn.running_mean": np.full(2, mean)})
+        assert _run("net.npz", "out.npz", "--to", "flax", *NUMBERS) == cli.DONE
+        assert np.load("out.npz")["batch_stats/bn/mean"].tolist() == [mean, mean]
+
+
+@pytest.mark.parametrize("framework", EVERY)
+def test_command_recognizes_frameworks_by_the_names_of_arrays(framework, folder, capsys):
+    arrays, _ = _write(framework)
+    files.save(arrays, folder / "net.npz", framework)
+    numbers = ("--momentum", 0.5, "--eps", 1e-5)
+    assert _run("net.npz", "out.npz", "--to", "torch", *numbers) == cli.DONE
+    assert f"from {FRAMEWORKS[framework].title} to PyTorch\n" in capsys.readouterr().out
+
+
+def test_command_recognizes_nnx_in_files_that_are_mostly_of_linen(folder, capsys):
+    pytest.importorskip("msgpack")
+    files.save(_write("nnx")[0], folder / "net.msgpack", "nnx")
+    assert _run("net.msgpack", "out.npz", "--to", "torch", "--momentum", 0.9, "--eps", 0.1) == 0
+    assert "from Flax NNX to" in capsys.readouterr().out
 
 
 def test_save_leaves_nothing_when_writing_fails(folder):

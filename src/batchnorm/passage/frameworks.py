@@ -120,7 +120,8 @@ def find(name: str) -> Framework:
         There is none.
     """
     if name not in FRAMEWORKS:
-        raise ArgumentError(f"a framework must be one of {', '.join(FRAMEWORKS)}, got {name!r}.")
+        known = ", ".join(f"{name} ({row.title})" for name, row in FRAMEWORKS.items())
+        raise ArgumentError(f"a framework must be one of {known}, got {name!r}.")
     return FRAMEWORKS[name]
 
 

@@ -101,6 +101,25 @@ class Translation:
     left_out: list[str]
     notes: list[str]
 
+    def summary(self) -> list[str]:
+        """How to build the layers, and which arrays were left out, in lines of text."""
+        groups: dict[str, list[str]] = {}
+        for name, chosen in self.settings.items():
+            text = ", ".join(f"{key}={value!r}" for key, value in chosen.items())
+            groups.setdefault(text, []).append(name or "the layer")
+        lines = []
+        for text, names in groups.items():
+            lines.append(f"build {'them' if len(groups) == 1 else ', '.join(names)} with {text}")
+        if number := len(self.left_out):
+            arrays = f"{number} other array{'s' * (number != 1)}"
+            lines.append(f"left out {arrays}: {_some(self.left_out, 20)}")
+        return lines
+
+    def __repr__(self) -> str:
+        """The layers, the summary and the notes, but not the arrays."""
+        lines = [f"Translation of {_some(self.settings, 20)}", *self.summary()]
+        return "\n".join([*lines, *(f"note: {text}" for text in self.notes)])
+
 
 def translate(
     arrays: Mapping[Any, Any],
@@ -200,13 +219,10 @@ def read(
     framework = find(source)
     given = {"momentum": momentum, "eps": eps}
     settings = settings or {}
-    flat = dict(framework.flatten(arrays))
+    flat = _flatten(arrays, framework)
     states: dict[str, BatchNormState] = {}
     used: set[Path] = set()
-    for path, values in flat.items():
-        layer = framework.layer_of("mean", path)
-        if layer is None or framework.place("var", layer) not in flat or not _is_one_axis(values):
-            continue
+    for layer in _layers(flat, framework):
         name = framework.separator.join(layer)
         places = {role: framework.place(role, layer) for role in framework.paths}
         with _naming(name):
@@ -231,6 +247,33 @@ def read(
         if value is not None and all(option in settings.get(name, {}) for name in states):
             raise ArgumentError(f"{option} is known for each layer, but got {value}. Leave it out.")
     return states, left_out
+
+
+def count_arrays(arrays: Mapping[Any, Any], source: str) -> int:
+    """The number of arrays that are of batch norms, if they are named as `source` names them."""
+    framework = find(source)
+    flat = _flatten(arrays, framework)
+    places = [framework.place(r, a) for a in _layers(flat, framework) for r in framework.paths]
+    return sum(place in flat for place in places)
+
+
+def _flatten(arrays: Mapping[Any, Any], framework: Framework) -> dict[Path, Any]:
+    if not isinstance(arrays, Mapping):
+        raise ArgumentError(
+            f"arrays must be a dict of arrays by name, got {type(arrays).__name__}. Pass "
+            "net.state_dict() of PyTorch, {v.path: v for v in model.variables} of Keras."
+        )
+    return dict(framework.flatten(arrays))
+
+
+def _layers(flat: Mapping[Path, Any], framework: Framework) -> list[Path]:
+    """The layers whose arrays these are."""
+    found = {path: framework.layer_of("mean", path) for path in flat}
+    return [
+        layer
+        for path, layer in found.items()
+        if layer is not None and framework.place("var", layer) in flat and _is_one_axis(flat[path])
+    ]
 
 
 @contextlib.contextmanager
@@ -519,7 +562,7 @@ def _as_count(values: Array) -> int:
     return int(values.reshape(-1)[0])
 
 
-def _some(names: Iterable[str]) -> str:
+def _some(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(name or "the layer" for name in names[:3]) or "nothing") + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(name or "the layer" for name in names[:most]) or "nothing") + more
