@@ -1,5 +1,6 @@
 """batchnorm.passage: real layers of every framework evaluate and train on as the others' do."""
 
+import doctest
 import inspect
 import json
 import zipfile
@@ -14,6 +15,7 @@ from batchnorm.passage import FRAMEWORKS, BatchNormState, files, read, translate
 from passage_layers import CHANNELS, LAYERS, import_keras, keras_numpy
 
 EVERY = list(FRAMEWORKS)
+STATISTICS = ("mean", "var", "gamma", "beta")
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "passage.md"
 #: Weight of the new value: not 1/2, so that both directions differ.
 MOMENTUM, EPS, STEPS = 0.2, 2e-3, 5
@@ -254,7 +256,7 @@ def test_read_undoes_write(framework):
     ((name, state),) = states.items()
     assert name.replace("/", ".") == "net.bn"
     assert left_out == []
-    for field in ("mean", "var", "gamma", "beta"):
+    for field in STATISTICS:
         np.testing.assert_array_equal(getattr(state, field), getattr(_state(), field))
     assert state.unbiased == FRAMEWORKS[framework].unbiased
     assert state.count == (1 if "count" in FRAMEWORKS[framework].paths else None)
@@ -369,6 +371,62 @@ def test_page_lists_the_conventions():
             "yes" if row.debiased else "no",
             f"{'' if row.axis else 'always '}{row.channel_axis}",
         )
+
+
+def _of_page(function):
+    """A function that the page shows."""
+    shown = doctest.DocTestParser().get_examples(PAGE.read_text(encoding="utf-8"))
+    (source,) = (e.source for e in shown if e.source.startswith(f"def {function}("))
+    names = {}
+    exec(source, names)
+    return names[function]
+
+
+@pytest.mark.filterwarnings("ignore")  # of Keras
+@pytest.mark.skipif(not PAGE.exists(), reason="no documentation in this checkout")
+def test_page_assigns_arrays_to_a_model_of_keras():
+    model, assign = _keras_model(), _of_page("assign")
+    before = [keras_numpy(v) for v in model.variables]
+    name = model.layers[1].variables[0].path.rpartition("/")[0]
+    arrays, _ = write({name: _state(**{k: np.full(4, 9.0) for k in STATISTICS})}, "keras")
+    assign(model, arrays)
+    for variable, old in zip(model.variables, before, strict=True):
+        new = 9.0 if variable.path in arrays else old
+        assert (keras_numpy(variable) == new).all()
+    with pytest.raises(AssertionError):
+        assign(model, write({"norm_of_another_name": _state()}, "keras")[0])
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="no documentation in this checkout")
+def test_page_merges_arrays_into_variables_of_flax():
+    linen, jax = pytest.importorskip("flax.linen"), pytest.importorskip("jax")
+    model = linen.Sequential([linen.Dense(2), linen.BatchNorm(use_running_average=True)])
+    x, merged = np.ones((3, 2), np.float32), _of_page("merged")
+    variables = model.init(jax.random.key(0), x)
+    state = _state()
+    changed = merged(variables, write({"layers_1": state}, "flax")[0])
+    z = x @ np.asarray(variables["params"]["layers_0"]["kernel"], np.float64)
+    expected = (z - state.mean) / np.sqrt(state.var + state.eps) * state.gamma + state.beta
+    np.testing.assert_allclose(model.apply(changed, x), expected, rtol=1e-4)
+    with pytest.raises(KeyError):
+        merged(variables, write({"layers_2": state}, "flax")[0])
+    longer, _ = write({"layers_1": _state(**{k: np.ones(3) for k in STATISTICS})}, "flax")
+    with pytest.raises(AssertionError):
+        merged(variables, longer)
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="no documentation in this checkout")
+def test_page_merges_arrays_into_a_model_of_nnx():
+    nnx, merged = pytest.importorskip("flax.nnx"), _of_page("merged")
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(3, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs))
+    state = nnx.state(model)
+    variables = nnx.to_pure_dict(state)
+    arrays, _ = write({"layers/1": _state()}, "nnx")
+    nnx.replace_by_pure_dict(state, merged(variables, arrays))
+    nnx.update(model, state)
+    assert model.layers[1].mean[...].tolist() == MEAN
+    np.testing.assert_array_equal(model.layers[0].kernel[...], variables["layers"][0]["kernel"])
 
 
 # ---- what is said -------------------------------------------------------------------------------
