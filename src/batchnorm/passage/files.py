@@ -122,8 +122,8 @@ def save(arrays: Mapping[Any, Any], path: Path, target: str) -> None:
     check_out(path, target)
     if path.exists() and not _holds_batch_norms_alone(path, target):
         raise ArgumentError(
-            f"{path}: must not hold anything but batch norms of {find(target).title}, which would "
-            "be lost. Name another file, or remove it."
+            f"{path}: exists, and holds other things than batch norms of {find(target).title}, "
+            "which would be lost. Name another file, or remove it."
         )
     write, framework = _format_of(path).save, find(target)
     assert write is not None

@@ -117,7 +117,7 @@ class Translation:
 
     def __repr__(self) -> str:
         """The layers, the summary and the notes, but not the arrays."""
-        lines = [f"Translation of {_some(self.settings, 20)}", *self.summary()]
+        lines = [f"Translation of batch norms: {_some(self.settings, 20)}", *self.summary()]
         return "\n".join([*lines, *(f"note: {text}" for text in self.notes)])
 
 
@@ -445,11 +445,8 @@ def _values(state: BatchNormState, framework: Framework, count: int | None) -> d
 def _has_one_more(state: BatchNormState, framework: Framework) -> bool:
     """Whether the framework has scale or shift where the state has none."""
     has = (state.gamma is not None, state.beta is not None)
-    return (
-        not all(has)
-        if framework.scale is None
-        else (framework.scale == framework.shift and any(has) and not all(has))
-    )
+    together = framework.scale == framework.shift
+    return together and not all(has) and (any(has) or framework.scale is None)
 
 
 def _shape(axis: int, ndim: int | None) -> list[int]:
