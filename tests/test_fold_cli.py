@@ -528,6 +528,15 @@ def test_model_that_cannot_be_exported_names_what_can_be_written(folder, capfd, 
     assert not _written(folder)
 
 
+def test_factory_of_an_exported_program_is_refused(folder, capsys):
+    (folder / "exported.py").write_text(
+        "import torch\n"
+        "from fold_program import plain\n"
+        "def make(): return torch.export.export(plain(), (torch.ones(2, 3, 9, 9),)).module()\n"
+    )
+    _is_refused(capsys, _run("exported:make", "--out", "net.pt", *X), "Fold first, then export")
+
+
 def test_program_of_the_model_is_not_replaced(folder, capsys):
     (folder / "precious.py").write_text("from fold_program import plain")
     status = _run("precious:plain", "--out", "net.pt", *X, "--json", "precious.py")

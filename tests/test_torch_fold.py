@@ -7,6 +7,8 @@ import json
 import math
 import pickle
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -1052,3 +1054,38 @@ def test_hooks_of_every_module_are_refused():
             fold(filled(block()), images())
     finally:
         handle.remove()
+
+
+def test_what_is_exported_is_folded_before():
+    program = torch.export.export(filled(block()), (images(),))
+    for model in (program, program.module()):
+        with pytest.raises(ArgumentError, match="Fold first, then export"):
+            fold(model, images())
+
+
+def test_traced_models_are_folded():
+    _, report = fold(torch.fx.symbolic_trace(filled(block())), images())
+    assert len(report.folded) == 1
+
+
+def test_loaders_are_no_examples():
+    loader = torch.utils.data.DataLoader(images())
+    with pytest.raises(ArgumentError, match=r"Take next\(iter\(loader\)\)"):
+        fold(filled(block()), loader)
+
+
+def test_folded_model_loads_without_this_library(tmp_path):
+    folded, _ = fold(
+        filled(nn.Sequential(nn.Conv2d(3, 3, 3), BatchNorm2d(3, activation="relu"))), images()
+    )
+    torch.save(folded, tmp_path / "whole.pt")
+    program = (
+        "import sys; sys.modules['batchnorm'] = None\n"
+        "import torch\n"
+        f"model = torch.load({str(tmp_path / 'whole.pt')!r}, weights_only=False)\n"
+        "print(*(type(m).__name__ for m in model))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["Conv2d", "ReLU"]

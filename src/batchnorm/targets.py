@@ -383,7 +383,14 @@ def _fold_model(
     written = _given({"--out": out, "--json": json})
     _check_apart(written, _given(reads))
     wanted = None if dtype is None else getattr(torch, dtype)
-    model = load_model(target, weights).eval()
+    model = load_model(target, weights)
+    try:
+        model.eval()
+    except NotImplementedError as error:  # of a program of torch.export
+        raise ArgumentError(
+            f"{target}: must return a model before its export, but {error}. Fold first, then "
+            "export."
+        ) from error
     source = getattr(sys.modules.get(target.partition(":")[0]), "__file__", None)
     _check_apart(written, _given({"TARGET": None if source is None else Path(source)}))
     if verify is None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, BatchNormError
+from ..extras import install
 
 __all__ = [
     "example_of",
@@ -178,15 +179,15 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         It cannot be read, or holds something else.
     """
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             return dict(load_file(path))
         found = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise ArgumentError(
-            f"{path}: reading it needs safetensors, which is not installed. Install it with: "
-            "pip install safetensors"
+            f"{path}: reading it needs safetensors, which is not installed. "
+            f"{install('torch', 'safetensors')}"
         ) from error
     except Exception as error:  # torch raises all kinds for damaged files
         why = "there is no such file" if not path.exists() else _first_line(error)

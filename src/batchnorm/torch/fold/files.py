@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...atomic import check_place, explain_write_errors, replacing
 from ...errors import ArgumentError, BatchNormError
-from ...extras import require
+from ...extras import install, require
 from ...folding import FoldReport
 from ..population.batches import tensors_in
 from .layers import short
@@ -77,9 +77,9 @@ def check_out(out: Path) -> None:
         )
     check_place(out, "a folded model", "folded.pt2", "--out")
     if suffix == ".safetensors":
-        require("A .safetensors file", "interop", "safetensors")
+        require("A .safetensors file", "torch", "safetensors")
     if suffix == ".onnx":
-        require("Exporting to ONNX", "interop", "onnx", "onnxscript")
+        require("Exporting to ONNX", "onnx", "onnx", "onnxscript")
 
 
 def make_file(
@@ -187,7 +187,7 @@ def _exported(
         )
     found, missed = None, ""
     if importlib.util.find_spec("onnxruntime") is None:
-        missed = "onnxruntime is not installed (pip install onnxruntime)"
+        missed = f"onnxruntime is not installed. {install('onnx', 'onnxruntime')}"
     else:
         try:
             outputs = examples.run(model)
