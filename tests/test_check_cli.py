@@ -332,10 +332,15 @@ def test_every_page_is_of_a_code():
         ([], "check needs a target"),
         (["foo"], "must be package.module:factory, alone, or a file that ends in"),
         (["nothing_here:make"], "No module named 'nothing_here'"),
-        (["zoo_program:nope"], "has no attribute 'nope'"),
+        (["nothing_here:make"], "Run the command where 'import nothing_here' works"),
+        (["zoo_program:nope"], "'zoo_program' has no 'nope'. It has Net, make, good"),
+        (["zoo_program:goo"], "has no 'goo'. Did you mean good?"),
+        (["torch.nn:Linear"], "needs arguments: in_features, out_features. Wrap it in a function"),
+        (["model.pt2"], "give the model that was exported"),
+        (["model.keras"], "Export it to ONNX first"),
         (["zoo_program:broken"], "RuntimeError: no such thing"),
         (["zoo_program:batches"], "must return a torch.nn.Module, got list"),
-        (["zoo_program:make", "--data", "zoo_program:nope"], "has no attribute 'nope'"),
+        (["zoo_program:make", "--data", "zoo_program:nope"], "'zoo_program' has no 'nope'"),
         (["zoo_program:good", "--data", "zoo_program:batches"], "cannot be run on"),
         (["zoo_program:make", "--weights", "missing.pt"], "there is no such file"),
         (["zoo_program:make", "--weights", "other.pt"], "they do not fit"),
@@ -408,3 +413,47 @@ def test_assert_healthy_fails_with_the_findings():
     with pytest.raises(AssertionError, match="BN401 bias before a batch norm"):
         assert_healthy(sick)
     assert_healthy(sick, ignore=["BN401"])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("import not_installed_at_all", "No module named 'not_installed_at_all'"),
+        ("raise ValueError('on import')", "ValueError: on import"),
+        ("def make(): raise KeyError('key')", "must return a model, but raises KeyError: 'key'"),
+    ],
+)
+def test_errors_of_programs_are_their_own(folder, capsys, body, message):
+    name = f"program_{abs(hash(body))}"
+    (folder / f"{name}.py").write_text(body + "\n")
+    assert _run(f"{name}:make") == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Run the command where" not in err
+
+
+def test_weights_that_do_not_fit_are_counted(folder, capsys):
+    state = nn.ModuleDict({"fc": nn.Linear(9, 9), **{f"x{k}": nn.Linear(1, 1) for k in range(4)}})
+    torch.save(state.state_dict(), "w.pt")
+    (folder / "wide.py").write_text(
+        "from torch import nn\ndef make(): return nn.ModuleDict({'fc': nn.Linear(2, 2), "
+        "'bn': nn.BatchNorm1d(2)})\n"
+    )
+    assert _run("wide:make", "--weights", "w.pt") == 2
+    err = capsys.readouterr().err
+    assert "4 keys missing (bn.weight, bn.bias, bn.running_mean, …)" in err
+    assert "8 too many (x0.weight, x0.bias, x1.weight, …)" in err
+    assert "2 of another shape (fc.weight: (9, 9) for (2, 2), fc.bias: (9,) for (2,))" in err
+    assert "folded" not in err
+
+
+def test_weights_of_a_folded_model_are_recognized(folder, capsys):
+    (folder / "narrow.py").write_text(
+        "from torch import nn\n"
+        "def make(): return nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3))\n"
+    )
+    torch.save(nn.Sequential(nn.Conv2d(3, 3, 1)).state_dict(), "w.pt")
+    assert _run("narrow:make", "--weights", "w.pt") == 2
+    err = capsys.readouterr().err
+    assert "4 keys missing (1.weight, 1.bias, 1.running_mean, …), 1 too many (0.bias)" in err
+    assert "they look like those of a folded model" in err

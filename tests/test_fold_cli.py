@@ -1,6 +1,7 @@
 """batchnorm fold on the command line."""
 
 import copy
+import importlib.util
 import json
 import warnings
 
@@ -10,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("typer")
 
+import batchnorm  # noqa: E402
 from batchnorm import cli  # noqa: E402
 from batchnorm.torch import fold  # noqa: E402
 
@@ -114,36 +116,26 @@ def _model(name="plain"):
 # ---- what is shown ------------------------------------------------------------------------------
 
 
-def test_report_is_a_table_and_a_summary(folder, capsys):
+def test_report_is_the_summary_and_what_is_behind_it(folder, capsys):
     assert _run("fold_program:make", "--out", "net.pt", *X) == 0
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
-    assert lines[0].split() == ["batch", "norm", "into", "error", "bound"]
-    assert lines[1].split()[:2] == ["bn1", "conv1"]
-    assert float(lines[1].split()[2]) < float(lines[1].split()[3]) < 1e-3
-    assert lines[2].split()[:2] == ["bn2", "refused:"]
-    assert "folded 1 batch norm, refused 1, left 0" in shown.out
+    assert lines[0] == "folded 1 of 2 batch norms; 1 refused; 0 have no layer next to them"
+    _, report = fold(_model("make"), _x())
+    assert lines[:-1] == report.lines(80, 10)
     assert lines[-1] == "wrote net.pt"
     assert "forward" not in shown.out
 
 
 @pytest.mark.parametrize("place", ["-", "report.json"])
 def test_report_as_json(folder, capsys, place):
-    assert _run("fold_program:make", "--out", "net.pt", *X, "--json", place) == 0
+    assert _run("fold_program:make", "--out", "net.pt2", *X, "--json", place) == 0
     out = capsys.readouterr().out
     found = json.loads(out if place == "-" else (folder / place).read_text())
     _, report = fold(_model("make"), _x())
-    assert found == json.loads(report.to_json())
-    assert ("wrote net.pt" in out) == (place != "-")
-
-
-def test_text_of_a_report_has_what_the_table_has(folder):
-    _, report = fold(_model("make"), _x())
-    rows = report.rows()
-    assert [row[:2] for row in rows] == [("bn1", "conv1"), ("bn2", "")]
-    for row in rows:
-        assert all(cell in str(report) for cell in row)
-    assert all(line in str(report) for line in report.summary())
+    more = {"version": batchnorm.__version__, "written": ["net.pt2"], "written_error": 0.0}
+    assert found == {**report.to_dict(), **more}
+    assert ("wrote net.pt2" in out) == (place != "-")
 
 
 # ---- state dicts --------------------------------------------------------------------------------
@@ -163,7 +155,9 @@ def test_state_dict_is_that_of_the_folded_model(folder, capsys, suffix):
         pytest.importorskip("safetensors")
     out = folder / f"net{suffix}"
     assert _run("fold_program:plain", "--out", out, *X) == 0
-    assert "0 got a bias; the original model has no place for it" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "1 layer got a bias (0)" in shown.out
+    assert "the original model has no place for new biases" in shown.err
     state = _load(out)
     folded, _ = fold(_model(), _x())
     assert state.keys() == folded.state_dict().keys() == {"0.weight", "0.bias"}
@@ -179,7 +173,7 @@ def test_of_many_layers_with_a_bias_some_are_named(folder, capsys):
         "    return nn.Sequential(*(layer for pair in pairs for layer in pair))\n"
     )
     assert _run("deep:make", "--out", "net.pt", *X) == 0
-    assert "36, 38 and 3 more got a bias" in capsys.readouterr().err
+    assert "23 layers got a bias (0, 2, 4, …)\n" in capsys.readouterr().out
 
 
 def test_weights_are_loaded_into_what_the_factory_makes(folder):
@@ -272,7 +266,7 @@ def test_inputs_are_read_from_a_file(folder, capsys, named):
     assert _run("fold_program:make", *arguments) == 0
     found = json.loads(capsys.readouterr().out)
     _, report = fold(_model("make"), {"x": _x(), "scale": torch.tensor([2.0])})
-    assert found == json.loads(report.to_json())
+    assert report.to_dict().items() <= found.items()
     torch.export.load("net.pt2")  # also of keyword arguments
 
 
@@ -316,12 +310,114 @@ def test_onnx_file_is_folded_and_compared(onnx_file, capsys):
     pytest.importorskip("onnxruntime")
     np.savez("data.npz", x=np.ones((1, 2, 4, 4), np.float32))
     assert _run("net.onnx", "--out", "folded.onnx", "--verify", "data.npz") == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[1][:2] == ["norm", "conv"]
-    assert float(rows[1][2]) <= float(rows[1][3])
-    assert rows[2][:2] == ["kept", "refused:"]
+    out = capsys.readouterr().out
+    assert "  kept  refused: " in out
+    error, bound, *names = out.splitlines()[-2].split()
+    assert float(error) <= float(bound)
+    assert names == ["norm", "into", "conv"]
     nodes = [node.op_type for node in onnx.load("folded.onnx").graph.node]
     assert nodes == ["Conv", "Conv", "BatchNormalization"]
+
+
+@pytest.mark.parametrize("given", ["arr_0", ".npy", "random"])
+def test_inputs_of_an_onnx_file_need_no_names(onnx_file, capsys, given):
+    pytest.importorskip("onnxruntime")
+    x = np.random.default_rng(0).normal(size=(1, 2, 4, 4)).astype(np.float32)
+    np.savez("data.npz", x)
+    np.save("data.npy", x)
+    inputs = {
+        "arr_0": ["--verify", "data.npz"],
+        ".npy": ["--verify", "data.npy"],
+        "random": ["--input", "1x2x4x4"],
+    }
+    assert _run("net.onnx", "--out", "folded.onnx", *inputs[given], "--json", "-") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["verified"]
+    assert found["written"] == ["folded.onnx"]
+    named = _fold_onnx_file(onnx_file, {"x": x})
+    assert found["error"] == named.error
+
+
+def _fold_onnx_file(path, inputs):
+    from batchnorm.onnx import fold_file
+
+    return fold_file(path, path.with_name("other.onnx"), inputs)
+
+
+def test_arrays_are_inputs_in_the_order_of_the_graph():
+    pytest.importorskip("onnx")
+    from onnx import TensorProto, helper
+
+    from batchnorm.onnx.fold.examples import in_order
+
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "bacw"]
+    weight = helper.make_tensor("w", TensorProto.FLOAT, [1], [1.0])
+    model = helper.make_model(helper.make_graph([], "g", values, [], [weight]))
+    assert in_order({"arr_2": 2, "arr_0": 0, "arr_1": 1}, model) == {"b": 0, "a": 1, "c": 2}
+    for given in ({"arr_0": 0}, {"b": 0, "arr_0": 1, "arr_1": 2}, {"arr_1": 0, "arr_2": 1}):
+        assert in_order(given, model) == given
+
+
+@pytest.mark.parametrize(
+    ("kind", "shapes", "words"),
+    [
+        ("INT64", ["1x2x4x4"], ["'x' is of type int64", "--verify"]),
+        ("FLOAT", ["1x2x4x4"] * 2, ["once for each input of the model, which are x; got 2"]),
+        ("FLOAT", ["9999999999x999999999"], ["fits into memory"]),
+    ],
+)
+def test_random_inputs_of_an_onnx_file_say_what_they_cannot_be(
+    onnx_file, capsys, kind, shapes, words
+):
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(onnx_file)
+    model.graph.input[0].type.tensor_type.elem_type = getattr(onnx.TensorProto, kind)
+    onnx.save(model, onnx_file)
+    more = [part for shape in shapes for part in ("--input", shape)]
+    _is_refused(capsys, _run("net.onnx", "--out", "folded.onnx", *more), *words)
+
+
+def test_onnx_file_without_batch_norms_says_why(onnx_file, capsys):
+    assert _run("net.onnx", "--out", "folded.onnx") == 0
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(onnx_file)
+    del model.graph.node[3], model.graph.node[1], model.graph.output[0]
+    model.graph.node[1].input[0] = "a"
+    onnx.save(model, "plain.onnx")
+    words = ["no batch norms", "optimize=False"]
+    _is_refused(capsys, _run("plain.onnx", "--out", "other.onnx"), *words)
+    assert _written(onnx_file.parent) == {"net.onnx", "folded.onnx", "plain.onnx"}
+
+
+def test_data_of_an_onnx_file_are_named_as_written(onnx_file, capsys):
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(onnx_file)
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(
+            onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor), tensor.name)
+        )
+    options = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
+    onnx.save(model, "outside.onnx", **options)
+    assert _run("outside.onnx", "--out", "folded.onnx", "--json", "-") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["written"] == ["folded.onnx", "folded.onnx.data"]
+    before = (onnx_file.parent / "weights.bin").read_bytes()
+    for more in (
+        ("--out", "other.onnx", "--json", "weights.bin"),
+        ("--out", "other.onnx", "--json", "outside.onnx"),
+        ("--out", "outside.onnx"),
+    ):
+        _is_refused(capsys, _run("outside.onnx", *more), "would replace what TARGET reads")
+    arguments = ("--out", "other.onnx", "--json", "other.onnx.data")
+    _is_refused(capsys, _run("outside.onnx", *arguments), "--out and --json must be two files")
+    assert (onnx_file.parent / "weights.bin").read_bytes() == before
+
+
+def test_inputs_of_an_onnx_file_are_not_replaced(onnx_file, capsys):
+    np.savez("data.npz", np.ones((1, 2, 4, 4), np.float32))
+    (onnx_file.parent / "link").symlink_to(onnx_file.parent)
+    arguments = ("--out", "o.onnx", "--verify", "data.npz", "--json", "link/data.npz")
+    _is_refused(capsys, _run("net.onnx", *arguments), "--json would replace what --verify reads")
 
 
 def test_onnx_file_is_folded_without_inputs(onnx_file, capsys):
@@ -348,7 +444,7 @@ MODEL, ONNX = "fold_program:plain", "net.onnx"
     [
         ((MODEL, *X), ["--out"]),
         ((MODEL, "--out", "net.bin", *X), [".safetensors, .pt, .pth, .pt2 or .onnx", "net.bin"]),
-        ((MODEL, "--out", "no/net.pt", *X), ["existing directory"]),
+        ((MODEL, "--out", "no/net.pt", *X), ["--out must", "existing directory"]),
         ((MODEL, "--out", "net.pt"), ["--verify data.npz or --input", "neither"]),
         ((MODEL, "--out", "net.pt", *X, "--verify", "data.npz"), ["both"]),
         ((MODEL, "--out", "net.pt", "--input", "3,9,9"), ["positive numbers", "'3,9,9'"]),
@@ -358,18 +454,26 @@ MODEL, ONNX = "fold_program:plain", "net.onnx"
         ((MODEL, "--out", "net.pt", "--input", "2x4x9x9"), ["cannot be run on 2x4x9x9"]),
         (("fold_program:fails", "--out", "net.pt", *X), ["KeyError: 'no such thing'"]),
         ((MODEL, "--out", "net.pt", *X, "--tol", "1"), ["--tol goes with --strict"]),
-        ((MODEL, "--out", "net.pt", *X, "--tol", "-1", "--strict"), ["--tol"]),
-        ((MODEL, "--out", "net.pt", *X, "--dtype", "int8"), ["--dtype", "int8"]),
+        (
+            (MODEL, "--out", "net.pt", *X, "--tol", "-1", "--strict"),
+            ["batchnorm: --tol must be a number that is not negative, got -1"],
+        ),
+        (
+            (MODEL, "--out", "net.pt", *X, "--dtype", "int8"),
+            ["batchnorm: --dtype must be float16, bfloat16 or float32, got 'int8'"],
+        ),
         ((MODEL, "--out", "net.pt", *X, "--json", "net.pt"), ["two files"]),
-        ((MODEL, "--out", "net.pt", *X, "--json", "no/r.json"), ["existing directory"]),
+        ((MODEL, "--out", "net.pt", *X, "--json", "no/r.json"), ["--json must", "existing"]),
         ((MODEL, "--out", "net.pt", *X, "--weights", "no.pt"), ["there is no such file"]),
         ((MODEL, "--out", "net.pt", "--verify", "no.npz"), ["there is no such file"]),
         (("fold_program:no", "--out", "net.pt", *X), ["must name a function"]),
         (("net.pt", "--out", "other.pt", *X), ["package.module:factory", "--weights net.pt"]),
+        (("net.pt2", "--out", "other.pt", *X), ["give the model that was exported"]),
         (("nothing", "--out", "other.pt"), ["package.module:factory", ".onnx"]),
-        ((ONNX, "--out", "net.pt"), ["must end in .onnx"]),
-        ((ONNX, "--out", "o.onnx", "--weights", "w.pt"), ["--weights goes with", "--verify"]),
-        ((ONNX, "--out", "o.onnx", *X), ["--input goes with"]),
+        ((ONNX, "--out", "net.pt"), ["--out must end in .onnx"]),
+        ((ONNX, "--out", "o.onnx", "--weights", "w.pt"), ["--weights goes with"]),
+        ((ONNX, *X, "--verify", "data.npz", "--out", "o.onnx"), ["both"]),
+        ((ONNX, "--input", "1,2", "--out", "o.onnx"), ["there is no such file"]),
         ((ONNX, "--out", "o.onnx", "--dtype", "float16"), ["--dtype goes with"]),
         ((ONNX, "--out", "o.onnx", "--strict", "--tol", "1"), ["--verify"]),
         ((ONNX, "--out", "o.onnx"), ["there is no such file"]),
@@ -407,10 +511,113 @@ def test_what_is_read_is_not_replaced(folder, capsys, option):
     assert (folder / "net.pt").read_bytes() == before
 
 
-def test_model_that_cannot_be_exported_names_what_can_be_written(folder, capsys):
-    status = _run("fold_program:loops", "--out", "net.pt2", *X)
-    _is_refused(capsys, status, "torch.export cannot follow", ".safetensors or .pt")
+@pytest.mark.parametrize("json_too", [False, True])
+def test_model_that_cannot_be_exported_names_what_can_be_written(folder, capfd, json_too):
+    more = ("--json", "-") if json_too else ()
+    status = _run("fold_program:loops", "--out", "net.pt2", *X, *more)
+    shown = capfd.readouterr()
+    assert status == 2
+    # Models may print on stderr; torch does not.
+    (line,) = [line for line in shown.err.splitlines() if line != "forward"]
+    assert "torch.export cannot follow" in line
+    assert ".safetensors or .pt" in line
+    if json_too:
+        assert json.loads(shown.out)["written"] == []
+    else:
+        assert shown.out.startswith("folded ")
     assert not _written(folder)
+
+
+def test_factory_of_an_exported_program_is_refused(folder, capsys):
+    (folder / "exported.py").write_text(
+        "import torch\n"
+        "from fold_program import plain\n"
+        "def make(): return torch.export.export(plain(), (torch.ones(2, 3, 9, 9),)).module()\n"
+    )
+    _is_refused(capsys, _run("exported:make", "--out", "net.pt", *X), "Fold first, then export")
+
+
+def test_program_of_the_model_is_not_replaced(folder, capsys):
+    (folder / "precious.py").write_text("from fold_program import plain")
+    status = _run("precious:plain", "--out", "net.pt", *X, "--json", "precious.py")
+    _is_refused(capsys, status, "--json would replace what TARGET reads")
+    assert (folder / "precious.py").read_text() == "from fold_program import plain"
+
+
+def test_model_without_a_translation_is_one_line(folder, capfd):
+    pytest.importorskip("onnxscript")
+    (folder / "untranslated.py").write_text(
+        "import torch\n"
+        "from fold_program import Plain\n"
+        "class Qr(Plain):\n"
+        "    def forward(self, x): return torch.linalg.qr(super().forward(x))[1]\n"
+        "def make(): return Qr()\n"
+    )
+    assert _run("untranslated:make", "--out", "net.onnx", "--input", "1x3x9x9") == 2
+    shown = capfd.readouterr()
+    assert shown.out.startswith("folded 1 of 1")
+    assert len(shown.err.splitlines()) == 1
+    assert "linalg_qr" in shown.err
+    assert "Write a .pt2 file" in shown.err
+
+
+def test_first_axis_of_one_is_exported_without_a_warning(folder, capfd):
+    assert _run(MODEL, "--out", "net.pt2", "--input", "1x3x9x9") == 0
+    err = capfd.readouterr().err.splitlines()
+    assert all(line.startswith("batchnorm: ") for line in err)
+
+
+# ---- what is known of the model -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made", ["plain", "untrained"])
+def test_weights_that_were_not_given_are_noted(folder, capsys, made):
+    assert _run(f"fold_program:{made}", "--out", "net.pt", *X) == 0
+    err = capsys.readouterr().err
+    assert f"no --weights: those that fold_program:{made} gave were folded" in err
+    assert ("every num_batches_tracked is 0" in err) == (made == "untrained")
+
+
+def test_weights_that_were_given_are_not_noted(folder, capsys):
+    torch.save(_model().state_dict(), "trained.pt")
+    arguments = ("--weights", "trained.pt", "--out", "net.pt")
+    assert _run("fold_program:untrained", *arguments, *X) == 0
+    err = capsys.readouterr().err
+    assert "no --weights" not in err
+    assert "num_batches_tracked" not in err
+
+
+@pytest.mark.parametrize("name", ["fp16", "half", "bf16"])
+def test_types_have_short_names(folder, capsys, name):
+    assert _run(MODEL, "--out", "net.pt", *X, "--dtype", name) == 0
+    kind = {"bf16": "bfloat16"}.get(name, "float16")
+    assert _load(folder / "net.pt")["0.weight"].dtype == getattr(torch, kind)
+    assert f"takes {kind} inputs: model(x.to(torch.{kind}))" in capsys.readouterr().err
+
+
+def test_inputs_of_another_type_say_how_to_convert_them(folder, capsys):
+    np.savez("data.npz", np.ones((2, 3, 9, 9)))
+    status = _run(MODEL, "--out", "net.pt", "--verify", "data.npz")
+    _is_refused(capsys, status, "arr_0 is of type float64", "astype('float32')")
+
+
+@pytest.mark.parametrize("strict", [(), ("--strict",)])
+def test_outputs_that_overflow_are_not_written(folder, capsys, strict):
+    (folder / "large.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def make():\n"
+        "    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)\n"
+        "    layers[2].weight.data.fill_(4e4)\n"
+        "    return nn.Sequential(*layers)\n"
+    )
+    arguments = ("large:make", "--out", "net.pt", *X, *strict)
+    assert _run(*arguments, "--dtype", "float16") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "outputs are not finite in float16" in line
+    assert "choose bfloat16 or float32; net.pt is not written" in line
+    assert not _written(folder) - {"large.py"}
+    assert _run(*arguments, "--dtype", "bfloat16") == 0
 
 
 @pytest.mark.parametrize("out", ["net.pt2", "net.onnx"])
@@ -440,7 +647,7 @@ def test_strict_shows_the_report_and_writes_nothing(folder, capsys):
     shown = capsys.readouterr()
     assert "bn2" in shown.out
     assert "wrote" not in shown.out
-    assert "'bn2' was refused" in shown.err
+    assert "as --strict demands: 'bn2' was refused" in shown.err
     assert "net.pt is not written" in shown.err
     assert _written(folder) == {"report.json"}
     assert json.loads((folder / "report.json").read_text())["refused"].keys() == {"bn2"}
@@ -450,6 +657,26 @@ def test_strict_shows_the_report_and_writes_nothing(folder, capsys):
 def test_strict_compares_with_the_tolerance(folder, capsys, tol, status):
     assert _run(MODEL, "--out", "net.pt", *X, "--strict", "--tol", tol) == status
     assert _written(folder) == ({"net.pt"} if status == 0 else set())
+
+
+@pytest.mark.parametrize("why", ["bfloat16", "not installed"])
+def test_strict_demands_that_the_file_is_compared(folder, capsys, monkeypatch, why):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    more = ("--dtype", "bfloat16") if why == "bfloat16" else ()
+    if not more:
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if "runtime" in name else find_spec(name)
+        )
+    assert _run(MODEL, "--out", "net.onnx", *X, *more) == 0
+    (folder / "net.onnx").unlink()
+    capsys.readouterr()
+    assert _run(MODEL, "--out", "net.onnx", *X, *more, "--strict") == 1
+    err = capsys.readouterr().err
+    assert "was not compared, as --strict demands: onnxruntime" in err
+    assert "net.onnx is not written" in err
+    assert not _written(folder)
 
 
 def test_strict_compares_what_was_exported(folder, capsys, monkeypatch):
@@ -470,7 +697,7 @@ def test_strict_compares_what_was_exported(folder, capsys, monkeypatch):
 
 def test_strict_on_an_onnx_file(onnx_file, capsys):
     assert _run("net.onnx", "--out", "folded.onnx", "--strict") == 1
-    assert "'kept' was refused" in capsys.readouterr().err
+    assert "as --strict demands: 'kept' was refused" in capsys.readouterr().err
     assert _written(onnx_file.parent) == {"net.onnx"}
 
 

@@ -295,7 +295,10 @@ def test_read_inputs_names_what_is_wrong(tmp_path):
     np.savez(path, x=np.array([{}], object))
     with pytest.raises(ArgumentError, match="cannot be read"):
         read_inputs(path)
-    with path.open("wb") as file:
-        np.save(file, X["x"])
-    with pytest.raises(ArgumentError, match="got another kind of file"):
-        read_inputs(path)
+
+
+def test_read_inputs_of_an_npy_file_is_the_first(tmp_path):
+    np.save(tmp_path / "x.npy", X["x"])
+    found = read_inputs(tmp_path / "x.npy")
+    assert list(found) == ["arr_0"]
+    assert np.array_equal(found["arr_0"], X["x"])

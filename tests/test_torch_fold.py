@@ -7,6 +7,8 @@ import json
 import math
 import pickle
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -876,18 +878,72 @@ def several():
 def test_report_prints():
     _, report = fold(several(), images())
     lines = str(report).splitlines()
-    assert lines[0] == "folded 1 batch norm, refused 1, left 1 that no linear layer is next to"
-    assert lines[1].startswith("largest difference of outputs ")
-    assert lines[2].startswith("from float64: the original ")
-    assert lines[3].startswith("  0.1  into '0.0': error ")
-    assert lines[4].startswith("  1    refused: '2' comes after it and pads with zeros")
-    assert lines[5].startswith("  4    left: its input is '3', and goes to what the model returns")
+    assert lines[0] == "folded 1 of 3 batch norms; 1 refused; 1 has no layer next to it"
+    assert lines[1].startswith("outputs differ by at most ")
+    assert lines[2].startswith("each layer differs by at most 0.")
+    assert lines[3].startswith("against float64: the original ")
+    assert lines[4:6] == ["1 layer got a bias (0.0)", ""]
+    assert lines[6] == "not folded:"
+    assert lines[7].startswith("  1  refused: '2' comes after it and pads with zeros")
+    assert lines[8].startswith("  4  alone: its input is '3', and goes to what the model returns")
+    assert lines[9:11] == ["", "  error    bound    batch norm into layer"]
+    assert lines[11].endswith("  0.1 into 0.0")
+    assert len(lines) == 12
+
+
+def _large_report():
+    from batchnorm.folding import FoldedLayer, FoldReport
+
+    long = "/features/stage_one/block_seven/depthwise/convolution_of_many_words/Conv_output_0"
+    pairs = [
+        FoldedLayer(f"{long}_{k}", after=[f"norm{k}"], new_bias=True, share=(k * 7 % 15) / 15)
+        for k in range(15)
+    ]
+    why = "the output of 'conv2' also goes to what the model returns, and to another layer"
+    return FoldReport(pairs, {long: why}, {"bn1": why}, "float32", 0.0, 0.0)
+
+
+def test_report_on_a_terminal_is_short_and_fits():
+    report = _large_report()
+    lines = report.lines(80, 10)
+    assert all(len(line) <= 80 and line == line.rstrip() for line in lines)
+    assert lines[-1] == "  … and 5 more (--json has all)"
+    text = "".join("".join(lines).split())
+    nearest = sorted(report.pairs, key=lambda pair: -pair.share)
+    for place, pair in enumerate(nearest):
+        assert (f"{pair.after[0]}into{pair.layer}" in text) == (place < 10)
+    for name, why in [*report.refused.items(), *report.alone.items()]:
+        assert "".join(why.split()) in text
+        assert name in text
+    # Broken between words, or behind a border in a name.
+    for line, following in itertools.pairwise(lines):
+        if following.startswith(" " * 5) and line[-1] not in "_./":
+            assert " " + following.split()[0] in str(report)
+
+
+def test_text_of_a_report_has_all_of_it():
+    report = _large_report()
+    text = str(report)
+    assert all(pair.layer in text for pair in report.pairs)
+    assert "more" not in text
+    assert f"15 layers got a bias ({', '.join(pair.layer for pair in report.pairs)})" in text
+
+
+def test_report_says_where_outputs_overflow():
+    from batchnorm.folding import FoldReport
+
+    FoldReport(error=1.0, optimized_error=None).check_finite()
+    for found in ({"error": math.inf}, {"error": 0.0, "optimized_error": math.inf}):
+        with pytest.raises(FoldError, match="not finite in float16 .* bfloat16 or float32"):
+            FoldReport(dtype="float16", **found).check_finite()
 
 
 def test_report_is_plain_data():
     _, report = fold(several(), images())
     found = json.loads(report.to_json())
     assert found == report.to_dict()
+    assert found["counts"] == {"folded": 1, "refused": 1, "alone": 1}
+    assert found["folded"] == {"0.1": "0.0"}
     assert found["pairs"][0]["layer"] == "0.0"
     assert found["pairs"][0]["after"] == ["0.1"]
     assert list(found["refused"]) == ["1"]
@@ -921,7 +977,7 @@ def test_report_of_a_model_without_real_outputs_or_batch_norms():
     assert (report.error, report.folded_error) == (None, None)
     _, report = fold(nn.Linear(3, 2).eval(), images(4, 3))
     assert (report.pairs, report.error, report.share) == ([], 0.0, 0.0)
-    assert str(report).startswith("folded 0 batch norms, refused 0, left 0")
+    assert str(report).startswith("folded 0 of 0 batch norms; 0 refused; 0 have no layer")
 
 
 def test_float64_has_no_second_opinion():
@@ -1046,3 +1102,38 @@ def test_hooks_of_every_module_are_refused():
             fold(filled(block()), images())
     finally:
         handle.remove()
+
+
+def test_what_is_exported_is_folded_before():
+    program = torch.export.export(filled(block()), (images(),))
+    for model in (program, program.module()):
+        with pytest.raises(ArgumentError, match="Fold first, then export"):
+            fold(model, images())
+
+
+def test_traced_models_are_folded():
+    _, report = fold(torch.fx.symbolic_trace(filled(block())), images())
+    assert len(report.folded) == 1
+
+
+def test_loaders_are_no_examples():
+    loader = torch.utils.data.DataLoader(images())
+    with pytest.raises(ArgumentError, match=r"Take next\(iter\(loader\)\)"):
+        fold(filled(block()), loader)
+
+
+def test_folded_model_loads_without_this_library(tmp_path):
+    folded, _ = fold(
+        filled(nn.Sequential(nn.Conv2d(3, 3, 3), BatchNorm2d(3, activation="relu"))), images()
+    )
+    torch.save(folded, tmp_path / "whole.pt")
+    program = (
+        "import sys; sys.modules['batchnorm'] = None\n"
+        "import torch\n"
+        f"model = torch.load({str(tmp_path / 'whole.pt')!r}, weights_only=False)\n"
+        "print(*(type(m).__name__ for m in model))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["Conv2d", "ReLU"]

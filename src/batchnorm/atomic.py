@@ -13,7 +13,14 @@ from pathlib import Path
 
 from .errors import ArgumentError
 
-__all__ = ["check_page", "check_place", "explain_write_errors", "replacing", "write_all"]
+__all__ = [
+    "check_page",
+    "check_place",
+    "explain_write_errors",
+    "is_same",
+    "replacing",
+    "write_all",
+]
 
 
 @contextlib.contextmanager
@@ -68,7 +75,15 @@ def check_page(out: Path, example: str) -> None:
         )
 
 
-def check_place(out: Path, kind: str, example: str) -> None:
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same file, which need not exist."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+def check_place(out: Path, kind: str, example: str, name: str = "out") -> None:
     """Raise if a file could not be written, before the work for it begins.
 
     Parameters
@@ -77,6 +92,8 @@ def check_place(out: Path, kind: str, example: str) -> None:
         The file to write.
     kind, example
         The kind of file, as in "an HTML file", and an example of its name.
+    name
+        Of the argument or option, for messages.
 
     Raises
     ------
@@ -88,13 +105,13 @@ def check_place(out: Path, kind: str, example: str) -> None:
     if os.path.exists(out) and not os.path.isfile(out):
         found = "a directory" if is_dir else "not a regular file"
         raise ArgumentError(
-            f"out must be the path of {kind} to write, got {str(out)!r}, which is {found}. "
+            f"{name} must be the path of {kind} to write, got {str(out)!r}, which is {found}. "
             f"Name a file, such as {str(out / example if is_dir else example)!r}."
         )
     parent = out.parent
     if not os.path.isdir(parent):
         raise ArgumentError(
-            f"out must lie in an existing directory, got {str(out)!r}, but {str(parent)!r} is "
+            f"{name} must lie in an existing directory, got {str(out)!r}, but {str(parent)!r} is "
             "not one. Create the directory first, or name another."
         )
     # Permission bits are not enough (a superuser, a read-only file system), so try.
@@ -104,7 +121,7 @@ def check_place(out: Path, kind: str, example: str) -> None:
         trial.unlink()
     except (OSError, ValueError) as error:
         raise ArgumentError(
-            f"out must lie in a writable directory, got {str(out)!r}, but cannot write to "
+            f"{name} must lie in a writable directory, got {str(out)!r}, but cannot write to "
             f"{str(parent)!r} ({getattr(error, 'strerror', None) or error}). Change its "
             "permissions, or name another."
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ __all__ = ["FoldError", "FoldReport", "FoldedLayer"]
 
 @dataclass
 class FoldedLayer:
-    """A linear layer that has taken batch norms in.
+    """A linear layer or convolution that has taken batch norms in.
 
     Attributes
     ----------
@@ -61,14 +62,16 @@ class FoldedLayer:
 class FoldReport:
     """What `fold` has done with each batch norm of a model.
 
+    A layer is a linear layer or a convolution.
+
     Attributes
     ----------
     pairs : list of FoldedLayer
         What was folded.
     refused : dict of str to str
-        Batch norms next to a linear layer that were left in place, and why.
+        Batch norms next to a layer that were left in place, and why.
     alone : dict of str to str
-        Batch norms that no linear layer is next to, and what is.
+        Batch norms that have no layer next to them, and what is there.
     dtype : str
         Type of the folded weights.
     error, relative_error : float or None
@@ -107,16 +110,20 @@ class FoldReport:
         return max((pair.share for pair in self.pairs), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in it, as JSON has it: a number that is not finite becomes None."""
+        """Everything in it, as JSON has it: a number that is not finite becomes None.
+
+        Also `folded`, and the numbers of batch norms.
+        """
+        counts = {name: len(getattr(self, name)) for name in ("folded", "refused", "alone")}
         found: dict[str, Any] = _finite(asdict(self))
-        return found
+        return {"counts": counts, "folded": self.folded, **found}
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
         return json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
 
     def check(self, tol: float | None = None) -> None:
-        """Raise if a batch norm next to a linear layer was refused, or an error is too large.
+        """Raise if a batch norm next to a layer was refused, or an error is too large.
 
         Parameters
         ----------
@@ -147,54 +154,126 @@ class FoldReport:
                 f"the model was not folded as strict=True demands: {problems[0]}{more}", self
             )
 
-    def summary(self) -> list[str]:
-        """What was folded, and how far outputs are apart: a sentence a line."""
-        count = len(self.folded)
+    def check_finite(self, dtype: str | None = None) -> None:
+        """Raise if outputs of the folded model are not finite where the original's are.
+
+        Parameters
+        ----------
+        dtype : str
+            The type of the folded model, if not that of the folded layers.
+
+        Raises
+        ------
+        FoldError
+        """
+        if all(e is None or e < math.inf for e in (self.error, self.optimized_error)):
+            return
+        kind = dtype or self.dtype
+        remedy = {"float16": ": choose bfloat16 or float32", "bfloat16": ": choose float32"}
+        raise FoldError(
+            f"outputs are not finite in {kind or 'its type'} where those of the original are"
+            f"{remedy.get(kind, '')}",
+            self,
+        )
+
+    def summary(self, most: int | None = None) -> list[str]:
+        """What was folded, and how far outputs are apart: a sentence a line.
+
+        Parameters
+        ----------
+        most : int
+            The maximum number of layers that are named; None names all.
+        """
+        count, refused, alone = len(self.folded), len(self.refused), len(self.alone)
+        total = count + refused + alone
         lines = [
-            f"folded {count} batch norm{'' if count == 1 else 's'}, refused {len(self.refused)}, "
-            f"left {len(self.alone)} that no linear layer is next to"
+            f"folded {count} of {total} batch norm{'s' * (total != 1)}; {refused} refused; "
+            f"{alone} {'has' if alone == 1 else 'have'} no layer next to "
+            f"{'it' if alone == 1 else 'them'}"
         ]
         if self.error is not None and self.relative_error is not None:
             lines.append(
-                f"largest difference of outputs {self.error:.2g} ({self.relative_error:.2g} of the "
-                f"largest output), of a pair {self.share:.2g} of its bound"
+                f"outputs differ by at most {self.error:.2g} ({self.relative_error:.2g} of the "
+                "largest)"
             )
         if self.optimized_error is not None:
-            lines.append(f"largest difference if both are optimized {self.optimized_error:.2g}")
+            lines.append(f"if a runtime optimizes both, by at most {self.optimized_error:.2g}")
         if not self.verified:
             lines.append("not verified: there were no inputs to run the models on")
+        elif self.pairs:
+            lines.append(f"each layer differs by at most {self.share:.2g} of its bound")
         if self.original_error is not None and self.folded_error is not None:
             lines.append(
-                f"from float64: the original {self.original_error:.2g}, folded "
+                f"against float64: the original {self.original_error:.2g}, folded "
                 f"{self.folded_error:.2g}"
             )
+        biased = [pair.layer for pair in self.pairs if pair.new_bias]
+        if biased:
+            names = ", ".join(biased[:most]) + ", …" * (len(biased) > len(biased[:most]))
+            lines.append(f"{len(biased)} layer{'s' * (len(biased) != 1)} got a bias ({names})")
         return lines
 
-    def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """For each batch norm: its name, the layer it is in, error, bound; or why it is not."""
-        rows = [
-            (
-                norm,
-                p.layer,
-                *((f"{p.error:.2g}", f"{p.bound:.2g}") if self.verified else ("", "")),
-                "",
-            )
-            for p in self.pairs
-            for norm in p.norms
+    def lines(self, width: int | None = None, most: int | None = None) -> list[str]:
+        """The summary, batch norms that are not folded, and layers, nearest to their bound first.
+
+        Parameters
+        ----------
+        width : int
+            The maximum length of a line; None breaks none.
+        most : int
+            The maximum number of folded layers; None shows all.
+        """
+        found = [
+            part
+            for line in self.summary(None if most is None else 3)
+            for part in _wrapped(line, width)
         ]
-        rows += [(name, "", "", "", f"refused: {why}") for name, why in self.refused.items()]
-        return rows + [(name, "", "", "", f"left: {why}") for name, why in self.alone.items()]
+        stay = [(name, f"refused: {why}") for name, why in self.refused.items()]
+        stay += [(name, f"alone: {why}") for name, why in self.alone.items()]
+        if stay:
+            found += ["", "not folded:"]
+        longest = max((len(name) for name, _ in stay), default=0)
+        for name, why in stay:
+            found += _wrapped(f"  {name:<{min(longest, 24)}}  ", width, why)
+        pairs = sorted(self.pairs, key=lambda pair: -pair.share) if self.verified else self.pairs
+        if pairs:
+            found += [
+                "",
+                "  error    bound    batch norm into layer" if self.verified else "folded:",
+            ]
+        for pair in pairs[:most]:
+            numbers = f"  {pair.error:<7.2g}  {pair.bound:<7.2g}  " if self.verified else "  "
+            found += _wrapped(numbers, width, f"{', '.join(pair.norms)} into {pair.layer}")
+        if len(pairs) > len(pairs[:most]):
+            found.append(f"  … and {len(pairs) - len(pairs[:most])} more (--json has all)")
+        return found
 
     def __str__(self) -> str:
-        """The summary, and a line for each batch norm."""
-        rows = self.rows()
-        width = max((len(name) for name, *_ in rows), default=0)
-        lines = [
-            f"  {name:<{width}}  {why or f'into {layer!r}'}"
-            + (f": error {error}, bound {bound}" if error else "")
-            for name, layer, error, bound, why in rows
-        ]
-        return "\n".join([*self.summary(), *lines])
+        """All `lines`."""
+        return "\n".join(self.lines())
+
+
+def _wrapped(start: str, width: int | None, text: str = "") -> list[str]:
+    """Lines of `start` and `text`, broken between words; too long words after one of ``_./``.
+
+    Lines after the first are indented as far as `text`, but no further than 24.
+    """
+    if width is None:
+        return [f"{start}{text}".rstrip()]
+    indent = " " * (min(len(start), 24) if text else 2)
+    lines = [""]
+    for word in re.findall(r" *[^ ]+ *$| *[^ ]+", f"{start}{text}"):
+        pieces = [word]
+        if len(word.strip()) > width - len(indent):
+            pieces = re.findall(r" *[^ _./]*[_./]+| *[^_./]+", word)
+        for piece in pieces:
+            if lines[-1].strip() and len(lines[-1] + piece.rstrip()) > width:
+                lines[-1] = lines[-1].rstrip()
+                lines.append(indent + piece.lstrip())
+            else:
+                lines[-1] += piece
+    lines[-1] = lines[-1].rstrip()
+    return lines
 
 
 def _finite(value: Any) -> Any:
@@ -216,7 +295,7 @@ def check_tol(tol: object, *, strict: bool) -> None:
 
 
 class FoldError(BatchNormError):
-    """With ``strict=True``: a batch norm was refused, or an error is too large.
+    """A batch norm was refused or an error is too large, with ``strict=True``; or outputs overflow.
 
     Attributes
     ----------

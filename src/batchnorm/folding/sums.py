@@ -169,7 +169,9 @@ def largest_difference(
         x, y = s.astype(np.float64), t.astype(np.float64)
         with np.errstate(invalid="ignore"):
             same = (x == y) | (np.isnan(x) & np.isnan(y))  # also of infinities
-            difference = np.where(same, 0.0, np.nan_to_num(abs(x - y), nan=math.inf))
+            difference = np.where(
+                same, 0.0, np.nan_to_num(abs(x - y), nan=math.inf, posinf=math.inf)
+            )
         error = max(error, float(difference.max(initial=0.0)))
         known = abs(np.nan_to_num(x, nan=0, posinf=0, neginf=0))
         largest = max(largest, float(known.max(initial=0.0)))

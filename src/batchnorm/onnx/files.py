@@ -19,7 +19,9 @@ from ..native import Array
 __all__ = [
     "Data",
     "check",
+    "data_files",
     "data_path",
+    "has_batch_norms",
     "inferred",
     "is_external",
     "is_large",
@@ -160,6 +162,23 @@ def _where(tensor: TensorProto) -> dict[str, str]:
 def is_external(tensor: TensorProto) -> bool:
     """Whether the values of a tensor are in another file."""
     return tensor.data_location == TensorProto.EXTERNAL
+
+
+def data_files(model: ModelProto, folder: Path) -> set[Path]:
+    """Files in which a model has tensors.
+
+    Raises
+    ------
+    ArgumentError
+        One is not in the folder of the model.
+    """
+    data = Data(folder)
+    return {data.path_of(tensor) for tensor in tensors(model) if is_external(tensor)}
+
+
+def has_batch_norms(model: ModelProto) -> bool:
+    """Whether a batch norm is anywhere in a model."""
+    return any(n.op_type == "BatchNormalization" for g in graphs_of(model) for n in g.node)
 
 
 def check(model: ModelProto, full: bool, what: str) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
+import inspect
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, BatchNormError
+from ..extras import install
 
-__all__ = ["example_of", "load_batches", "load_model", "load_weights", "random_example"]
+__all__ = [
+    "example_of",
+    "is_untrained",
+    "load_batches",
+    "load_model",
+    "load_weights",
+    "other_types",
+    "random_example",
+]
 
 
 def load_model(target: str, weights: Path | None = None) -> nn.Module:
@@ -32,17 +44,50 @@ def load_model(target: str, weights: Path | None = None) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{target}: must return a torch.nn.Module, got {type(model).__name__}.")
     if weights is not None:
+        state = load_weights(weights)
         try:
-            model.load_state_dict(load_weights(weights))
+            model.load_state_dict(state)
         except (RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, BatchNormError):
                 raise
-            first = str(error).strip().splitlines()
+            why = _misfit(model, state) or textwrap.shorten(str(error), 300, placeholder=" …")
             raise ArgumentError(
-                f"{weights}: must hold the weights of {target}, but they do not fit: "
-                f"{' '.join(first[:3])[:300]}. Name the file that was saved from this model."
+                f"{weights}: must hold the weights of {target}, but they do not fit: {why}. Name "
+                "the file that was saved from this model."
             ) from error
     return model
+
+
+def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """How names and shapes of weights differ from a model's."""
+    wanted = {k: t for k, t in model.state_dict().items() if isinstance(t, Tensor)}
+    # torch does without these in files that say nothing of their version.
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    extra = [k for k in state if k not in wanted]
+    others = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    parts = []
+    if missing:
+        keys = "key" if len(missing) == 1 else "keys"
+        parts.append(f"{len(missing)} {keys} missing ({_some(missing)})")
+    if extra:
+        parts.append(f"{len(extra)} too many ({_some(extra)})")
+    if others:
+        shapes = [f"{k}: {tuple(state[k].shape)} for {tuple(wanted[k].shape)}" for k in others]
+        parts.append(f"{len(others)} of another shape ({_some(shapes)})")
+    biases = [k for k in extra if k.endswith("bias") and f"{k[:-4]}weight" in wanted]
+    if biases and biases == extra and any(k.endswith("running_mean") for k in missing):
+        parts.append("they look like those of a folded model, which batchnorm.torch.fold makes")
+    return ", ".join(parts)
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def is_untrained(model: nn.Module) -> bool:
+    """Whether there are batch norms that count batches, and none has seen one."""
+    counts = [t for k, t in model.state_dict().items() if k.endswith("num_batches_tracked")]
+    return bool(counts) and not any(int(count) for count in counts)
 
 
 def load_batches(target: str) -> Any:
@@ -65,19 +110,63 @@ def _made(target: str, what: str, kind: type) -> Any:
     place, _, name = target.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
+    must = f"{target}: must name a function without arguments that returns {what}, but"
+    with contextlib.redirect_stdout(sys.stderr):  # what they print is no finding
+        try:
             found: Any = importlib.import_module(place)
+        except BatchNormError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever the module does
+            why = f"{must} {type(error).__name__}: {error}."
+            lacking = error.name if isinstance(error, ModuleNotFoundError) else None
+            if lacking is not None and f"{place}.".startswith(f"{lacking}."):
+                why += f" Run the command where 'import {place}' works."
+            raise ArgumentError(why) from error
         for part in name.split("."):
+            if not hasattr(found, part):
+                raise ArgumentError(f"{must} {_which(found, part, place)}")
             found = getattr(found, part)
-        with contextlib.redirect_stdout(sys.stderr):  # what they print is no finding
-            return found() if callable(found) and not isinstance(found, kind) else found
-    except BatchNormError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever the module or the factory does
+        if isinstance(found, kind) or not callable(found):
+            return found
+        _check_arguments(found, must)
+        try:
+            return found()
+        except BatchNormError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever the factory does
+            raise ArgumentError(
+                f"{target}: must return {what}, but raises {type(error).__name__}: {error}."
+            ) from error
+
+
+def _which(found: Any, name: str, place: str) -> str:
+    """What there is in a module instead of `name`."""
+    mine = getattr(found, "__name__", place)
+    near = difflib.get_close_matches(name, [k for k in dir(found) if not k.startswith("__")])
+    made = [
+        k for k, value in vars(found).items()
+        if not k.startswith("_") and callable(value) and getattr(value, "__module__", "") == mine
+    ]  # fmt: skip
+    if near:
+        return f"{mine!r} has no {name!r}. Did you mean {' or '.join(near)}?"
+    return f"{mine!r} has no {name!r}. It has {_some(made, 8) or 'no functions'}."
+
+
+def _check_arguments(factory: Any, must: str) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # of a built-in function
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        wanted = [
+            p.name for p in signature.parameters.values()
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]  # fmt: skip
         raise ArgumentError(
-            f"{target}: must name a function without arguments that returns {what}, but "
-            f"{type(error).__name__}: {error}. Run the command where 'import {place}' works."
+            f"{must} it needs arguments: {', '.join(wanted)}. Wrap it in a function without "
+            "arguments."
         ) from error
 
 
@@ -90,15 +179,15 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         It cannot be read, or holds something else.
     """
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             return dict(load_file(path))
         found = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise ArgumentError(
-            f"{path}: reading it needs safetensors, which is not installed. Install it with: "
-            "pip install safetensors"
+            f"{path}: reading it needs safetensors, which is not installed. "
+            f"{install('torch', 'safetensors')}"
         ) from error
     except Exception as error:  # torch raises all kinds for damaged files
         why = "there is no such file" if not path.exists() else _first_line(error)
@@ -149,28 +238,47 @@ def example_of(arrays: Mapping[str, np.ndarray[Any, Any]], path: Path) -> Any:
     return tuple(tensors[name] for _, name in ordered) if ordered else tensors
 
 
-def random_example(shapes: Sequence[str], model: nn.Module) -> tuple[Tensor, ...]:
-    """Standard normal values of a fixed seed, in the type of the model; shapes as in "8x3x32x32".
+def random_example(shapes: Sequence[Sequence[int]], model: nn.Module) -> tuple[Tensor, ...]:
+    """Standard normal values of a fixed seed, in the type of the model.
 
     Raises
     ------
     ArgumentError
-        A shape is not such a text, or too large.
+        A shape is too large.
     """
-    floats = [t for t in model.parameters() if t.is_floating_point()]
-    dtype = floats[0].dtype if floats else torch.float32
+    dtype = _dtype_of(model)
     generator = torch.Generator().manual_seed(0)
     found = []
     for shape in shapes:
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
-            raise ArgumentError(
-                f"--input must be a shape of positive numbers such as 8x3x224x224, got {shape!r}."
-            )
         try:
-            values = torch.randn([int(n) for n in shape.split("x")], generator=generator)
+            values = torch.randn(list(shape), generator=generator)
         except (RuntimeError, TypeError, MemoryError) as error:  # too large for it, or an int64
             raise ArgumentError(
-                f"--input must be a shape that fits into memory, got {shape!r}."
+                f"--input must be a shape that fits into memory, got {'x'.join(map(str, shape))!r}."
             ) from error
         found.append(values.to(dtype))
     return tuple(found)
+
+
+def other_types(example: Any, model: nn.Module) -> str:
+    """Which arrays of real numbers are of another type than the model, and what to do; or "".
+
+    Parameters
+    ----------
+    example
+        As `example_of` makes it.
+    """
+    dtype = _dtype_of(model)
+    named = example if isinstance(example, dict) else {f"arr_{k}": t for k, t in enumerate(example)}
+    for name, t in named.items():
+        if t.is_floating_point() and t.dtype != dtype:
+            got, kind = (str(each).removeprefix("torch.") for each in (t.dtype, dtype))
+            return (
+                f" {name} is of type {got}, and the model {kind}: convert it by astype({kind!r})."
+            )
+    return ""
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    floats = (t.dtype for t in model.parameters() if t.is_floating_point())
+    return next(floats, torch.float32)

@@ -1,26 +1,16 @@
 """``batchnorm fold``."""
 
-import enum
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from batchnorm.cli.output import DONE, FOUND_WRONG, make_console, note
 from batchnorm.errors import BatchNormError
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from batchnorm.folding import FoldReport
-
-
-class DType(str, enum.Enum):
-    """Types of a folded model."""
-
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
+#: The maximum number of folded layers that are shown.
+MOST = 10
 
 
 def fold(
@@ -49,8 +39,9 @@ def fold(
     verify: Annotated[
         Path | None,
         typer.Option(
-            help="Inputs to compare both models on, .npz. Of a model: arrays arr_0, arr_1, ... "
-            "for arguments in their order, or the names of keyword arguments.",
+            help="Inputs to compare both models on, .npz: arrays arr_0, arr_1, ... for arguments "
+            "in their order, or the names of keyword arguments or of inputs of the ONNX graph. "
+            ".npy holds a single argument.",
             metavar="DATA.npz",
         ),
     ] = None,
@@ -58,26 +49,30 @@ def fold(
         list[str],
         typer.Option(
             "--input",
-            help="Instead, the shape of a random input of a model; repeat it for several. With a "
-            "first axis longer than 1, .pt2 and .onnx take batches of any size if possible.",
+            help="Instead, the shape of an input of random numbers from N(0, 1); repeat it for "
+            "several. Of a model: with a first axis longer than 1, .pt2 and .onnx take batches of "
+            "any size if possible.",
             metavar="8x3x224x224",
         ),
     ] = [],  # noqa: B006  # typer needs a list
     dtype: Annotated[
-        DType | None,
-        typer.Option(help="Type of the folded model, to which weights are rounded once."),
+        str | None,
+        typer.Option(
+            help="Type of the folded model, to which weights are rounded once.",
+            metavar="float16|bfloat16|float32",
+        ),
     ] = None,
     strict: Annotated[
         bool,
         typer.Option(
             "--strict",
-            help="Write nothing and exit with 1 if a batch norm next to a linear layer was refused "
-            "or outputs are not finite.",
+            help="Write nothing and exit with 1 if a batch norm next to a layer was refused, or "
+            "what was exported could not be compared.",
         ),
     ] = False,
     tol: Annotated[
         float | None,
-        typer.Option(help="With --strict, the largest difference allowed.", min=0),
+        typer.Option(help="With --strict, the largest difference allowed."),
     ] = None,
     json: Annotated[
         Path | None,
@@ -88,60 +83,58 @@ def fold(
 
     For example: batchnorm fold model.onnx --out folded.onnx --verify data.npz
     """
-    from batchnorm import targets
-    from batchnorm.atomic import check_place, explain_write_errors, replacing
+    from batchnorm import __version__, targets
+    from batchnorm.atomic import explain_write_errors, replacing
     from batchnorm.folding import FoldError
 
     if tol is not None and not strict:
         raise BatchNormError("--tol goes with --strict: pass both.")
+    if tol is not None and not tol >= 0:
+        raise BatchNormError(f"--tol must be a number that is not negative, got {tol:g}.")
     printed = str(json) == "-"
-    if json is not None and not printed:
-        check_place(json, "a JSON file", "report.json")
-        if json.absolute() == out.absolute():
-            raise BatchNormError(f"--json and --out must be two files, got {json} for both.")
-    failure = None
+    failure: targets.NotWrittenError | FoldError | None = None
+    folded = None
     try:
-        report, notes = targets.fold(
+        folded = targets.fold(
             target,
             out,
             weights=weights,
             verify=verify,
             shapes=shapes,
-            dtype=None if dtype is None else dtype.value,
+            dtype=dtype,
             strict=strict,
             tol=tol,
+            json=None if printed else json,
         )
-    except FoldError as error:
-        report, notes, failure = error.report, [], error
+        report = folded.report
+    except (FoldError, targets.NotWrittenError) as error:
+        report, failure = error.report, error
     console = make_console(highlight=False, markup=False)
-    if printed:
-        print(report.to_json())
-    else:
-        show(report, console)
-    if json is not None and not printed:
-        with explain_write_errors(json), replacing(json) as beside:
-            beside.write_text(report.to_json() + "\n", encoding="utf-8")
-    if failure is not None:
+    if not printed:
+        for line in report.lines(console.width, MOST):
+            console.print(line, soft_wrap=True)
+    if json is not None:
+        written = [] if folded is None else list(map(str, folded.written))
+        error_of_file = None if folded is None else folded.error
+        found = {
+            "version": __version__,
+            **report.to_dict(),
+            "written": written,
+            "written_error": error_of_file,
+        }
+        text = dumps(found, indent=1, ensure_ascii=False)
+        if printed:
+            print(text)
+        else:
+            with explain_write_errors(json), replacing(json) as beside:
+                beside.write_text(text + "\n", encoding="utf-8")
+    if folded is None:
+        if not isinstance(failure, FoldError):
+            raise BatchNormError(str(failure))
         note(f"{failure}; {out} is not written")
         return FOUND_WRONG
-    for line in notes:
-        note(f"{out}: {line}")
+    for line in folded.notes:
+        note(line)
     if not printed:
-        console.print(f"wrote {out}", soft_wrap=True)
+        console.print(f"wrote {' and '.join(map(str, folded.written))}", soft_wrap=True)
     return DONE
-
-
-def show(report: "FoldReport", console: "Console") -> None:
-    """Print a table with a line for each batch norm, and the summary."""
-    from rich.table import Table
-
-    rows = report.rows()
-    if rows:
-        table = Table(box=None, pad_edge=False)
-        for title in ("batch norm", "into", "error", "bound", ""):
-            table.add_column(title, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-    for line in report.summary():
-        console.print(line, soft_wrap=True)

@@ -134,25 +134,20 @@ def fold_file(
 
 
 def read_inputs(path: str | Path) -> dict[str, Any]:
-    """Arrays by name from an .npz file, as inputs of a model.
+    """Arrays by name from an .npz file, as inputs of a model; the one of an .npy file is arr_0.
 
     Raises
     ------
     ArgumentError
-        It cannot be read, is no .npz file, or holds Python objects.
+        It cannot be read, is no .npz or .npy file, or holds Python objects.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise ArgumentError(
-                    f"{path}: must be an .npz file of arrays by the names of the model's inputs, "
-                    "got another kind of file. numpy.savez(path, name=array) writes one."
-                )
+                return {"arr_0": loaded}
             return {name: loaded[name] for name in loaded.files}
-    except ArgumentError:
-        raise
     except Exception as error:  # of zipfile, zlib, NumPy and the system
         why = "there is no such file" if not path.exists() else f"it cannot be read ({error})"
         raise ArgumentError(

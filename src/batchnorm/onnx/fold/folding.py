@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from ...atomic import check_place
+from ...atomic import check_place, is_same
 from ...errors import ArgumentError, BatchNormError
 from ...folding import FoldReport
 from ...folding.report import check_tol
 from ..files import (
     Data,
     check,
+    data_files,
     data_path,
     inferred,
     is_external,
@@ -40,10 +40,9 @@ def fold_file(path: Path, out: Path, inputs: Any, *, strict: bool, tol: float | 
     check_place(out, "an ONNX file", "folded.onnx")
     model = read_model(path)
     data = Data(path.parent)
-    sources = {data.path_of(tensor) for tensor in tensors(model) if is_external(tensor)}
     for target in (out, data_path(out)):
-        for source in (path, *sources):
-            if os.path.exists(target) and os.path.samefile(target, source):
+        for source in (path, *data_files(model, path.parent)):
+            if is_same(target, source):
                 raise ArgumentError(
                     f"out must be another file than the model and its data, got {str(out)!r}, "
                     f"which would replace {str(source)!r}. Name another."
@@ -52,6 +51,7 @@ def fold_file(path: Path, out: Path, inputs: Any, *, strict: bool, tol: float | 
         folded, report = fold(model, inputs, path.parent, strict=strict, tol=tol)
     except ArgumentError as error:
         raise type(error)(f"{path}: {error}") from error
+    report.check_finite()
     write_model(folded, out, data)
     return report
 

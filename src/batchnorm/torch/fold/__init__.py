@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.fx import GraphModule
+from torch.utils.data import DataLoader
 
 from ...errors import ArgumentError
 from ...folding import FoldedLayer, FoldError, FoldReport
@@ -96,6 +99,11 @@ def fold(
     """
     check_tol(tol, strict=strict)
     model = _checked(model, dtype)
+    if isinstance(example_inputs, DataLoader):
+        raise ArgumentError(
+            "example_inputs must be one batch or a list of them, got a DataLoader. Take "
+            "next(iter(loader)), without the targets."
+        )
     rng = RngState()
     try:
         with torch.inference_mode(False):  # the copies must be able to train
@@ -108,6 +116,11 @@ def fold(
 
 
 def _checked(model: object, dtype: Any) -> nn.Module:
+    if _is_exported(model):
+        raise ArgumentError(
+            "fold takes a model before its export, got a program of torch.export, which has no "
+            "modules any more. Fold first, then export."
+        )
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"fold takes a torch.nn.Module, got {type(model).__name__}.")
     model = unwrapped(model)
@@ -133,6 +146,13 @@ def _checked(model: object, dtype: Any) -> nn.Module:
     for name, module in model.named_modules():
         check_values(module, name, "fold")
     return model
+
+
+def _is_exported(model: object) -> bool:
+    """Whether it is a program of `torch.export`, or what its `module()` returns."""
+    if isinstance(model, GraphModule):
+        return any(isinstance(node.target, OpOverload) for node in model.graph.nodes)
+    return isinstance(model, torch.export.ExportedProgram)
 
 
 def copied(model: M) -> M:

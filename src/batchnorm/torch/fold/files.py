@@ -5,9 +5,12 @@ What is exported runs on the examples before it is written, beside the folded mo
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,17 +20,16 @@ from torch import Tensor, nn
 
 from ...atomic import check_place, explain_write_errors, replacing
 from ...errors import ArgumentError, BatchNormError
-from ...extras import require
+from ...extras import install, require
 from ...folding import FoldReport
 from ..population.batches import tensors_in
+from .layers import short
 from .verify import Examples, cast, compare_outputs
 
 __all__ = ["SUFFIXES", "FoldedFile", "check_out", "make_file"]
 
 #: Of weights alone, and of whole models.
 SUFFIXES = (".safetensors", ".pt", ".pth", ".pt2", ".onnx")
-#: The maximum number of layers that are named.
-SHOWN = 20
 #: Protocol buffers end there; larger weights would need a second file.
 LARGEST_ONNX = 2**31 - 2**20
 
@@ -47,11 +49,14 @@ class FoldedFile:
     error : float or None
         Largest difference of what was exported from the folded model, on the example; None if it
         was not exported or not compared.
+    missed : str
+        Why what was exported was not compared; empty if it was.
     """
 
     write: Callable[[Path], None]
     notes: list[str] = field(default_factory=list)
     error: float | None = None
+    missed: str = ""
 
 
 def check_out(out: Path) -> None:
@@ -67,14 +72,14 @@ def check_out(out: Path) -> None:
     suffix = out.suffix.lower()
     if suffix not in SUFFIXES:
         raise ArgumentError(
-            f"out must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got {str(out)!r}. "
+            f"--out must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got {str(out)!r}. "
             ".safetensors and .pt keep the state dict, .pt2 and .onnx the whole model."
         )
-    check_place(out, "a folded model", "folded.pt2")
+    check_place(out, "a folded model", "folded.pt2", "--out")
     if suffix == ".safetensors":
-        require("A .safetensors file", "interop", "safetensors")
+        require("A .safetensors file", "torch", "safetensors")
     if suffix == ".onnx":
-        require("Exporting to ONNX", "interop", "onnx", "onnxscript")
+        require("Exporting to ONNX", "onnx", "onnx", "onnxscript")
 
 
 def make_file(
@@ -103,22 +108,35 @@ def make_file(
     """
     suffix = out.suffix.lower()
     if suffix in (".pt2", ".onnx"):
-        return _exported(folded, example, suffix, dtype)
+        file = _exported(folded, example, suffix, dtype)
+        file.notes += _half(folded, suffix)
+        return file
     state = folded.state_dict()
     notes = [
         "holds the state dict of the folded model: load it into what batchnorm.torch.fold returns "
-        "for the same model"
+        "for the same model with its trained weights"
     ]
-    biased = [pair.layer for pair in report.pairs if pair.new_bias]
-    if biased:
-        more = f" and {len(biased) - SHOWN} more" if len(biased) > SHOWN else ""
+    if any(pair.new_bias for pair in report.pairs):
         notes.append(
-            f"{', '.join(biased[:SHOWN])}{more} got a bias; the original model has no place for "
-            "it, and load_state_dict(strict=False) would drop it silently"
+            "the original model has no place for new biases, and load_state_dict(strict=False) "
+            "would drop them silently"
         )
+    notes += _half(folded, suffix)
     if suffix == ".safetensors":
         return FoldedFile(_safetensors(state), notes)
     return FoldedFile(_writer(lambda file: torch.save(state, file)), notes)
+
+
+def _half(folded: nn.Module, suffix: str) -> list[str]:
+    """What to say of inputs if all weights are in half precision."""
+    types = {t.dtype for t in folded.parameters() if t.is_floating_point()}
+    if len(types) != 1 or not types <= {torch.float16, torch.bfloat16}:
+        return []
+    (kind,) = (short(each) for each in types)
+    call = f"model(x.to(torch.{kind}))"
+    if suffix == ".onnx":
+        call = f"session.run(None, {{name: x.astype({kind!r})}})"
+    return [f"takes {kind} inputs: {call}"]
 
 
 def _writer(write: Callable[[BinaryIO], Any]) -> Callable[[Path], None]:
@@ -167,18 +185,39 @@ def _exported(
         raise BatchNormError(
             "the model is larger than the 2 GB that one ONNX file can hold. Write a .pt2 file."
         )
-    found = None
+    found, missed = None, ""
     if importlib.util.find_spec("onnxruntime") is None:
-        notes.append("not compared: onnxruntime is not installed (pip install onnxruntime)")
+        missed = f"onnxruntime is not installed. {install('onnx', 'onnxruntime')}"
     else:
         try:
             outputs = examples.run(model)
         except Exception as error:  # a type or an operation that it does not have
-            notes.append(f"not compared: onnxruntime cannot run it ({_first_line(error)})")
+            missed = f"onnxruntime cannot run it ({_first_line(error)})"
         else:
             found = _compare(folded, expected, outputs, "onnxruntime")
             notes.append(f"run by onnxruntime, it differs by {found:.2g} from the folded model")
-    return FoldedFile(_writer(lambda file: file.write(content.SerializeToString())), notes, found)
+    if missed:
+        notes.append(f"not compared: {missed}")
+    write = _writer(lambda file: file.write(content.SerializeToString()))
+    return FoldedFile(write, notes, found, missed)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Discard what torch prints, logs and warns of; its errors say enough."""
+    disabled = logging.root.manager.disable
+    sink = io.StringIO()
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(sink),
+        contextlib.redirect_stderr(sink),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
 
 
 def _program(
@@ -188,8 +227,7 @@ def _program(
     shapes: Any = tuple(map(_first_axis, args)) or {k: _first_axis(v) for k, v in kwargs.items()}
     for dynamic in (shapes, None):
         try:
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")  # of torch about itself
+            with _quiet(), torch.no_grad():
                 program = torch.export.export(folded, args, kwargs, dynamic_shapes=dynamic)
             break
         except Exception as error:  # whatever a model does that export cannot follow
@@ -222,8 +260,7 @@ def _first_axis(value: Any) -> Any:
 
 def _onnx(program: Any) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             # Not optimized: that would fold what was refused, without a bound.
             return torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
     except Exception as error:
@@ -249,5 +286,7 @@ def _compare(folded: nn.Module, expected: Any, got: Any, who: str) -> float:
 
 
 def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # torch.onnx wraps errors in advice
+        error = error.__cause__
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
