@@ -26,6 +26,7 @@ __all__ = [
     "activation_of",
     "affine_of",
     "geometry_of",
+    "has_hooks",
     "is_linear",
     "is_norm",
     "is_transparent",
@@ -69,9 +70,14 @@ def is_norm(module: nn.Module) -> bool:
     return is_batch_norm(module)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is called before or after this module."""
+    return any(getattr(module, kind) for kind in _HOOKS)
+
+
 def is_transparent(module: nn.Module) -> bool:
     """Whether this returns its input as it is: an Identity, or dropout in evaluation."""
-    if any(getattr(module, kind) for kind in _HOOKS) or "forward" in module.__dict__:
+    if has_hooks(module) or "forward" in module.__dict__:
         return False
     dropout = isinstance(module, nn.modules.dropout._DropoutNd) and not module.training
     return type(module) is nn.Identity or (

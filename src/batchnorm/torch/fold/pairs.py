@@ -18,6 +18,7 @@ from .groups import Group, Plan
 from .layers import (
     activation_of,
     affine_of,
+    has_hooks,
     is_linear,
     is_norm,
     is_transparent,
@@ -52,6 +53,11 @@ def make_plan(model: nn.Module, paths: Paths, calls: Call) -> Plan:
         problem = reasons.of(norm) or of_layer(layer, reasons.of(layer))
         if not problem and before:
             problem = _reason_before(layer, modules[layer], modules[norm])
+            if not problem and not flow.is_at_once(norm):
+                problem = (
+                    f"between it and '{layer}' other operations run, which may change its input "
+                    "in place"
+                )
         if problem:
             problems.setdefault(norm, problem)
             return False
@@ -133,6 +139,7 @@ class _Flow:
         self._layers = [name for name, module in modules.items() if is_linear(module)]
         self._known = {*self.norms, *self._layers}
         self.called: set[str] = set()
+        self._at_once: dict[str, bool] = {}
         # For each layer, for each call of it on a path: all users of its output; and the source.
         self._users: dict[str, list[tuple[str, ...]]] = {}
         self._sources: dict[str, list[str]] = {}
@@ -150,6 +157,10 @@ class _Flow:
         self.called.add(name)
         self._users.setdefault(name, []).append(tuple(self._users_of(node, root)))
         self._sources.setdefault(name, []).append(self._source_of(node, root))
+        after = node.next
+        while self._is_transparent(after) or _asks_for_metadata(after):
+            after = after.next
+        self._at_once[name] = self._at_once.get(name, True) and self._is_layer(after)
 
     def _users_of(self, node: fx.Node, root: str) -> Iterator[str]:
         for user in node.users:
@@ -184,6 +195,10 @@ class _Flow:
         users = {user for each in self._users.get(name, ()) for user in each or ("",)}
         only = next(iter(users)) if len(users) == 1 else ""
         return only if set(self._sources.get(only, ())) == {name} else ""
+
+    def is_at_once(self, name: str) -> bool:
+        """Whether a layer is called right after this one, whenever this one is called."""
+        return self._at_once.get(name, False)
 
     def previous(self, name: str) -> str:
         """The layer of which this one is the next; "" if there is none."""
@@ -292,6 +307,8 @@ class _Reasons:
             for node in graph.nodes
             if node.op == "call_module"
         }
+        leaves = (m for m in modules.values() if is_torchs(m) or is_linear(m) or is_norm(m))
+        self._unseen = bool(paths.opaque) or any(map(has_hooks, leaves))
         self._known: dict[str, str] = {}
 
     def of(self, name: str) -> str:
@@ -333,6 +350,11 @@ class _Reasons:
         """Whether code that cannot be followed may call this layer."""
         for name in self._everywhere[id(module)]:
             parts = name.split(".") if name else []
+            for k in range(len(parts) + 1):
+                holder = self._paths.held.get(id(self._owner(parts[:k])))
+                if holder is not None and self._unseen:
+                    what = f"'{'.'.join(parts[:k])}'" if k else "the model"
+                    return f"a {holder} refers to {what}, which code that is not followed may use"
             for k in range(len(parts)):
                 above = ".".join(parts[:k])
                 owner = self._owner(parts[:k])

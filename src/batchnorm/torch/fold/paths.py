@@ -14,10 +14,14 @@ from __future__ import annotations
 
 import builtins
 import dis
+import gc
 import inspect
+import itertools
 import os
 import random
 import sys
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +36,7 @@ from ..population.batches import tensors_in
 from ..population.layers import unwrapped
 from .calls import TENSOR, Call, Spec
 from .layers import is_linear, is_norm
+from .reach import catches, references
 
 __all__ = ["METADATA", "Context", "Paths", "Used", "explore", "is_torchs", "only_path", "outline"]
 
@@ -39,6 +44,8 @@ __all__ = ["METADATA", "Context", "Paths", "Used", "explore", "is_torchs", "only
 MOST_PATHS = 256
 #: By how much a number is raised that a forward changes, to see whether its path depends on it.
 MANY_CALLS = 100_000
+#: And by how many items a list becomes longer.
+MANY_ITEMS = 1_000
 #: Questions on one path.
 MOST_DECISIONS = 24
 
@@ -78,11 +85,14 @@ class Paths:
         For each module that cannot be followed, the reason.
     used : Used
         Which tensors are used outside of the modules they belong to.
+    held : dict of int to str
+        What refers to a module besides the one that it lies in, by its id.
     """
 
     graphs: dict[str, list[fx.Graph]] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
     used: Used = field(default_factory=Used)
+    held: dict[int, str] = field(default_factory=dict)
 
 
 def explore(model: nn.Module, calls: Call, closed: Iterable[str] = ()) -> Paths:
@@ -97,9 +107,11 @@ def explore(model: nn.Module, calls: Call, closed: Iterable[str] = ()) -> Paths:
     closed
         Names of modules that stand in graphs as calls, and are not followed.
     """
+    held = references(model)  # first, while nothing here refers to them
     context = Context(model, calls)
-    context.apart.update(id(model.get_submodule(name)) for name in closed)
-    found = Paths(used=context.used)
+    for name in closed:
+        context.apart.add(id(model.get_submodule(name)))
+    found = Paths(used=context.used, held=held)
     queue = [model]
     seen: set[int] = set()
     while queue:
@@ -120,7 +132,26 @@ def explore(model: nn.Module, calls: Call, closed: Iterable[str] = ()) -> Paths:
                 found.opaque[name] = str(error)
                 queue.extend(_callable_children(root))
             break
+    for graph in itertools.chain(*found.graphs.values()):
+        for node in graph.nodes:
+            if node.op == "call_module" and (name := str(node.target)) in found.graphs:
+                given = Spec(node.args, node.kwargs)
+                if not any(_matches(given, spec) for spec in context.specs[name]):
+                    found.opaque[name] = "it may be called in other ways than on the examples"
     return found
+
+
+def _matches(given: Any, seen: Any) -> bool:
+    """Whether a call in a graph may be one like that which was seen."""
+    if isinstance(given, fx.Node):
+        return True
+    if isinstance(given, (tuple, list)):
+        known = isinstance(seen, (tuple, list)) and len(given) == len(seen)
+        return known and all(map(_matches, given, seen))
+    if isinstance(given, dict):
+        known = isinstance(seen, dict) and given.keys() == seen.keys()
+        return known and all(_matches(given[key], seen[key]) for key in given)
+    return type(given) is type(seen) and (not isinstance(given, bool) or given == seen)
 
 
 def outline(graph: fx.Graph) -> list[Any]:
@@ -237,16 +268,35 @@ def _graphs(root: nn.Module, context: Context) -> list[fx.Graph]:
         raise _Opaque("it did not run on the example inputs")
     if not _has_forward(root) and "forward" not in root.__dict__:
         raise _Opaque("it has no forward")
+    if catches(root):
+        raise _Opaque("it catches exceptions, which may depend on values")
 
     def follow() -> list[fx.Graph]:
-        return [graph for spec in context.specs[name] for graph in _paths(root, spec, context)]
+        found: list[fx.Graph] = []
+        for spec, grad in itertools.product(context.specs[name], (False, True)):
+            try:
+                graphs = _paths(root, spec, context, grad)
+            except _Opaque:
+                if not grad:
+                    raise
+                continue  # in which it runs with gradients no more than here
+            known = list(map(outline, found))
+            found += [graph for graph in graphs if outline(graph) not in known]
+        return found
 
     before = _attributes(root)
     found = follow()
     if changed := _changed(before, _attributes(root)):
-        for module, attribute, value in changed:  # as a call much later finds them
+        for module, attribute, value, same in changed:  # as a call much later finds them
+            if module is not root and id(module) in context.apart:
+                where = context.names[id(module)]
+                raise _Opaque(f"it sets '{attribute}' of '{where}', whose path may depend on it")
             if type(value) in (int, float):
                 setattr(module, attribute, value + MANY_CALLS)
+            elif same and isinstance(value, (list, deque)) and value:
+                value.extend([value[-1]] * MANY_ITEMS)
+            elif same:
+                raise _Opaque(f"its path may depend on '{attribute}', which calls change")
         if list(map(outline, found)) != list(map(outline, follow())):
             raise _Opaque(f"its path depends on '{changed[0][1]}', which earlier calls change")
     if len(found) > MOST_PATHS:
@@ -275,14 +325,14 @@ def _graphs(root: nn.Module, context: Context) -> list[fx.Graph]:
     return found
 
 
-def _paths(root: nn.Module, spec: Spec, context: Context) -> list[fx.Graph]:
-    """Each path of a module that is called with `spec`."""
+def _paths(root: nn.Module, spec: Spec, context: Context, grad: bool) -> list[fx.Graph]:
+    """Each path of a module that is called with `spec`, with gradients or without."""
     found: list[fx.Graph] = []
     decisions: list[bool] = []
     count = 0
     while count <= MOST_PATHS:
         count += 1
-        graph = _follow(root, spec, decisions, context)
+        graph = _follow(root, spec, decisions, context, grad)
         if graph is not None:
             found.append(graph)
         while decisions and not decisions[-1]:
@@ -296,7 +346,7 @@ def _paths(root: nn.Module, spec: Spec, context: Context) -> list[fx.Graph]:
 
 
 def _follow(
-    root: nn.Module, spec: Spec, decisions: list[bool], context: Context
+    root: nn.Module, spec: Spec, decisions: list[bool], context: Context, grad: bool
 ) -> fx.Graph | None:
     """One path, with these decisions and True for further ones; None if the model raises there."""
     tracer = _Tracer(root, spec, decisions, context)
@@ -304,7 +354,7 @@ def _follow(
     problem: Exception | None = None
     graph = None
     try:
-        with torch.no_grad(), _Watch(tracer), _isinstance_follows():
+        with torch.set_grad_enabled(grad), _Watch(tracer), _isinstance_follows():
             graph = tracer.trace(root)
     except _Endless as error:
         raise _Opaque(str(error)) from None
@@ -320,34 +370,64 @@ def _follow(
     if _random_state() != before:
         raise _Opaque("it draws random numbers, on which its path may depend")
     assert graph is not None
-    _add_kept(root, tracer, graph)
+    for node in tracer.kept():
+        graph.call_method("an attribute or list that keeps it", (node,))
     return graph
 
 
 _OF_MODULE = frozenset(vars(nn.Module())) - {"training"}
 
 
-def _attributes(root: nn.Module) -> dict[tuple[nn.Module, str], Any]:
-    """What Python keeps in a module and those in it."""
+def _attributes(root: nn.Module) -> dict[tuple[nn.Module, str], tuple[Any, Any]]:
+    """What Python keeps in a module and those in it, and what that contains."""
     return {
-        (module, name): value
+        (module, name): (value, _contents(value))
         for module in root.modules()
         for name, value in vars(module).items()
         if name not in _OF_MODULE and not name.startswith("_tensor_constant")  # those are fx's
     }
 
 
+def _contents(value: Any) -> Any:
+    """The items of a container, the state of a generator, the attributes of an object."""
+    if isinstance(value, (Tensor, nn.Module, type)) or callable(value):
+        return None
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    if isinstance(value, (list, set, deque)):
+        return [*value]
+    found = getattr(value, "__dict__", None)
+    return None if found is None else [*found, *found.values()]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether contents are the same objects, or the same numbers and names."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict):
+        return _equal([*one, *one.values()], [*other, *other.values()])
+    return one is other or (isinstance(one, _PLAIN) and one == other)
+
+
+_PLAIN = (bool, int, float, complex, str, bytes)
+
+
 def _changed(
     before: dict[tuple[nn.Module, str], Any], after: dict[tuple[nn.Module, str], Any]
-) -> list[tuple[nn.Module, str, Any]]:
-    """Attributes that are others now, and what they are."""
-    plain = (bool, int, float, complex, str, bytes)
+) -> list[tuple[nn.Module, str, Any, bool]]:
+    """Attributes that are others now, what they are, and whether that is what they were."""
     found = []
-    for key, value in after.items():
-        other = before.get(key, _ANY)
-        equal = type(value) is type(other) and isinstance(value, plain) and value == other
-        if value is not other and not equal:
-            found.append((*key, value))
+    for key, (value, contents) in after.items():
+        old, held = before.get(key, (_ANY, None))
+        same = value is old
+        if not _equal(contents, held) if same else not _equal(value, old):
+            found.append((*key, value, same))
     return found
 
 
@@ -386,22 +466,7 @@ def _place(error: BaseException | None) -> str:
     return f"{text} ({last})" if last else text
 
 
-def _add_kept(root: nn.Module, tracer: _Tracer, graph: fx.Graph) -> None:
-    """Let attributes that a forward has set be users of what they hold."""
-    for module in root.modules():
-        for name, value in vars(module).items():
-            if name not in ("_modules", "_parameters", "_buffers"):
-                for proxy in _proxies_in(value):
-                    if proxy.tracer is tracer:
-                        graph.call_method(f"the attribute '{name}' of a module", (proxy.node,))
-
-
-def _proxies_in(value: Any) -> Iterator[fx.Proxy]:
-    if isinstance(value, fx.Proxy):
-        yield value
-    elif isinstance(value, (list, tuple, set, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _proxies_in(item)
+_NUMBERS = {"item", "tolist", "numpy", "__int__", "__float__", "__index__", "__array__"}
 
 
 class _Watch(TorchFunctionMode):
@@ -416,6 +481,8 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__bool__":
             return self._tracer.decide()  # of a buffer, or of random numbers
+        if name in _NUMBERS:
+            self._tracer.limit("it makes a number of a tensor of the model")
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
         used = self._tracer.context.used
@@ -524,6 +591,7 @@ class _Tracer(fx.Tracer):
         self.limits: list[str] = []
         self._root = root
         self._stack: list[nn.Module] = []
+        self._proxies: list[weakref.ref[fx.Proxy]] = []
 
     def decide(self) -> bool:
         """The answer to the next question."""
@@ -557,7 +625,19 @@ class _Tracer(fx.Tracer):
         self.limit("it loops over a tensor or a shape")
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        found = _Proxy(node, self)
+        self._proxies.append(weakref.ref(found))
+        return found
+
+    def kept(self) -> list[fx.Node]:
+        """What something still refers to: an attribute, a list of the caller's, a global name."""
+        if self._alive():
+            gc.collect()  # what only refers to itself
+        return self._alive()
+
+    def _alive(self) -> list[fx.Node]:
+        nodes = [proxy.node for ref in self._proxies if (proxy := ref()) is not None]
+        return [node for node in nodes if node.op != "placeholder"]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m is not self._root and self.context.is_leaf(m)
@@ -568,6 +648,8 @@ class _Tracer(fx.Tracer):
             return inside(*args, **kwargs)
         if id(m) not in self.context.names:
             raise NameError(f"it calls a {type(m).__name__} that is no module of the model")
+        if not self.is_leaf_module(m, "") and m is not self._root and catches(m):
+            raise _Apart(m)
         if self.is_leaf_module(m, ""):
             result = super().call_module(m, forward, args, kwargs)
             if isinstance(result, _Proxy) and self.context.returns_a_tensor(m):
@@ -602,6 +684,7 @@ class _Tracer(fx.Tracer):
             self._stack.append(root)  # for questions that concern its arguments
             args, kwargs = self._arguments(root)
             self._stack.pop()
+            self._given = args, kwargs  # lists among them, in which a forward may put something
             return root(*args, **kwargs)
 
         return run, []

@@ -9,21 +9,26 @@ loop over all modules), `may_take_apart` says so.
 from __future__ import annotations
 
 import ast
+import dis
+import gc
 import inspect
 import textwrap
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any, cast
 
 from torch import nn
 
-__all__ = ["may_take_apart"]
+__all__ = ["catches", "may_take_apart", "references"]
 
 # By these, code gets at modules whose names it does not mention.
 _REFLECTION = {
     "modules", "children", "named_modules", "named_children", "_modules", "get_submodule",
-    "__dict__", "__getattr__", "__getattribute__", "apply", "vars", "eval", "exec",
+    "__dict__", "__getattr__", "__getattribute__", "apply", "vars", "eval", "exec", "state_dict",
+    "parameters", "named_parameters", "buffers", "named_buffers",
 }  # fmt: skip
+_CATCHING = {"CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH"}
 _HARMLESS = {"isinstance", "len", "hasattr", "type", "checkpoint"}
 _LOOPS = {"enumerate", "reversed", "zip", "list", "tuple", "items", "values"}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -51,6 +56,14 @@ class _Code:
             for node in ast.walk(function)
             for child in ast.iter_child_nodes(node)
         }
+        self._selves = {
+            function.args.args[0].arg
+            for tree in functions
+            for function in cast(ast.Module, tree).body
+            if isinstance(function, ast.FunctionDef)
+            and function.args.args
+            and "staticmethod" not in map(ast.unparse, function.decorator_list)
+        }
         self.reflects = any(self._reflects(n) for f in functions for n in ast.walk(f))
 
     def _reflects(self, node: ast.AST) -> bool:
@@ -61,10 +74,8 @@ class _Code:
         parent = self._parents.get(node)
         if node.id == "getattr":  # which is given `self`, and a name that may be computed
             return not (isinstance(parent, ast.Call) and self._is_called(parent))
-        if node.id == "self" and isinstance(parent, (ast.Call, ast.keyword, ast.Starred)):
-            return not isinstance(parent, ast.Call) or _name(parent) not in (
-                *_HARMLESS, "getattr", "super",
-            )  # fmt: skip
+        if node.id in self._selves and not isinstance(parent, ast.Attribute):  # given away
+            return _name(parent) not in (*_HARMLESS, "getattr", "super")
         return node.id in _REFLECTION
 
     def _is_called(self, node: ast.AST) -> bool:
@@ -119,9 +130,52 @@ def _name(node: ast.AST | None) -> str:
     return function.id if isinstance(function, ast.Name) else ""
 
 
+def references(model: nn.Module) -> dict[int, str]:
+    """What refers to modules besides the modules that they lie in: its type, by the module's id."""
+    modules = list(model.modules())
+    known = {id(module): module for module in modules}
+    parents = {id(module._modules) for module in modules}
+    found = {}
+    for holder in gc.get_referrers(*modules):
+        if holder is modules or holder is known or id(holder) in parents:
+            continue
+        for held in gc.get_referents(holder):
+            if id(held) in known:
+                found[id(held)] = type(holder).__name__
+    return found
+
+
+def catches(module: nn.Module) -> bool:
+    """Whether a method that the forward of this module may run catches exceptions."""
+    return _catches(cast(Any, type(module)))
+
+
+@cache
+def _catches(kind: Any) -> bool:
+    names, queue = set[str](), ["forward"]
+    while queue:
+        name = queue.pop()
+        if name in names:
+            continue
+        names.add(name)
+        for function in _definitions(kind, name):
+            codes = [function.__code__]
+            for code in codes:
+                codes += [const for const in code.co_consts if inspect.iscode(const)]
+                queue += code.co_names
+                steps = list(dis.get_instructions(code))
+                for one, other in pairwise(steps):
+                    bare = (one.opname, other.opname) == ("PUSH_EXC_INFO", "POP_TOP")
+                    if bare or one.opname in _CATCHING or one.argval == "suppress":
+                        return True
+    return False
+
+
 @cache
 def _code_of(kind: Any) -> _Code | None:
     """The text of all methods that a forward of this class may run; None if there is none."""
+    if any(_is_defined(kind, name) for name in ("__call__", "__getattr__", "__getattribute__")):
+        return None
     functions: dict[Any, ast.AST] = {}
     names, queue = set[str](), ["forward"]
     while queue:
@@ -145,9 +199,12 @@ def _definitions(kind: type, name: str) -> Iterator[Any]:
         if base is nn.Module:
             return
         found = base.__dict__.get(name)
-        if isinstance(found, property):
-            found = found.fget
-        elif isinstance(found, (staticmethod, classmethod)):
-            found = found.__func__
+        for attribute in ("fget", "__func__", "func"):  # of properties, class methods, cached ones
+            found = getattr(found, attribute, found)
         if inspect.isfunction(found):
             yield inspect.unwrap(found)
+
+
+def _is_defined(kind: type, name: str) -> bool:
+    """Whether a class or a base of it defines a name that `nn.Module` has."""
+    return getattr(kind, name, None) is not getattr(nn.Module, name, None)
