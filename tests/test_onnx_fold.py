@@ -630,6 +630,14 @@ def test_fold_raises_for_opset_8():
         fold(convolutions("z = Conv(x, w) " + AFTER, opset=8, ir=3))
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_fold_raises_for_an_opset_that_onnx_does_not_know(inside):
+    proto = with_function("(h) => (r) { r = Relu(h) }")
+    (proto.functions[0] if inside else proto).opset_import[0].version = 999
+    with pytest.raises(ArgumentError, match="or earlier, .* got 999. Install a newer onnx"):
+        fold(proto)
+
+
 def test_fold_uses_the_default_epsilon_of_the_operator():
     tiny = {"v": np.full(4, 1e-5)}
     proto = convolutions("z = Conv(x, w) " + AFTER, np.float64, more=tiny)
@@ -724,6 +732,14 @@ def test_fold_folds_inside_of_nodes(name, inside):
     assert BN not in str(folded)
     assert all(0 < pair.error < pair.bound for pair in report.pairs)
     check_equal(proto, folded, 1, 4, 5, 5, dtype=np.float32, tolerance=1e-4, k=yes)
+
+
+@pytest.mark.parametrize("opset", [9, 10])
+def test_fold_compares_branches_that_old_opsets_want_of_one_shape(opset):
+    proto = convolutions(INNER["If in Loop"], inputs=", bool k", opset=opset)
+    folded, report = fold(proto, {"x": X, "k": np.array(True)})
+    assert BN not in str(folded)
+    assert 0 < report.pairs[0].error < report.pairs[0].bound
 
 
 def test_fold_refuses_what_the_inputs_do_not_reach():

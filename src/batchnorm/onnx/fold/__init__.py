@@ -45,7 +45,8 @@ def fold(
     Parameters
     ----------
     model : ModelProto
-        Of opset 9 or later, with its tensors in it. It is not changed.
+        Of opset 9 or later that the installed onnx knows, with its tensors in it. It is not
+        changed.
     inputs : dict of str to array, or list of such dicts
         Examples by the names of the model's inputs. None runs nothing, and nothing is verified.
         Batch norms that no example reaches are not folded.
@@ -67,8 +68,8 @@ def fold(
     Raises
     ------
     ArgumentError, ShapeError, DTypeError
-        `model` is not a valid model of opset 9 or later with its tensors in it, onnxruntime does
-        not run it, or `inputs` and `tol` are not as above.
+        `model` is not a valid model of such an opset with its tensors in it, onnxruntime does not
+        run it, or `inputs` and `tol` are not as above.
     FoldError
         With `strict`; it has the report.
     BatchNormError
