@@ -143,6 +143,39 @@ def test_fold_takes_in_what_is_added_to_a_matrix_product(added):
     check_equal(proto, folded, 5, 3)
 
 
+ADDED = [(4, 1, 1), (1, 4, 1, 1), (1, 1, 1, 1), (1,), ()]
+
+
+@pytest.mark.parametrize("shape", ADDED)
+@pytest.mark.parametrize("layer", ["Conv", "ConvTranspose"])
+def test_fold_takes_in_what_is_added_to_a_convolution(shape, layer):
+    body = f"z = {layer}<strides=[2, 2]>(x, w) a = Add(o, z) y = BatchNormalization(a, s, b, m, v)"
+    proto = convolutions(body, more={"o": array(*shape)})
+    folded, report = fold(proto, {"x": array(2, 4, 5, 5)})
+    assert operators(folded.graph) == [layer]
+    assert not report.pairs[0].new_bias
+    assert report.share <= 1
+    check_equal(proto, folded, 2, 4, 5, 5, dtype=np.float32, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (2, 1, 1, 1), (1, 1, 4, 1, 1)])
+def test_fold_refuses_what_is_added_to_a_convolution_on_other_axes(shape):
+    body = "z = Conv<pads=[1, 1, 1, 1]>(x, w) a = Add(z, o) " + AFTER.replace("(z", "(a")
+    proto = convolutions(body, more={"o": array(*shape)})
+    folded, report = fold(proto)
+    assert folded == proto
+    assert "is not one value for each channel" in next(iter(report.refused.values()))
+
+
+def test_fold_leaves_alone_what_follows_a_second_bias():
+    proto = convolutions(
+        "z = Conv(x, w, c) a = Add(z, o) " + AFTER.replace("(z", "(a"), more={"o": array(4, 1, 1)}
+    )
+    folded, report = fold(proto)
+    assert folded == proto
+    assert list(report.alone) == ["BatchNormalization_2 (output 'y')"]
+
+
 def refusal(text, tensors, inputs=None, **options):
     """Why the only batch norm of a model was refused; the model is as it was."""
     proto = model(text, **tensors, **options)
