@@ -38,9 +38,10 @@ def fold(
     """Fold the batch norms of an ONNX model into the layers next to them.
 
     A batch norm is folded if the output of the layer goes to it alone, also where the graphs inside
-    of other nodes are looked at, and if all weights are constants. What is not folded is named with
-    the reason. With `inputs`, onnxruntime runs both models, without and with its optimizations, and
-    each folded layer beside those that it replaces.
+    of other nodes are looked at, and if all weights are constants or computed from constants, as
+    those of weight norm are. What is not folded is named with the reason. With `inputs`,
+    onnxruntime runs both models, without and with its optimizations, and each folded layer beside
+    those that it replaces.
 
     Parameters
     ----------

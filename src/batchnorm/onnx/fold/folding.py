@@ -74,7 +74,7 @@ def fold(
     feeds = None if inputs is None else check_inputs(model, inputs)
     runtime = None if feeds is None else Runtime(folder)
     before = () if runtime is None else runtime.outputs(model, feeds or [], "the model")
-    with np.errstate(invalid="ignore"):  # conversions of NaN, which is found later
+    with np.errstate(all="ignore"):  # what is not finite is found later
         report, folded = _folded(model, data, feeds, runtime)
     check(folded, inferred(model) is not None, "the folded model")
     if runtime is not None:
