@@ -256,6 +256,12 @@ def test_batch_norm_that_could_be_folded_is_noted_if_that_is_selected(data):
     assert not check(model.train(), data, select="BN501", progress=False)
 
 
+def test_linear_layer_on_sequences_could_not_take_in_the_batch_norm():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4)).eval()
+    assert check(model, [torch.ones(8, 4)], select="BN501", progress=False)
+    assert not check(model, [torch.ones(8, 4, 4)], select="BN501", progress=False)
+
+
 def test_no_findings_say_so():
     model, data = zoo.mlp(), zoo.loader(*zoo.rows())
     found = check(model, data, progress=False)

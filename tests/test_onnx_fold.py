@@ -143,6 +143,39 @@ def test_fold_takes_in_what_is_added_to_a_matrix_product(added):
     check_equal(proto, folded, 5, 3)
 
 
+ADDED = [(4, 1, 1), (1, 4, 1, 1), (1, 1, 1, 1), (1,), ()]
+
+
+@pytest.mark.parametrize("shape", ADDED)
+@pytest.mark.parametrize("layer", ["Conv", "ConvTranspose"])
+def test_fold_takes_in_what_is_added_to_a_convolution(shape, layer):
+    body = f"z = {layer}<strides=[2, 2]>(x, w) a = Add(o, z) y = BatchNormalization(a, s, b, m, v)"
+    proto = convolutions(body, more={"o": array(*shape)})
+    folded, report = fold(proto, {"x": array(2, 4, 5, 5)})
+    assert operators(folded.graph) == [layer]
+    assert not report.pairs[0].new_bias
+    assert report.share <= 1
+    check_equal(proto, folded, 2, 4, 5, 5, dtype=np.float32, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (2, 1, 1, 1), (1, 1, 4, 1, 1)])
+def test_fold_refuses_what_is_added_to_a_convolution_on_other_axes(shape):
+    body = "z = Conv<pads=[1, 1, 1, 1]>(x, w) a = Add(z, o) " + AFTER.replace("(z", "(a")
+    proto = convolutions(body, more={"o": array(*shape)})
+    folded, report = fold(proto)
+    assert folded == proto
+    assert "is not one value for each channel" in next(iter(report.refused.values()))
+
+
+def test_fold_leaves_alone_what_follows_a_second_bias():
+    proto = convolutions(
+        "z = Conv(x, w, c) a = Add(z, o) " + AFTER.replace("(z", "(a"), more={"o": array(4, 1, 1)}
+    )
+    folded, report = fold(proto)
+    assert folded == proto
+    assert list(report.alone) == ["BatchNormalization_2 (output 'y')"]
+
+
 def refusal(text, tensors, inputs=None, **options):
     """Why the only batch norm of a model was refused; the model is as it was."""
     proto = model(text, **tensors, **options)
@@ -630,6 +663,14 @@ def test_fold_raises_for_opset_8():
         fold(convolutions("z = Conv(x, w) " + AFTER, opset=8, ir=3))
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_fold_raises_for_an_opset_that_onnx_does_not_know(inside):
+    proto = with_function("(h) => (r) { r = Relu(h) }")
+    (proto.functions[0] if inside else proto).opset_import[0].version = 999
+    with pytest.raises(ArgumentError, match="or earlier, .* got 999. Install a newer onnx"):
+        fold(proto)
+
+
 def test_fold_uses_the_default_epsilon_of_the_operator():
     tiny = {"v": np.full(4, 1e-5)}
     proto = convolutions("z = Conv(x, w) " + AFTER, np.float64, more=tiny)
@@ -682,6 +723,101 @@ def test_fold_names_what_overflows():
     assert "must fit into float16" in why
 
 
+# ---- weights that nodes compute -----------------------------------------------------------------
+
+COMPUTED = {
+    "weight norm": "l = ReduceL2<axes = [1, 2, 3]>(w) n = Div(g, l) k = Mul(w, n)",
+    "weight norm of Linear": "q = Mul(w, w) a = Constant<value_ints = [1, 2, 3]>() "
+    "r = ReduceSum(q, a) l = Sqrt(r) n = Div(w, l) k = Mul(n, g)",
+    "pruned": "k = Mul(w, mask)",
+    "shapes": "i = Constant<value_ints = [4, 36]>() h = Reshape(w, i) o = Constant<value_ints = "
+    "[0]>() e = Unsqueeze(h, o) f = Squeeze(e, o) d = Shape(w) t = Concat<axis = 0>(f, f) "
+    "p = Constant<value_ints = [4]>() sl = Slice(t, o, p) k = Reshape(sl, d)",
+    "standardized": "mu = ReduceMean<axes = [1, 2, 3]>(w) d = Sub(w, mu) k = Add(d, g)",
+}
+COMPUTING = {"g": array(4, 1, 1, 1, seed=3), "mask": (array(4, 4, 3, 3) > 0).astype(np.float32)}
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_fold_folds_into_weights_that_nodes_compute(kind):
+    proto = convolutions(f"{COMPUTED[kind]} z = Conv(x, k) {AFTER}", more=COMPUTING)
+    folded, report = fold(proto, {"x": array(2, 4, 6, 5)})
+    assert operators(folded.graph) == ["Conv"]
+    assert len(weights(folded)) == 2  # and nothing is left of what computed it
+    assert report.share <= 1
+    check_equal(proto, folded, 2, 4, 6, 5, dtype=np.float32, tolerance=1e-4)
+
+
+def test_fold_keeps_what_others_use_of_nodes_that_compute_a_weight():
+    body = f"{COMPUTED['weight norm']} z = Conv(x, k) {AFTER} r = Relu(n)"
+    proto = convolutions(body, more=COMPUTING, outputs=", T[O, I, P1, P2] r")
+    folded, report = fold(proto)
+    assert len(report.pairs) == 1
+    assert operators(folded.graph) == ["ReduceL2", "Div", "Conv", "Relu"]
+    assert {"w", "g"} < weights(folded).keys()
+    check_equal(proto, folded, 2, 4, 6, 5, dtype=np.float32, tolerance=1e-4)
+
+
+def test_fold_knows_the_axes_of_old_operators():
+    body = f"h = Unsqueeze<axes = [2, 3]>(i) z = Conv(x, h) {AFTER}"
+    proto = convolutions(body, np.float64, opset=11, more={"i": array(4, 4, dtype=np.float64)})
+    folded, _ = fold(proto)
+    assert operators(folded.graph) == ["Conv"]
+    check_equal(proto, folded, 2, 4, 6, 5)
+
+
+UNCOMPUTED = {
+    "huge": (
+        "i = Constant<value_ints = [1048576, 1048576]>() h = ConstantOfShape(i) "
+        "a = Constant<value_ints = [0, 1]>() t = ReduceSum(h, a) k = Add(w, t)",
+        "'h' cannot be computed (it may have too many values)",
+    ),
+    "product of all with all": (
+        "i = Constant<value_ints = [-1, 1]>() j = Constant<value_ints = [1, -1]>() "
+        "s1 = Constant<value_ints = [1048576]>() h = ConstantOfShape(s1) p = Reshape(h, i) "
+        "q = Reshape(h, j) r = Mul(p, q) a = Constant<value_ints = [0, 1]>() "
+        "t = ReduceSum(r, a) k = Add(w, t)",
+        "'r' cannot be computed (it may have too many values)",
+    ),
+    "random": ("r = RandomNormalLike(w) k = Add(w, r)", "'r' is computed, by 'RandomNormalLike_0"),
+    "of the input": ("r = Shape(x) k = Reshape(w, r)", "'x' is an input of its graph"),
+    "of other shapes": ("k = Add(w, c3)", "'k' cannot be computed ([ShapeInferenceError]"),
+}
+
+
+@pytest.mark.parametrize("kind", UNCOMPUTED)
+def test_fold_refuses_weights_that_it_does_not_compute(kind):
+    nodes, why = UNCOMPUTED[kind]
+    proto = convolutions(f"{nodes} z = Conv(x, k) {AFTER}", more={"c3": array(5)})
+    folded, report = fold(proto)
+    assert folded == proto
+    assert why in next(iter(report.refused.values()))
+
+
+def test_fold_refuses_weights_that_depend_on_an_argument_of_a_function():
+    tensors = {"w": array(4, 4, 1, 1), **norm(4)}
+    held = " ".join(f"{n} = Constant<value = {constant_text(t)}>()" for n, t in tensors.items())
+    body = f"""f <p> (h) => (r) {{ {held} k = Transpose<perm: ints = @p>(w) z = Conv(h, k)
+        r = BatchNormalization(z, s, b, m, v) }}"""
+    proto = with_function(body.removeprefix("f "), "y = my.f<p = [1, 0, 2, 3]>(x)")
+    folded, report = fold(proto)
+    assert folded == proto
+    assert "'k' is computed, by" in next(iter(report.refused.values()))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_fold_computes_weights_in_half_precision_with_all_digits(dtype):
+    kind = np.dtype(helper.tensor_dtype_to_np_dtype(getattr(TensorProto, dtype.upper())))
+    ones = {name: np.ones(4, kind) for name in "sv"} | {name: np.zeros(4, kind) for name in "bm"}
+    body = "a = Constant<value_ints = [2, 3]>() k = ReduceSum(f, a) z = Conv(x, k) "
+    body += "y = BatchNormalization<epsilon = 0.0>(z, s, b, m, v)"
+    more = {**ones, "f": np.full((4, 4, 32, 31), 1 / 8, kind)}
+    folded, _ = fold(convolutions(body, kind, more=more))
+    (weight,) = (v for v in weights(folded).values() if v.ndim == 4)
+    assert weight.dtype == kind
+    np.testing.assert_array_equal(weight.astype(float), 124)
+
+
 # ---- inner graphs and functions -----------------------------------------------------------------
 
 INNER = {
@@ -724,6 +860,14 @@ def test_fold_folds_inside_of_nodes(name, inside):
     assert BN not in str(folded)
     assert all(0 < pair.error < pair.bound for pair in report.pairs)
     check_equal(proto, folded, 1, 4, 5, 5, dtype=np.float32, tolerance=1e-4, k=yes)
+
+
+@pytest.mark.parametrize("opset", [9, 10])
+def test_fold_compares_branches_that_old_opsets_want_of_one_shape(opset):
+    proto = convolutions(INNER["If in Loop"], inputs=", bool k", opset=opset)
+    folded, report = fold(proto, {"x": X, "k": np.array(True)})
+    assert BN not in str(folded)
+    assert 0 < report.pairs[0].error < report.pairs[0].bound
 
 
 def test_fold_refuses_what_the_inputs_do_not_reach():

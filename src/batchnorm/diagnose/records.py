@@ -146,12 +146,15 @@ class Operation:
         Numbers of the operations whose results it reads.
     bias
         Whether it adds a bias of its own.
+    on_last_axis
+        Whether its features are, or may be, on the last axis of more than two.
     """
 
     kind: str
     name: str = ""
     inputs: tuple[int, ...] = ()
     bias: bool = False
+    on_last_axis: bool = False
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ def network_of_onnx(path: Path) -> Network:
     import onnx
     from onnx import numpy_helper
 
+    from .files import inferred
+
     try:
-        graph = onnx.load(str(path)).graph
+        model = onnx.load(str(path))
+        graph = model.graph
         values = {
             tensor.name: numpy_helper.to_array(tensor, base_dir=str(path.parent))
             for tensor in graph.initializer
@@ -42,7 +46,7 @@ def network_of_onnx(path: Path) -> Network:
                 if attribute.name == "value":
                     values[node.output[0]] = numpy_helper.to_array(attribute.t)
     network = Network(training=False, exported=True)
-    network.operations, layers = _operations(graph, values)
+    network.operations, layers = _operations(graph, values, (inferred(model) or model).graph)
     network.layers = [_layer(node, name, values) for node, name in layers]
     if not network.layers:
         raise ArgumentError(
@@ -52,7 +56,12 @@ def network_of_onnx(path: Path) -> Network:
     return network
 
 
-def _operations(graph: Any, values: dict[str, Any]) -> tuple[list[Operation], list[Any]]:
+def _operations(
+    graph: Any, values: dict[str, Any], shown: Any
+) -> tuple[list[Operation], list[Any]]:
+    """What the nodes of a graph are, and its batch norms; `shown` is it with inferred shapes."""
+    kinds = {value.name: value.type.tensor_type for value in (*shown.value_info, *shown.output)}
+    matrices = {name for name, kind in kinds.items() if len(kind.shape.dim) == 2}
     found: list[Operation] = []
     layers: list[Any] = []
     made: dict[str, int] = {}
@@ -65,19 +74,31 @@ def _operations(graph: Any, values: dict[str, Any]) -> tuple[list[Operation], li
             continue
         name = node.name or f"{node.op_type}_{number}"
         kind = kind_of(node.op_type)
-        read = node.input[:1] if node.op_type == "CastLike" else node.input
-        inputs = tuple(dict.fromkeys(made[i] for i in read if i in made))
-        inside = any(a.HasField("g") for a in node.attribute)  # a graph, which reads more
-        if node.input and not inputs and not inside:
+        inputs = tuple(dict.fromkeys(made[i] for i in _read(node) if i in made))
+        if node.input and not inputs:
             continue  # made of constants, as exporters write the zeros of a missing bias
         bias = kind in ("convolution", "linear") and len(node.input) > 2
         if kind == "batch norm":
             layers.append((node, name))
         for output in node.output:
             made[output] = len(found)
-        found.append(Operation(kind, name, inputs, bias))
+        on_last_axis = node.op_type == "MatMul" and node.output[0] not in matrices
+        found.append(Operation(kind, name, inputs, bias, on_last_axis))
     found += [Operation("output", o.name, (made[o.name],)) for o in graph.output if o.name in made]
     return found, layers
+
+
+def _read(node: Any) -> Iterator[str]:
+    """The values that a node reads, also those that graphs inside of it take from around it."""
+    from .files import graphs_of
+
+    yield from node.input[:1] if node.op_type == "CastLike" else node.input
+    for attribute in node.attribute:
+        for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+            for inner in graphs_of(graph):
+                yield from (value.name for value in inner.output)
+                for each in inner.node:
+                    yield from each.input
 
 
 def _layer(node: Any, name: str, values: dict[str, Any]) -> Layer:

@@ -23,12 +23,15 @@ def foldable(network: Network) -> Found:
         layer = network.layer(operation.name)
         if layer is None or layer.training is not False or not layer.tracks:
             continue
+        if layer.var is None or layer.eps < 0 or not (layer.var + layer.eps > 0).all():
+            continue  # no factor of each channel
         if len(operation.inputs) != 1:
             continue
         (source,) = operation.inputs
         before = network.operations[source]
         if (
             before.kind in ("convolution", "linear")
+            and not before.on_last_axis
             and len(before.inputs) <= 1  # not a product of two results
             and readers[source] == [number]
             and names.count(before.name) == names.count(operation.name) == 1

@@ -38,14 +38,16 @@ def fold(
     """Fold the batch norms of an ONNX model into the layers next to them.
 
     A batch norm is folded if the output of the layer goes to it alone, also where the graphs inside
-    of other nodes are looked at, and if all weights are constants. What is not folded is named with
-    the reason. With `inputs`, onnxruntime runs both models, without and with its optimizations, and
-    each folded layer beside those that it replaces.
+    of other nodes are looked at, and if all weights are constants or computed from constants, as
+    those of weight norm are. What is not folded is named with the reason. With `inputs`,
+    onnxruntime runs both models, without and with its optimizations, and each folded layer beside
+    those that it replaces.
 
     Parameters
     ----------
     model : ModelProto
-        Of opset 9 or later, with its tensors in it. It is not changed.
+        Of opset 9 or later that the installed onnx knows, with its tensors in it. It is not
+        changed.
     inputs : dict of str to array, or list of such dicts
         Examples by the names of the model's inputs. None runs nothing, and nothing is verified.
         Batch norms that no example reaches are not folded.
@@ -67,8 +69,8 @@ def fold(
     Raises
     ------
     ArgumentError, ShapeError, DTypeError
-        `model` is not a valid model of opset 9 or later with its tensors in it, onnxruntime does
-        not run it, or `inputs` and `tol` are not as above.
+        `model` is not a valid model of such an opset with its tensors in it, onnxruntime does not
+        run it, or `inputs` and `tol` are not as above.
     FoldError
         With `strict`; it has the report.
     BatchNormError

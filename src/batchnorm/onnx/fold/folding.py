@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import ModelProto
 
 from ...atomic import check_place, is_same
@@ -73,7 +74,7 @@ def fold(
     feeds = None if inputs is None else check_inputs(model, inputs)
     runtime = None if feeds is None else Runtime(folder)
     before = () if runtime is None else runtime.outputs(model, feeds or [], "the model")
-    with np.errstate(invalid="ignore"):  # conversions of NaN, which is found later
+    with np.errstate(all="ignore"):  # what is not finite is found later
         report, folded = _folded(model, data, feeds, runtime)
     check(folded, inferred(model) is not None, "the folded model")
     if runtime is not None:
@@ -99,6 +100,12 @@ def _check(model: ModelProto, data: Data) -> None:
         raise ArgumentError(
             f"model must be of opset 9 or later, got {opset}. "
             "onnx.version_converter.convert_version(model, 13) converts it."
+        )
+    newest, latest = onnx.defs.onnx_opset_version(), max(map(opset_of, (model, *model.functions)))
+    if latest > newest:
+        raise ArgumentError(
+            f"model must be of opset {newest} or earlier, the newest that onnx {onnx.__version__} "
+            f"knows, got {latest}. Install a newer onnx."
         )
     check(model, False, "model")
 

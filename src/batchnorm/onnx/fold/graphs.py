@@ -12,25 +12,24 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx.reference
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ...native import Array
+from ..files import one_line
 
 __all__ = ["About", "Graphs", "Refused", "Scope", "Use", "attributes", "opset_of"]
 
 #: The two names of ONNX's own operators.
 _DOMAINS = ("", "ai.onnx")
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-#: What exporters make constants with.
-_CONSTANT = ("Constant", "Identity", "Cast", "CastLike", "Transpose", "Expand", "Shape")
-#: Attributes of Constant, and their types.
-_VALUES = {
-    "value_float": np.float32,
-    "value_floats": np.float32,
-    "value_int": np.int64,
-    "value_ints": np.int64,
-}
-#: The longest chain of these, and the most values of an Expand, that are looked at.
+#: What weights are made of constants with. They have one output, and the same one in each run.
+_CONSTANT = (
+    "Add", "Cast", "CastLike", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand",
+    "Gather", "Identity", "Mul", "Neg", "Pow", "Reciprocal", "ReduceL2", "ReduceMean", "ReduceProd",
+    "ReduceSum", "ReduceSumSquare", "Reshape", "Shape", "Slice", "Sqrt", "Squeeze", "Sub",
+    "Transpose", "Unsqueeze", "Where",
+)  # fmt: skip
+#: The longest chain of these that is looked at, and the most values that grow out of fewer.
 _DEPTH, _LARGE = 32, 1 << 20
 
 
@@ -277,34 +276,18 @@ class Graphs:
 
     def _evaluate(self, scope: Scope, node: NodeProto, depth: int) -> Array | None:
         """What a node returns whose inputs are constants; None if it is of another kind."""
-        given = attributes(node)
-        if self.is_op(node, "Constant"):
-            for key, value in given.items():
-                if isinstance(value, TensorProto):
-                    return self._read(value)
-                if key in _VALUES:
-                    return np.asarray(value, _VALUES[key])
-        if not self.is_op(node, *_CONSTANT[1:]):
+        if not self.is_op(node, *_CONSTANT) or any(a.ref_attr_name for a in node.attribute):
             return None
-        values = self.constant(scope, node.input[0], depth + 1)
+        if node.op_type == "Constant" and "value" in (given := attributes(node)):
+            return self._read(given["value"])
+        if node.op_type == "CastLike":  # whose second input need not be a constant
+            about = self.about(scope, node.input[1]) or About(TensorProto.UNDEFINED, None)
+            node = helper.make_node("Cast", node.input[:1], node.output, to=about.type)
+        values = {name: self.constant(scope, name, depth + 1) for name in node.input if name}
         try:
-            if self.is_op(node, "Transpose"):
-                return np.transpose(values, given.get("perm"))
-            if self.is_op(node, "Shape"):
-                return np.array(values.shape, np.int64)[given.get("start", 0) : given.get("end")]
-            if self.is_op(node, "Expand"):
-                sizes = tuple(map(int, self.constant(scope, node.input[1], depth + 1)))
-                shape = np.broadcast_shapes(values.shape, sizes)
-                return np.broadcast_to(values, shape) if math.prod(shape) < _LARGE else None
-            if self.is_op(node, "Cast", "CastLike"):
-                about = self.about(scope, node.input[1]) if node.op_type == "CastLike" else None
-                number = given.get("to") if about is None else about.type
-                if number not in _FLOATS:
-                    return None
-                return values.astype(helper.tensor_dtype_to_np_dtype(number))
-        except (ValueError, TypeError) as error:
-            raise Refused(f"'{node.output[0]}' cannot be computed ({error})") from error
-        return values
+            return _computed(node, values, scope.opset)
+        except Exception as error:  # of any operator
+            raise Refused(f"'{node.output[0]}' cannot be computed ({one_line(error)})") from error
 
     def calls(self, function: Scope) -> list[tuple[Scope, NodeProto]]:
         """The nodes that call a function, and their scopes."""
@@ -428,6 +411,28 @@ class Graphs:
             if not scope.is_function:
                 _drop(graph.initializer, scope.gone - known)
                 _drop(graph.input, scope.gone - known)
+
+
+def _computed(node: NodeProto, given: dict[str, Array], opset: int) -> Array:
+    """What a node returns; ValueError if that may be far more than it gets."""
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
+        for name, v in given.items()
+    ]
+    whole = [numpy_helper.from_array(v, n) for n, v in given.items() if v.dtype == np.int64]
+    outputs = [onnx.ValueInfoProto(name=node.output[0])]
+    graph = helper.make_graph([node], "constant", inputs, outputs, whole)
+    graph.node[0].domain = ""
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    shown = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    kind = shown.graph.output[0].type.tensor_type
+    size = math.prod(d.dim_value if d.HasField("dim_value") else 1 << 62 for d in kind.shape.dim)
+    if not kind.HasField("shape") or size > max((_LARGE, *(v.size for v in given.values()))):
+        raise ValueError("it may have too many values")
+    wide = dict.fromkeys(("float16", "bfloat16"), np.float32)  # in which sums keep their digits
+    feeds = {n: v.astype(wide.get(v.dtype.name, v.dtype), copy=False) for n, v in given.items()}
+    (found,) = onnx.reference.ReferenceEvaluator(model).run(None, feeds)
+    return np.asarray(found).astype(helper.tensor_dtype_to_np_dtype(kind.elem_type), copy=False)
 
 
 def attributes(node: NodeProto) -> dict[str, Any]:

@@ -153,15 +153,16 @@ def layer_of(graphs: Graphs, scope: Scope, node: NodeProto) -> Folding:
 
 
 def biased(linear: Linear, values: Array, name: str) -> Linear:
-    """A matrix product with what is added to it.
+    """A layer with what is added to its output.
 
     Raises
     ------
     Refused
         That is not one value for each output; `name` adds it.
     """
-    one_row = values.ndim < 2 or (values.ndim == 2 and len(values) == 1)
-    if not one_row or values.size not in (1, linear.outputs):
+    rank = 2 + len(linear.kernel)
+    first, channels, *others = (1,) * max(rank - values.ndim, 0) + values.shape
+    if {first, *others} - {1} or channels not in (1, linear.outputs) or values.ndim > rank:
         raise Refused(f"what {name} adds is not one value for each channel")
     return replace(linear, bias=np.broadcast_to(values.reshape(-1), (linear.outputs,)))
 

@@ -130,10 +130,10 @@ class Pairs:
             node = scope.producers.get(passed)
         bias = None
         if node is not None and home is scope and graphs.is_op(node, "Add"):
-            product, bias = self._product(scope, node)
-            if product is not None:
+            layer_node, bias = self._biased(scope, node)
+            if layer_node is not None:
                 between.append(node)
-                node = product
+                node = layer_node
         if node is None or not graphs.is_op(node, *LINEAR):
             return False
         label = graphs.label(node)
@@ -153,13 +153,14 @@ class Pairs:
         self._replace(scope, node, between, norm.output[0])
         return True
 
-    def _product(self, scope: Scope, node: NodeProto) -> tuple[NodeProto | None, Array | None]:
-        """The MatMul to which an Add adds a constant, and that; None, None if it does not."""
+    def _biased(self, scope: Scope, node: NodeProto) -> tuple[NodeProto | None, Array | None]:
+        """The layer to which an Add gives a bias, and that; None, None if it does not."""
         for inner, other in (tuple(node.input), tuple(node.input)[::-1]):
             made = scope.producers.get(inner)
             layer = self._layers.get(id(made))
-            new = layer is None or (layer.report.new_bias and not layer.report.after)
-            if made is not None and new and self._graphs.is_op(made, "MatMul"):
+            if made is None or any(made.input[2:]) or not self._graphs.is_op(made, *LINEAR):
+                continue
+            if layer is None or not (layer.report.after or layer.sums):
                 try:
                     return made, self._graphs.constant(scope, other)
                 except Refused:

@@ -230,10 +230,15 @@ def _expose(
         Names of outputs, for each call of the function that the values are in, and how many axes
         of the outputs count the rounds of loops around it.
     """
-    fresh = [graphs.unique(name) for name in names]
-    nodes = [helper.make_node("Identity", [a], [b]) for a, b in zip(names, fresh, strict=True)]
-    scope.graph.node.extend(nodes)
-    return _lift(graphs, scope, fresh, dtype)
+    return _lift(graphs, scope, [_copy(graphs, scope.graph, name) for name in names], dtype)
+
+
+def _copy(graphs: Graphs, graph: Any, name: str) -> str:
+    """Copy a value, and hide its shape: up to opset 10, the branches of an If must agree in it."""
+    shape, copy = graphs.unique(name), graphs.unique(name)
+    graph.node.append(helper.make_node("Shape", [name], [shape]))
+    graph.node.append(helper.make_node("Reshape", [name, shape], [copy]))
+    return copy
 
 
 def _lift(
@@ -255,9 +260,9 @@ def _lift(
     if graphs.is_op(owner, "If"):
         (other,) = (a.g for a in owner.attribute if a.name != scope.attribute)
         for name in names:
-            empty = numpy_helper.from_array(np.zeros(0, dtype))
-            other.node.append(helper.make_node("Constant", [], [graphs.unique(name)], value=empty))
-            other.output.add(name=other.node[-1].output[0])
+            empty, value = graphs.unique(name), numpy_helper.from_array(np.zeros(0, dtype))
+            other.node.append(helper.make_node("Constant", [], [empty], value=value))
+            other.output.add(name=_copy(graphs, other, empty))
     elif graphs.is_op(owner, "Loop", "Scan"):
         rounds = 1
         before -= owner.op_type == "Loop"  # whose body also returns the condition

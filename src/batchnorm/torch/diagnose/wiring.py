@@ -114,10 +114,10 @@ class _Recorder(TorchFunctionMode):
         if kind == "dropout" and not _rate(args, kwargs):
             kind = "identity"
         owner, bias = self._owner([args, kwargs]), _bias(args, kwargs)
-        if kind == "linear" and isinstance(result, Tensor) and result.dim() > 2:
-            bias = False  # of the last axis, which is not that of the channels
+        on_last_axis = kind == "linear" and isinstance(result, Tensor) and result.dim() > 2
+        bias = bias and not on_last_axis  # which is not the axis of the channels
         owner = owner or (self._leaf if kind != "activation" else "")
-        self._add(Operation(kind, owner or name, inputs, bias), result)
+        self._add(Operation(kind, owner or name, inputs, bias, on_last_axis), result)
         return result
 
     def _owner(self, values: Any) -> str:
