@@ -216,6 +216,8 @@ def test_onnx_file_computes_what_the_folded_model_does(folder, capsys, dtype):
         assert "not compared: onnxruntime cannot run it" in err
         return
     assert "run by onnxruntime, it differs by" in err
+    half = "takes float16 inputs: session.run(None, {name: x.astype('float16')})"
+    assert (half in err) == (dtype == "float16")
     session = runtime.InferenceSession("net.onnx", providers=["CPUExecutionProvider"])
     x = _x(5, 3, 9, 9).to(getattr(torch, dtype or "float32"))
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -375,6 +377,22 @@ def test_random_inputs_of_an_onnx_file_say_what_they_cannot_be(
     onnx.save(model, onnx_file)
     more = [part for shape in shapes for part in ("--input", shape)]
     _is_refused(capsys, _run("net.onnx", "--out", "folded.onnx", *more), *words)
+
+
+def test_model_without_batch_norms_says_so(folder, capsys):
+    (folder / "linear.py").write_text("from torch import nn\ndef make(): return nn.Linear(9, 9)")
+    _is_refused(capsys, _run("linear:make", "--out", "net.pt", *X), "no batch norms")
+    assert not _written(folder) - {"linear.py"}
+
+
+def test_onnx_file_whose_outputs_overflow_is_not_written(onnx_file, capsys, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    from batchnorm.onnx.fold import folding
+
+    monkeypatch.setattr(folding, "compare_outputs", lambda one, other: (np.inf, np.inf))
+    assert _run("net.onnx", "--out", "folded.onnx", "--input", "1x2x4x4") == 1
+    assert "not finite in float32 where" in capsys.readouterr().err
+    assert _written(onnx_file.parent) == {"net.onnx"}
 
 
 def test_onnx_file_without_batch_norms_says_why(onnx_file, capsys):
