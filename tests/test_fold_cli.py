@@ -3,6 +3,8 @@
 import copy
 import importlib.util
 import json
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -579,10 +581,27 @@ def test_model_without_a_translation_is_one_line(folder, capfd):
     assert "Write a .pt2 file" in shown.err
 
 
-def test_first_axis_of_one_is_exported_without_a_warning(folder, capfd):
-    assert _run(MODEL, "--out", "net.pt2", "--input", "1x3x9x9") == 0
-    err = capfd.readouterr().err.splitlines()
-    assert all(line.startswith("batchnorm: ") for line in err)
+@pytest.mark.parametrize(
+    ("made", "size", "status"),
+    [("plain", 1, 0), ("depends", 2, 2)],  # of which torch logs a line, and prints a graph
+)
+def test_torch_says_nothing_of_an_export(folder, made, size, status):
+    (folder / "quiet.py").write_text(
+        "from fold_program import Plain, plain\n"
+        "class Depends(Plain):\n"
+        "    def forward(self, x):\n"
+        "        y = super().forward(x)\n"
+        "        return y + 1 if y.sum().int().item() > 3 else y\n"
+        "def depends(): return Depends()\n"
+    )
+    arguments = [f"quiet:{made}", "--out", "net.pt2", "--input", f"{size}x3x9x9"]
+    # Of its own, since torch logs to the stderr that it began with.
+    run = subprocess.run(
+        [sys.executable, "-m", "batchnorm", "fold", *arguments], capture_output=True, text=True
+    )
+    assert run.returncode == status
+    assert run.stdout.startswith("folded 1 of 1")
+    assert all(line.startswith("batchnorm: ") for line in run.stderr.splitlines())
 
 
 # ---- what is known of the model -----------------------------------------------------------------
