@@ -496,7 +496,7 @@ def fold_cases() -> str:
         f"{name} {about['versions'][name].split('+')[0]}"
         for name in ("torch", "onnxruntime", "onnxoptimizer", "onnxsim", "onnxslim", "onnx")
     )
-    verdicts = (*SIGNS, "n/a")
+    heads = {verdict: verdict for verdict in SIGNS} | {"n/a": "not for this"}
 
     def misrounded(found: list[Any], dtype: str) -> str:
         known = [row for row in found if row.weights > 0 and type_of(row) == dtype]
@@ -512,11 +512,17 @@ def fold_cases() -> str:
         f"{len({row.case for row in rows})} cases: how many of each verdict, and the share of "
         f"folded weights that are not the nearest number of their type to the exact one. "
         f"{versions}.",
-        ["", *verdicts, *(f"not nearest, {t}" for t in ("float32", "bfloat16", "float16"))],
+        [
+            "",
+            *heads.values(),
+            "refused, could be folded",
+            *(f"not nearest, {t}" for t in ("float32", "bfloat16", "float16")),
+        ],
         [
             [
                 name,
-                *(str(sum(row.verdict == verdict for row in found)) for verdict in verdicts),
+                *(str(sum(row.verdict == verdict for row in found)) for verdict in heads),
+                str(sum(row.verdict == "refused" and row.stays == "False" for row in found)),
                 *(misrounded(found, t) for t in ("float32", "bfloat16", "float16")),
             ]
             for key, name in FOLDERS.items()
@@ -543,6 +549,8 @@ def fold_cases() -> str:
             of_kind = [row for row in rows if row.kind == kind]
             for line in dict.fromkeys(row.line for row in of_kind):
                 found = [row for row in of_kind if row.line == line]
+                if all(row.verdict == "n/a" for row in found):
+                    continue
                 cases = len({row.case for row in found})
                 lines.append(
                     [
@@ -581,6 +589,67 @@ def fold_cases() -> str:
     )
 
 
+def fold_models() -> str:
+    """Models of other libraries, folded: `benchmarks/fold_models.py`."""
+    rows, about = read("fold_models"), read_about("fold_models")
+    by_model: dict[tuple[str, str], dict[tuple[str, str], Any]] = {}
+    for row in rows:
+        by_model.setdefault((row.library, row.model), {})[row.by, row.provider] = row
+
+    def counts(row: Any) -> str:
+        return f"{row.folded} / {row.refused} / {row.left}" if row.status != "failed" else ""
+
+    def ratio(found: dict[tuple[str, str], Any], by: str) -> str:
+        row = found.get((by, "folded"))
+        return "" if row is None or math.isnan(row.ratio) else f"{row.ratio:.2f}"
+
+    runtimes = ("PyTorch", "onnxruntime", "onnxruntime, not optimizing")
+    lines = []
+    for (library, model), found in by_model.items():
+        torch, onnx = (found.get((by, "folded")) for by in runtimes[:2])
+        assert torch is not None
+        shown = "" if onnx is None else counts(onnx)
+        if onnx is not None and onnx.status == "failed":
+            shown = "not run ¹"
+        lines.append(
+            [
+                f"{library} {model}",
+                counts(torch),
+                plain(torch.relative_error) if torch.status != "failed" else "",
+                f"{torch.share:.3f}" if torch.status != "failed" else "",
+                shown,
+                *(ratio(found, by) for by in runtimes),
+            ]
+        )
+
+    def overall(by: str) -> str:
+        ratios = [
+            row.ratio
+            for row in rows
+            if (row.by, row.provider) == (by, "folded") and row.folded and row.ratio > 0
+        ]
+        return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}"
+
+    lines.append(["**geometric mean**", "", "", "", "", *(f"**{overall(by)}**" for by in runtimes)])
+    versions = ", ".join(
+        f"{name} {about['versions'][name].split('+')[0]}"
+        for name in ("torch", "torchvision", "timm", "onnx", "onnxruntime")
+    )
+    caption = (
+        f"{len(by_model)} models: batch norms folded / refused / alone, how far outputs differ, "
+        "over the largest output, the largest error of a layer over its bound, the batch norms of "
+        "the ONNX file, "
+        "and the time of an inference over that of the model as it is, of 2 images. "
+        f"{about['cpu']}, {about['torch_threads']} threads; {versions}."
+    )
+    return markdown(
+        caption,
+        ["", "PyTorch", "error", "of bound", "ONNX", "time, PyTorch", "time, onnxruntime",
+         "time, onnxruntime not optimizing"],
+        lines,
+    )  # fmt: skip
+
+
 #: Name of a table to the page that holds it and what makes it.
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "speed": ("README.md", speed),
@@ -596,6 +665,7 @@ TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "dataset_stats": ("docs/howto/large-data.md", dataset_stats),
     "images": ("docs/howto/images.md", images),
     "fold_cases": ("docs/folding-tools.md", fold_cases),
+    "fold_models": ("docs/folding-models.md", fold_models),
     "sklearn_scaler": ("docs/howto/scikit-learn.md", sklearn_scaler),
 }
 END = "<!-- /benchmark -->"

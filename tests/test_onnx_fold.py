@@ -1063,6 +1063,18 @@ def test_fold_raises_when_strict_and_beyond_tol():
     assert raised.value.report.pairs
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_fold_leaves_what_is_not_finite_out_of_comparisons(value):
+    proto, x = convolutions("z = Conv(x, w) " + AFTER), array(1, 4, 5, 5)
+    x[0, 0, 0, 0] = value
+    (pair,) = fold(proto, {"x": x})[1].pairs
+    assert 0 < pair.error < pair.bound < 1
+    _, report = fold(proto, {"x": np.full_like(x, value)})
+    assert "it could not be compared on the inputs" in next(iter(report.refused.values()))
+    assert math.isnan(report.error)
+    assert math.isnan(report.optimized_error)
+
+
 def test_fold_refuses_an_error_beyond_its_bound(monkeypatch):
     from batchnorm.onnx.fold import layers
 
@@ -1097,12 +1109,17 @@ def test_fold_names_what_is_wrong_with_inputs(inputs, kind, message):
 @pytest.mark.parametrize("tol", [-1, math.nan, "1"])
 def test_fold_raises_for_a_tol_that_is_none(tol):
     with pytest.raises(ArgumentError, match="tol must be a number"):
-        fold(convolutions("z = Conv(x, w) " + AFTER), {"x": X}, tol=tol)
+        fold(convolutions("z = Conv(x, w) " + AFTER), {"x": X}, tol=tol, strict=True)
+
+
+def test_fold_raises_for_a_tol_without_strict():
+    with pytest.raises(ArgumentError, match="tol must come with strict=True"):
+        fold(convolutions("z = Conv(x, w) " + AFTER), {"x": X}, tol=1.0)
 
 
 def test_fold_raises_for_a_tol_without_inputs():
     with pytest.raises(ArgumentError, match="tol must come with inputs"):
-        fold(convolutions("z = Conv(x, w) " + AFTER), tol=1.0)
+        fold(convolutions("z = Conv(x, w) " + AFTER), tol=1.0, strict=True)
 
 
 def test_fold_says_that_onnxruntime_does_not_know_an_operator():

@@ -1,5 +1,6 @@
 """batchnorm.passage: real layers of every framework evaluate and train on as the others' do."""
 
+import doctest
 import inspect
 import json
 import zipfile
@@ -14,6 +15,7 @@ from batchnorm.passage import FRAMEWORKS, BatchNormState, files, read, translate
 from passage_layers import CHANNELS, LAYERS, import_keras, keras_numpy
 
 EVERY = list(FRAMEWORKS)
+STATISTICS = ("mean", "var", "gamma", "beta")
 PAGE = Path(__file__).parent.parent / "docs" / "howto" / "passage.md"
 #: Weight of the new value: not 1/2, so that both directions differ.
 MOMENTUM, EPS, STEPS = 0.2, 2e-3, 5
@@ -126,7 +128,10 @@ def test_frameworks_defaults_are_those_of_the_constructor(framework):
     row = FRAMEWORKS[framework]
     assert defaults[row.momentum] == row.default_momentum
     assert defaults[row.eps] == row.default_eps
-    assert {row.axis, row.scale, row.shift} - {None} <= defaults.keys()
+    assert {row.scale, row.shift} - {None} <= defaults.keys()
+    if row.axis is not None:
+        default = {"channels_last": -1}.get(defaults[row.axis], defaults[row.axis])
+        assert default == row.channel_axis
 
 
 def _constructor_defaults(framework):
@@ -251,7 +256,7 @@ def test_read_undoes_write(framework):
     ((name, state),) = states.items()
     assert name.replace("/", ".") == "net.bn"
     assert left_out == []
-    for field in ("mean", "var", "gamma", "beta"):
+    for field in STATISTICS:
         np.testing.assert_array_equal(getattr(state, field), getattr(_state(), field))
     assert state.unbiased == FRAMEWORKS[framework].unbiased
     assert state.count == (1 if "count" in FRAMEWORKS[framework].paths else None)
@@ -317,7 +322,7 @@ def test_translate_takes_the_batch_norms_of_a_network_of_torch():
     )
     found = translate(
         net.state_dict(), "torch", "keras", momentum=0.1, eps=1e-5,
-        names={"1": "first"}, channel_axis=-1,
+        names={"1": "first"},
     )  # fmt: skip
     assert {name.rpartition("/")[0] for name in found.arrays} == {"first", "3/0"}
     assert found.left_out == ["0.weight", "0.bias", "2.weight", "2.bias"]
@@ -353,7 +358,7 @@ def test_page_lists_the_conventions():
     rows = [
         [c.strip(" `") for c in line.split("|")[1:-1]] for line in PAGE.read_text().splitlines()
     ]
-    table = {row[1]: (row[0], *row[2:]) for row in rows if len(row) == 8}
+    table = {row[1]: (row[0], *row[2:]) for row in rows if len(row) == 9}
     assert table.keys() >= FRAMEWORKS.keys()
     for name, row in FRAMEWORKS.items():
         assert table[name] == (
@@ -364,7 +369,64 @@ def test_page_lists_the_conventions():
             "unbiased" if row.unbiased else "biased",
             "yes" if "count" in row.paths else "no",
             "yes" if row.debiased else "no",
+            f"{'' if row.axis else 'always '}{row.channel_axis}",
         )
+
+
+def _of_page(function):
+    """A function that the page shows."""
+    shown = doctest.DocTestParser().get_examples(PAGE.read_text(encoding="utf-8"))
+    (source,) = (e.source for e in shown if e.source.startswith(f"def {function}("))
+    names = {}
+    exec(source, names)
+    return names[function]
+
+
+@pytest.mark.filterwarnings("ignore")  # of Keras
+@pytest.mark.skipif(not PAGE.exists(), reason="no documentation in this checkout")
+def test_page_assigns_arrays_to_a_model_of_keras():
+    model, assign = _keras_model(), _of_page("assign")
+    before = [keras_numpy(v) for v in model.variables]
+    name = model.layers[1].variables[0].path.rpartition("/")[0]
+    arrays, _ = write({name: _state(**{k: np.full(4, 9.0) for k in STATISTICS})}, "keras")
+    assign(model, arrays)
+    for variable, old in zip(model.variables, before, strict=True):
+        new = 9.0 if variable.path in arrays else old
+        assert (keras_numpy(variable) == new).all()
+    with pytest.raises(AssertionError):
+        assign(model, write({"norm_of_another_name": _state()}, "keras")[0])
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="no documentation in this checkout")
+def test_page_merges_arrays_into_variables_of_flax():
+    linen, jax = pytest.importorskip("flax.linen"), pytest.importorskip("jax")
+    model = linen.Sequential([linen.Dense(2), linen.BatchNorm(use_running_average=True)])
+    x, merged = np.ones((3, 2), np.float32), _of_page("merged")
+    variables = model.init(jax.random.key(0), x)
+    state = _state()
+    changed = merged(variables, write({"layers_1": state}, "flax")[0])
+    z = x @ np.asarray(variables["params"]["layers_0"]["kernel"], np.float64)
+    expected = (z - state.mean) / np.sqrt(state.var + state.eps) * state.gamma + state.beta
+    np.testing.assert_allclose(model.apply(changed, x), expected, rtol=1e-4)
+    with pytest.raises(KeyError):
+        merged(variables, write({"layers_2": state}, "flax")[0])
+    longer, _ = write({"layers_1": _state(**{k: np.ones(3) for k in STATISTICS})}, "flax")
+    with pytest.raises(AssertionError):
+        merged(variables, longer)
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="no documentation in this checkout")
+def test_page_merges_arrays_into_a_model_of_nnx():
+    nnx, merged = pytest.importorskip("flax.nnx"), _of_page("merged")
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(3, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs))
+    state = nnx.state(model)
+    variables = nnx.to_pure_dict(state)
+    arrays, _ = write({"layers/1": _state()}, "nnx")
+    nnx.replace_by_pure_dict(state, merged(variables, arrays))
+    nnx.update(model, state)
+    assert model.layers[1].mean[...].tolist() == MEAN
+    np.testing.assert_array_equal(model.layers[0].kernel[...], variables["layers"][0]["kernel"])
 
 
 # ---- what is said -------------------------------------------------------------------------------
@@ -387,6 +449,50 @@ def test_translate_says_what_differs_when_training_goes_on(source, target, momen
     options = _choices(target, 1) | ({"count": 9} if target == "haiku" else {})
     found = translate(arrays, source, target, momentum=momentum, eps=1e-5, **options)
     assert [text for text in found.notes if said in text]
+
+
+SOME_AXIS = [name for name, row in FRAMEWORKS.items() if row.axis]
+
+
+@pytest.mark.parametrize("target", SOME_AXIS)
+@pytest.mark.parametrize("source", ["torch", "numpy", "equinox", "onnx", "keras"])
+def test_translate_puts_channels_where_the_target_has_them_and_says_so(source, target):
+    """PyTorch's axis is that of its own batches, not of those that the target will get."""
+    arrays, _ = _write(source)
+    options = {"momentum": 0.5, "eps": 1e-5} | (
+        {"ndim": 4, "count": 9} if target == "haiku" else {}
+    )
+    usual = translate(arrays, source, target, **options)
+    axis = FRAMEWORKS[target].channel_axis
+    given = translate(arrays, source, target, channel_axis=axis, **options)
+    assert usual.settings == given.settings
+    said = [text for text in usual.notes if text not in given.notes]
+    other = FRAMEWORKS[source].channel_axis
+    if other == axis:
+        assert said == []
+    else:
+        (note,) = said
+        assert f"as is usual in {FRAMEWORKS[target].title}; channel_axis={other} (" in note
+
+
+def test_translate_carries_an_axis_that_was_chosen():
+    arrays, _ = _write("keras")
+    own = {"net/bn": {"channel_axis": 1}}
+    found = translate(arrays, "keras", "flax", momentum=0.99, eps=1e-3, settings=own)
+    assert found.settings["net/bn"]["axis"] == 1
+    assert found.notes == []
+
+
+def test_translate_from_torch_evaluates_batches_as_flax_has_them():
+    """16×16 images with 16 channels, where a wrong axis is not refused."""
+    rng = np.random.default_rng(0)
+    old = _fresh("torch", -1)
+    found = translate(old.arrays(), "torch", "flax", momentum=MOMENTUM, eps=EPS)
+    linen = pytest.importorskip("flax.linen")
+    layer = linen.BatchNorm(use_running_average=True, **found.settings[""])
+    x = rng.normal(size=(2, CHANNELS, CHANNELS, CHANNELS)).astype(np.float32)
+    y = layer.apply(found.arrays, np.moveaxis(x, 1, -1))
+    np.testing.assert_allclose(np.moveaxis(y, -1, 1), old.evaluate(x), **CLOSE)
 
 
 def test_translate_has_nothing_to_say_between_equal_conventions():
@@ -448,7 +554,6 @@ def test_write_refuses_a_momentum_that_leaves_nothing_to_debias(target):
     [
         ({"ndim": None}, "ndim must be"),
         ({"ndim": 1}, "ndim must be"),
-        ({"channel_axis": None}, "channel_axis must be 1 or -1"),
         ({"channel_axis": 2, "ndim": 4}, "channel_axis must be 1 or -1"),
     ],
 )
@@ -475,6 +580,23 @@ def test_read_refuses_variables_of_linen_as_those_of_nnx():
     """Without it, scale and bias would be lost, which are elsewhere."""
     with pytest.raises(ArgumentError, match="source='flax'"):
         read(_write("flax")[0], "nnx", momentum=0.5, eps=1e-5)
+
+
+def test_translate_refuses_a_network_and_says_what_to_pass():
+    nn = pytest.importorskip("torch.nn")
+    with pytest.raises(ArgumentError, match=r"got BatchNorm1d. Pass net.state_dict\(\)"):
+        translate(nn.BatchNorm1d(2), "torch", "keras", **GIVEN)
+
+
+def test_translation_prints_a_summary_without_arrays():
+    arrays = BN | {"fc.weight": np.ones((2, 2))} | {f"a{k}": np.ones((1, 1)) for k in range(30)}
+    found = translate(arrays, "torch", "onnx", **GIVEN)
+    first, build, left_out, *notes = repr(found).splitlines()
+    assert first == "Translation of batch norms: bn"
+    assert build == "build them with momentum=0.9, epsilon=1e-05"
+    assert left_out.startswith("left out 31 other arrays: fc.weight, a0, a1,")
+    assert left_out.endswith(", a18 and 11 more")
+    assert notes == [f"note: {text}" for text in found.notes] != []
 
 
 def test_translate_copies_arrays():
@@ -520,9 +642,9 @@ def test_command_prints_how_to_build_the_layers(folder, capsys):
     assert _run("net.pt", "net.npz", "--to", "keras", "--rename", "1=net/bn", *NUMBERS) == cli.DONE
     output, errors = capsys.readouterr()
     assert output.splitlines() == [
-        "left out 2 other arrays: 0.weight, 0.bias",
         "translated 1 batch norm from PyTorch to Keras 3",
-        "build them with momentum=0.9, epsilon=1e-05, scale=True, center=True, axis=1",
+        "build them with momentum=0.9, epsilon=1e-05, scale=True, center=True, axis=-1",
+        "left out 2 other arrays: 0.weight, 0.bias",
         "wrote net.npz",
     ]
     assert "biased variances" in errors
@@ -768,30 +890,58 @@ def test_command_refuses_damaged_files_in_one_line(name, content, folder, capsys
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["none.pt", "out.npz", "--to", "keras", *NUMBERS], "there is no such file"),
-        (["net.npz", "out.npz", "--to", "keras", *NUMBERS], "Pass --from"),
+        (["none.pt", "net.npz", "--to", "keras"], "none.pt: there is no such file. Name another."),
+        (["other.npz", "out.npz", "--to", "keras", *NUMBERS], "names its arrays so. Pass --from"),
         (["net.npz", "out.npz", "--from", "torch", *NUMBERS], "Pass --to"),
-        (["net.npz", "out.npz", "--from", "mxnet", "--to", "keras"], "must be one of torch,"),
-        (["net.npz", "out.pkl", "--from", "torch", *NUMBERS], "must end in .pt, .pth,"),
+        (["net.npz", "out.npz", "--from", "pytorch", "--to", "keras"], "one of torch (PyTorch),"),
+        (["net.npz", "out.npz", "--to", "jax"], "nnx (Flax NNX), haiku (Haiku), equinox ("),
+        (["net.npz", "out.h5"], "end in .pt, .pth, .safetensors, .npz, .msgpack. Name it so."),
+        (["net.h5", "out.npz", "--to", "keras"], "Save the weights in such a file."),
         (["net.npz", "out.pt", "--from", "torch", "--to", "keras"], "is a file of torch, not of"),
         (["net.npz", "out.keras", "--from", "torch", *NUMBERS], "hold whole models"),
         (["net.npz", "out.onnx", "--from", "torch", *NUMBERS], "hold whole models"),
-        (["net.npz", "net.npz", "--from", "torch", "--to", "torch", *NUMBERS], "exists, and"),
+        (["net.npz", "net.npz", "--to", "torch", *NUMBERS], "holds other things than"),
+        (["net.npz", "other.npz", "--to", "keras", *NUMBERS], "other.npz: exists, and"),
+        (["net.npz", "other.npz", "--to", "keras"], "net.npz: bn: momentum and eps must be given"),
         (["net.npz", "no/out.npz", "--from", "torch", "--to", "torch"], "'no' is not one"),
         (["net.npz", "out.npz", "--from", "torch", "--to", "keras"], "net.npz: bn: momentum and"),
         (["net.npz", "out.npz", "--from", "torch", "--to", "keras", "--rename", "bn"], "OLD=NEW"),
     ],
 )
 def test_command_refuses_in_one_line_and_writes_nothing(arguments, said, folder, capsys):
-    np.savez("net.npz", **BN)
-    before = (folder / "net.npz").read_bytes()
+    np.savez("net.npz", **BN, **{"fc.weight": np.ones((2, 2))})
+    np.savez("other.npz", values=np.ones(2))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert _run(*arguments) == cli.UNUSABLE
     output, errors = capsys.readouterr()
     assert output == ""
     assert said in errors
     assert errors.count("\n") == 1
-    assert [path.name for path in folder.iterdir()] == ["net.npz"]
-    assert (folder / "net.npz").read_bytes() == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_command_replaces_what_it_has_written(folder):
+    np.savez("net.npz", **BN)
+    for mean in (1, 2):
+        np.savez("net.npz", **BN | {"bn.running_mean": np.full(2, mean)})
+        assert _run("net.npz", "out.npz", "--to", "flax", *NUMBERS) == cli.DONE
+        assert np.load("out.npz")["batch_stats/bn/mean"].tolist() == [mean, mean]
+
+
+@pytest.mark.parametrize("framework", EVERY)
+def test_command_recognizes_frameworks_by_the_names_of_arrays(framework, folder, capsys):
+    arrays, _ = _write(framework)
+    files.save(arrays, folder / "net.npz", framework)
+    numbers = ("--momentum", 0.5, "--eps", 1e-5)
+    assert _run("net.npz", "out.npz", "--to", "torch", *numbers) == cli.DONE
+    assert f"from {FRAMEWORKS[framework].title} to PyTorch\n" in capsys.readouterr().out
+
+
+def test_command_recognizes_nnx_in_files_that_are_mostly_of_linen(folder, capsys):
+    pytest.importorskip("msgpack")
+    files.save(_write("nnx")[0], folder / "net.msgpack", "nnx")
+    assert _run("net.msgpack", "out.npz", "--to", "torch", "--momentum", 0.9, "--eps", 0.1) == 0
+    assert "from Flax NNX to" in capsys.readouterr().out
 
 
 def test_save_leaves_nothing_when_writing_fails(folder):

@@ -449,6 +449,34 @@ def test_layers_that_are_refused(change, reason):
     assert f"'0' cannot take it: {reason}" in report.refused["1"]
 
 
+class Three(nn.Conv2d):
+    """Only its constructor is another, as of torchvision's Conv3DSimple."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, 3, bias=False)
+
+    @staticmethod
+    def downsampling(stride):
+        return stride, stride
+
+
+def test_subclass_that_only_constructs_is_folded():
+    model = filled(nn.Sequential(Three(3, 4), nn.BatchNorm2d(4)))
+    folded, report = fold(model, images())
+    assert report.folded == {"1": "0"}
+    assert type(folded[0]) is Three
+    with torch.no_grad():
+        torch.testing.assert_close(folded(images()), model(images()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["_conv_forward", "__call__", "__getattribute__", "stride"])
+def test_subclass_that_defines_what_a_forward_uses_is_refused(name):
+    stride = property(lambda _: (1, 1), lambda *_: None)
+    kind = type("Other", (Three,), {name: getattr(nn.Conv2d, name, stride)})
+    model = filled(nn.Sequential(kind(3, 4), nn.BatchNorm2d(4)))
+    assert "1" in fold(model, images())[1].refused
+
+
 def test_subclasses_of_layers_are_refused():
     class Standardized(nn.Conv2d):
         def forward(self, x):
@@ -986,7 +1014,26 @@ def test_strict_raises_for_an_error_above_tol():
     fold(model, images(), strict=True, tol=1e-4)
     with pytest.raises(FoldError, match=r"'0' differs by .*, more than 1e-12 \(and 1 more\)"):
         fold(model, images(), strict=True, tol=1e-12)
-    fold(model, images(), tol=1e-12)  # which without `strict` is not looked at
+
+
+def test_inputs_without_a_finite_value_compare_nothing():
+    model = filled(block())
+    _, report = fold(model, torch.full((2, 3, 8, 8), math.nan))
+    assert report.refused == {"1": "folded into '0', it could not be compared on the inputs"}
+    assert report.error is not None
+    assert math.isnan(report.error)
+    assert json.loads(report.to_json())["error"] is None
+    with pytest.raises(FoldError):
+        fold(nn.ReLU().eval(), torch.full((2,), math.nan), strict=True)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_left_out_of_comparisons(value):
+    model, x = filled(block()), images()
+    x[0, 0, 0, 0] = value
+    _, report = fold(model, x)
+    assert report.folded == {"1": "0"}
+    assert 0 < report.pairs[0].error < report.pairs[0].bound < 1
 
 
 def test_bound_holds_for_sums_that_cancel():
@@ -1010,7 +1057,8 @@ def test_bound_holds_for_sums_that_cancel():
         (block().train(), {}, "model must be in evaluation mode"),
         (block().eval(), {"dtype": torch.int8}, "dtype must be one of float16, bfloat16, float32"),
         (block().eval(), {"dtype": "float16"}, "dtype must be one of float16, bfloat16, float32"),
-        (block().eval(), {"tol": -1}, "tol must be a number that is not negative"),
+        (block().eval(), {"tol": -1, "strict": True}, "tol must be a number that is not negative"),
+        (block().eval(), {"tol": 0.1}, "tol must come with strict=True"),
         (block().to("meta").eval(), {}, "fold takes a model whose tensors have values"),
         (nn.Sequential(nn.LazyConv2d(3, 1)).eval(), {}, "uninitialized tensors in '0'"),
     ],

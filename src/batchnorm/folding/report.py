@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import ArgumentError, BatchNormError
 
 __all__ = ["FoldError", "FoldReport", "FoldedLayer"]
 
@@ -282,6 +282,16 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+def check_tol(tol: object, *, strict: bool) -> None:
+    """Raise ArgumentError if `tol` is no number that is not negative, or is not asked for."""
+    if tol is None:
+        return
+    if not (isinstance(tol, (int, float)) and tol >= 0):
+        raise ArgumentError(f"tol must be a number that is not negative, or None, got {tol!r}.")
+    if not strict:
+        raise ArgumentError(f"tol must come with strict=True, which raises beyond it, got {tol!r}.")
 
 
 class FoldError(BatchNormError):

@@ -82,9 +82,9 @@ class Sum:
         return total if self.last is None else total.then(self.last)
 
     def see(self, error: Array, input: Array, output: float, *, overflows: bool) -> None:
-        """Add a call to what was seen."""
+        """Add a call to what was seen; of what is finite, on which no other value had a part."""
         self.error = np.maximum(self.error, error)
-        self.input = np.fmax(self.input, input)
+        self.input = np.maximum(self.input, input)
         self.output = max(self.output, output)
         self.overflows |= overflows
         self.calls += 1
@@ -156,12 +156,14 @@ def largest_difference(
 ) -> tuple[float | None, float | None]:
     """Largest difference of two lists of real arrays, and that over the largest value of the first.
 
-    None if there are no arrays; infinite if their shapes differ.
+    None if there are no arrays; infinite if their shapes differ; NaN if no value is finite.
     """
     if not one and not other:
         return None, None
     if [v.shape for v in one] != [v.shape for v in other]:
         return math.inf, math.inf
+    if all(v.size and not np.isfinite(v.astype(np.float64)).any() for v in one):
+        return math.nan, math.nan
     error = largest = 0.0
     for s, t in zip(one, other, strict=True):
         x, y = s.astype(np.float64), t.astype(np.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +19,9 @@ from batchnorm.extras import import_extra
 from batchnorm.native import is_bfloat16
 
 from .frameworks import FRAMEWORKS, find
+from .translation import count_arrays, read
 
-__all__ = ["check_out", "framework_of", "load", "save"]
+__all__ = ["check_out", "load", "save", "source_of", "target_of"]
 
 #: Arrays by name, and settings by layer.
 Loaded = tuple[Mapping[Any, Any], dict[str, dict[str, Any]]]
@@ -35,23 +37,40 @@ class _Format(NamedTuple):
     frameworks: tuple[str, ...] = tuple(FRAMEWORKS)
 
 
-def framework_of(path: Path, option: str) -> str:
-    """The framework that a file is of, if its name tells.
+def source_of(path: Path, arrays: Mapping[Any, Any]) -> str:
+    """The framework that has batch norms of most of the arrays; the likeliest of equals.
 
     Raises
     ------
     ArgumentError
-        It does not, or the kind of file is not known; `option` tells it.
+        None has, and the kind of file does not tell.
     """
     frameworks = _format_of(path).frameworks
+    numbers = {name: count_arrays(arrays, name) for name in frameworks}
+    if frameworks == tuple(FRAMEWORKS) and not any(numbers.values()):
+        raise ArgumentError(
+            f"{path}: no framework names its arrays so. Pass --from: {', '.join(FRAMEWORKS)}."
+        )
+    return max(frameworks, key=numbers.__getitem__)
+
+
+def target_of(path: Path) -> str:
+    """The framework whose files end so.
+
+    Raises
+    ------
+    ArgumentError
+        Those of all do, or such files are not written.
+    """
+    frameworks = _format_of(path, writing=True).frameworks
     if frameworks == tuple(FRAMEWORKS):
         raise ArgumentError(
-            f"{path}: may hold arrays of any framework. Pass {option}: {', '.join(FRAMEWORKS)}."
+            f"{path}: may hold arrays of any framework. Pass --to: {', '.join(FRAMEWORKS)}."
         )
     return frameworks[0]
 
 
-def load(path: Path, source: str) -> Loaded:
+def load(path: Path, source: str | None = None) -> Loaded:
     """The arrays in a file, and for each batch norm the settings that the file tells.
 
     Raises
@@ -62,6 +81,8 @@ def load(path: Path, source: str) -> Loaded:
         A package that reads it is not installed.
     """
     form = _format_of(path, source)
+    if not os.path.exists(path):  # Path.exists raises if a name is too long
+        raise ArgumentError(f"{path}: there is no such file. Name another.")
     try:
         return form.load(path)
     except BatchNormError as error:
@@ -69,7 +90,7 @@ def load(path: Path, source: str) -> Loaded:
             raise
         raise type(error)(f"{path}: {error}") from error
     except Exception as error:  # h5py, zipfile, protobuf and msgpack raise all kinds
-        why = "there is no such file" if not path.exists() else f"{type(error).__name__}: {error}"
+        why = f"{type(error).__name__}: {error}"
         raise ArgumentError(f"{path}: cannot be read ({why}). Name another file.") from error
 
 
@@ -79,29 +100,31 @@ def check_out(path: Path, target: str) -> None:
     Raises
     ------
     ArgumentError
-        Its kind is not written, or not for this framework; it exists; or its folder does not.
+        Its kind is not written, or not for this framework; or its folder does not exist.
     """
-    if _format_of(path, target).save is None:
+    if _format_of(path, target, writing=True).save is None:
         raise ArgumentError(
             f"{path}: is not written, since such files hold whole models, and not their batch "
             "norms alone. Write a .npz file and assign its arrays to the layers."
         )
     check_place(path, "a file of weights", "translated.npz")
-    if path.exists():
-        raise ArgumentError(
-            f"{path}: exists, and would be left with nothing but batch norms. Name a new file."
-        )
 
 
 def save(arrays: Mapping[Any, Any], path: Path, target: str) -> None:
-    """Write arrays of a framework, completely or not at all.
+    """Write arrays of a framework, completely or not at all, in place of such a file if it exists.
 
     Raises
     ------
     ArgumentError
-        As `check_out`, or the file cannot be written.
+        As `check_out`; the file exists and holds anything but batch norms of that framework; or it
+        cannot be written.
     """
     check_out(path, target)
+    if path.exists() and not _holds_batch_norms_alone(path, target):
+        raise ArgumentError(
+            f"{path}: exists, and holds other things than batch norms of {find(target).title}, "
+            "which would be lost. Name another file, or remove it."
+        )
     write, framework = _format_of(path).save, find(target)
     assert write is not None
     if write is not _save_msgpack:
@@ -114,10 +137,19 @@ def save(arrays: Mapping[Any, Any], path: Path, target: str) -> None:
         write(arrays, beside)
 
 
-def _format_of(path: Path, framework: str | None = None) -> _Format:
+def _holds_batch_norms_alone(path: Path, framework: str) -> bool:
+    try:
+        return not read(load(path, framework)[0], framework, momentum=0.5, eps=1)[1]
+    except BatchNormError:
+        return False
+
+
+def _format_of(path: Path, framework: str | None = None, *, writing: bool = False) -> _Format:
     forms = [form for suffix, form in FORMATS.items() if path.name.lower().endswith(suffix)]
     if not forms:
-        raise ArgumentError(f"{path}: must end in {', '.join(FORMATS)}. Save arrays as one.")
+        known = [suffix for suffix, form in FORMATS.items() if form.save or not writing]
+        remedy = "Name it so" if writing else "Save the weights in such a file"
+        raise ArgumentError(f"{path}: must end in {', '.join(known)}. {remedy}.")
     form = forms[0]
     if framework is not None and find(framework) and framework not in form.frameworks:
         raise ArgumentError(

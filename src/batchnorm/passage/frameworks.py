@@ -30,7 +30,7 @@ class Framework:
         The constructor's arguments that switch them off: the same if both go together, None if
         neither can go.
     momentum, eps, axis : str
-        The constructor calls them so; None for an axis that is not its own to choose.
+        The constructor calls them so; None for an axis that cannot be chosen.
     momentum_of_new : bool
         Momentum is the weight of the new value in the running statistics, not of the old one.
     unbiased : bool
@@ -41,8 +41,8 @@ class Framework:
         Averages begin with zero and are divided by 1 − momentum^count, as in Adam.
     nested : bool
         Arrays come as dicts of dicts.
-    channel_axis : int or None
-        The axis of the channels in batches, if the layer knows but one.
+    channel_axis : int
+        The axis of the channels in batches by default, or always if `axis` is None.
     """
 
     title: str
@@ -59,7 +59,7 @@ class Framework:
     default_eps: float = 1e-5
     debiased: bool = False
     nested: bool = False
-    channel_axis: int | None = None
+    channel_axis: int = -1
 
     @property
     def paths(self) -> dict[str, str]:
@@ -120,7 +120,8 @@ def find(name: str) -> Framework:
         There is none.
     """
     if name not in FRAMEWORKS:
-        raise ArgumentError(f"a framework must be one of {', '.join(FRAMEWORKS)}, got {name!r}.")
+        known = ", ".join(f"{name} ({row.title})" for name, row in FRAMEWORKS.items())
+        raise ArgumentError(f"a framework must be one of {known}, got {name!r}.")
     return FRAMEWORKS[name]
 
 
@@ -136,7 +137,7 @@ FRAMEWORKS: dict[str, Framework] = {
     ),
     "numpy": Framework(
         "batchnorm.BatchNorm", ".", f"gamma=*/gamma beta=*/beta {_TORCH}", "affine", "affine",
-        axis="channel_axis", **_OURS,
+        axis="channel_axis", channel_axis=1, **_OURS,
     ),
     "keras": Framework(
         "Keras 3", "/",

@@ -37,7 +37,7 @@ class BatchNormState:
     gamma, beta : (C,)
         Scale and shift; None if the layer has none.
     channel_axis : int
-        Axis of the channels in the layer's batches; None if that is not known.
+        Axis of the channels in the layer's batches; None if it was not chosen, or is not known.
     unbiased : bool
         Whether training averages the unbiased variances of batches.
     count : int
@@ -101,6 +101,25 @@ class Translation:
     left_out: list[str]
     notes: list[str]
 
+    def summary(self) -> list[str]:
+        """How to build the layers, and which arrays were left out, in lines of text."""
+        groups: dict[str, list[str]] = {}
+        for name, chosen in self.settings.items():
+            text = ", ".join(f"{key}={value!r}" for key, value in chosen.items())
+            groups.setdefault(text, []).append(name or "the layer")
+        lines = []
+        for text, names in groups.items():
+            lines.append(f"build {'them' if len(groups) == 1 else ', '.join(names)} with {text}")
+        if number := len(self.left_out):
+            arrays = f"{number} other array{'s' * (number != 1)}"
+            lines.append(f"left out {arrays}: {_some(self.left_out, 20)}")
+        return lines
+
+    def __repr__(self) -> str:
+        """The layers, the summary and the notes, but not the arrays."""
+        lines = [f"Translation of batch norms: {_some(self.settings, 20)}", *self.summary()]
+        return "\n".join([*lines, *(f"note: {text}" for text in self.notes)])
+
 
 def translate(
     arrays: Mapping[Any, Any],
@@ -153,7 +172,7 @@ def translate(
             raise ArgumentError(f"two layers would be called {called!r}. Rename one by names.")
         renamed[called] = state
     written, built = write(renamed, target, channel_axis=channel_axis, ndim=ndim, count=count)
-    return Translation(written, built, left_out, _notes(renamed, old, new))
+    return Translation(written, built, left_out, _notes(renamed, old, new, channel_axis))
 
 
 def read(
@@ -200,13 +219,10 @@ def read(
     framework = find(source)
     given = {"momentum": momentum, "eps": eps}
     settings = settings or {}
-    flat = dict(framework.flatten(arrays))
+    flat = _flatten(arrays, framework)
     states: dict[str, BatchNormState] = {}
     used: set[Path] = set()
-    for path, values in flat.items():
-        layer = framework.layer_of("mean", path)
-        if layer is None or framework.place("var", layer) not in flat or not _is_one_axis(values):
-            continue
+    for layer in _layers(flat, framework):
         name = framework.separator.join(layer)
         places = {role: framework.place(role, layer) for role in framework.paths}
         with _naming(name):
@@ -231,6 +247,33 @@ def read(
         if value is not None and all(option in settings.get(name, {}) for name in states):
             raise ArgumentError(f"{option} is known for each layer, but got {value}. Leave it out.")
     return states, left_out
+
+
+def count_arrays(arrays: Mapping[Any, Any], source: str) -> int:
+    """The number of arrays that are of batch norms, if they are named as `source` names them."""
+    framework = find(source)
+    flat = _flatten(arrays, framework)
+    places = [framework.place(r, a) for a in _layers(flat, framework) for r in framework.paths]
+    return sum(place in flat for place in places)
+
+
+def _flatten(arrays: Mapping[Any, Any], framework: Framework) -> dict[Path, Any]:
+    if not isinstance(arrays, Mapping):
+        raise ArgumentError(
+            f"arrays must be a dict of arrays by name, got {type(arrays).__name__}. Pass "
+            "net.state_dict() of PyTorch, {v.path: v for v in model.variables} of Keras."
+        )
+    return dict(framework.flatten(arrays))
+
+
+def _layers(flat: Mapping[Path, Any], framework: Framework) -> list[Path]:
+    """The layers whose arrays these are."""
+    found = {path: framework.layer_of("mean", path) for path in flat}
+    return [
+        layer
+        for path, layer in found.items()
+        if layer is not None and framework.place("var", layer) in flat and _is_one_axis(flat[path])
+    ]
 
 
 @contextlib.contextmanager
@@ -285,7 +328,7 @@ def _state(
     if "first" in values and values["first"].any():
         raise ArgumentError("has seen no batch yet, so it has no statistics. Train it first.")
     count = _as_count(values["count"]) if "count" in values else None
-    axis = settings.get("channel_axis", framework.channel_axis)
+    axis = settings.get("channel_axis")
     if framework.axis == "data_format":  # arrays are (1, ..., C, ..., 1)
         shape = values["mean"].shape
         long = [k for k, length in enumerate(shape) if length != 1]
@@ -325,7 +368,7 @@ def write(
         A name in `FRAMEWORKS`.
     channel_axis : int
         Axis of the channels in the target's batches, where its layers have a choice; by default
-        that of each state.
+        that of each state, or if it has none, the default of the target.
     ndim : int
         Number of axes of the batches, on which the shapes of Haiku's arrays depend.
     count : int
@@ -357,7 +400,8 @@ def write(
     arrays: dict[Path, Any] = {}
     settings = {}
     for name, state in states.items():
-        axis = state.channel_axis if channel_axis is None else channel_axis
+        chosen = state.channel_axis if channel_axis is None else channel_axis
+        axis = framework.channel_axis if chosen is None else chosen
         with _naming(name):
             values = _values(state, framework, state.count if count is None else count)
             if framework.axis == "data_format":
@@ -401,18 +445,15 @@ def _values(state: BatchNormState, framework: Framework, count: int | None) -> d
 def _has_one_more(state: BatchNormState, framework: Framework) -> bool:
     """Whether the framework has scale or shift where the state has none."""
     has = (state.gamma is not None, state.beta is not None)
-    return (
-        not all(has)
-        if framework.scale is None
-        else (framework.scale == framework.shift and any(has) and not all(has))
-    )
+    together = framework.scale == framework.shift
+    return together and not all(has) and (any(has) or framework.scale is None)
 
 
-def _shape(axis: int | None, ndim: int | None) -> list[int]:
+def _shape(axis: int, ndim: int | None) -> list[int]:
     """The shape of Haiku's arrays."""
     if ndim is None or ndim < 2:
         raise ArgumentError(f"ndim must be the number of axes of a batch, such as 4, got {ndim}.")
-    if axis is None or axis not in (1, -1, ndim - 1):
+    if axis not in (1, -1, ndim - 1):
         raise ArgumentError(
             f"channel_axis must be 1 or -1, which are Haiku's data formats, got {axis}."
         )
@@ -422,7 +463,7 @@ def _shape(axis: int | None, ndim: int | None) -> list[int]:
 
 
 def _settings(
-    state: BatchNormState, framework: Framework, roles: Iterable[str], axis: int | None
+    state: BatchNormState, framework: Framework, roles: Iterable[str], axis: int
 ) -> dict[str, Any]:
     momentum = state.momentum if framework.momentum_of_new else _complement(state.momentum)
     found: dict[str, Any] = {framework.momentum: momentum, framework.eps: state.eps}
@@ -431,12 +472,17 @@ def _settings(
             found[option] = role in roles
     if framework.axis == "data_format":
         found["data_format"] = "channels_first" if axis == 1 else "channels_last"
-    elif framework.axis is not None and axis is not None:
+    elif framework.axis is not None:
         found[framework.axis] = axis
     return found
 
 
-def _notes(states: Mapping[str, BatchNormState], old: Framework, new: Framework) -> list[str]:
+def _notes(
+    states: Mapping[str, BatchNormState],
+    old: Framework,
+    new: Framework,
+    channel_axis: int | None,
+) -> list[str]:
     notes = []
     if old.unbiased != new.unbiased:
         kinds = ("unbiased", "biased") if new.unbiased else ("biased", "unbiased")
@@ -452,8 +498,16 @@ def _notes(states: Mapping[str, BatchNormState], old: Framework, new: Framework)
         )
     if "first" in new.paths and new is not old:
         notes.append(f"in training, {new.title} normalizes by the running statistics")
-    if new.channel_axis and any(s.channel_axis != new.channel_axis for s in states.values()):
-        notes.append(f"batches of {new.title} have their channels on axis {new.channel_axis}")
+    axes = {state.channel_axis for state in states.values()}
+    where = "the last axis" if new.channel_axis == -1 else f"axis {new.channel_axis}"
+    if new.axis is None:
+        if {old.channel_axis if axis is None else axis for axis in axes} != {new.channel_axis}:
+            notes.append(f"batches of {new.title} have their channels on {where}")
+    elif channel_axis is None and None in axes and old.channel_axis != new.channel_axis:
+        notes.append(
+            f"channels are on {where}, as is usual in {new.title}; channel_axis={old.channel_axis} "
+            f"(--channel-axis {old.channel_axis}) if batches stay as in {old.title}"
+        )
     if more := [name for name, state in states.items() if _has_one_more(state, new)]:
         notes.append(
             f"{new.title} has scale and shift together: 1 or 0 was added in {_some(more)}, and "
@@ -505,7 +559,7 @@ def _as_count(values: Array) -> int:
     return int(values.reshape(-1)[0])
 
 
-def _some(names: Iterable[str]) -> str:
+def _some(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return (", ".join(name or "the layer" for name in names[:3]) or "nothing") + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(name or "the layer" for name in names[:most]) or "nothing") + more

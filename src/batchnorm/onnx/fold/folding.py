@@ -14,6 +14,7 @@ from onnx import ModelProto
 from ...atomic import check_place, is_same
 from ...errors import ArgumentError, BatchNormError
 from ...folding import FoldReport
+from ...folding.report import check_tol
 from ..files import (
     Data,
     check,
@@ -64,8 +65,7 @@ def fold(
             f"fold takes an onnx.ModelProto, got {type(model).__name__}. onnx.load(path) returns "
             "one."
         )
-    if tol is not None and not (isinstance(tol, (int, float)) and tol >= 0):
-        raise ArgumentError(f"tol must be a number that is not negative, or None, got {tol!r}.")
+    check_tol(tol, strict=strict)
     if tol is not None and inputs is None:
         raise ArgumentError("tol must come with inputs: without them, nothing is compared.")
     data = Data(folder)

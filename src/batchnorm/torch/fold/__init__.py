@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from ...errors import ArgumentError
 from ...folding import FoldedLayer, FoldError, FoldReport
+from ...folding.report import check_tol
 from ..internals import has_global_hooks, is_aten
 from ..population.layers import check_values, unwrapped
 from ..population.state import RngState
@@ -95,7 +96,8 @@ def fold(
     >>> report.folded, report.share < 1
     ({'1': '0'}, True)
     """
-    model = _checked(model, dtype, tol)
+    check_tol(tol, strict=strict)
+    model = _checked(model, dtype)
     if isinstance(example_inputs, DataLoader):
         raise ArgumentError(
             "example_inputs must be one batch or a list of them, got a DataLoader. Take "
@@ -112,7 +114,7 @@ def fold(
     return folded, report
 
 
-def _checked(model: object, dtype: Any, tol: Any) -> nn.Module:
+def _checked(model: object, dtype: Any) -> nn.Module:
     if _is_exported(model):
         raise ArgumentError(
             "fold takes a model before its export, got a program of torch.export, which has no "
@@ -135,8 +137,6 @@ def _checked(model: object, dtype: Any, tol: Any) -> nn.Module:
         raise ArgumentError(
             f"dtype must be one of {', '.join(map(short, _TYPES))}, or None, got {dtype!r}."
         )
-    if tol is not None and not (isinstance(tol, (int, float)) and tol >= 0):
-        raise ArgumentError(f"tol must be a number that is not negative, or None, got {tol!r}.")
     if has_global_hooks():
         raise ArgumentError(
             "fold must see all that happens to a model, and hooks are registered that every module "

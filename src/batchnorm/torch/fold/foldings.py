@@ -65,10 +65,13 @@ class Folding(Sum):
         """Add a call to what was seen: the input, and both outputs."""
         one, other = wide(expected), wide(got)
         known = one.isfinite()
+        if not bool(known.any()):
+            return
         difference = torch.where(known & other.isfinite(), (one - other).abs(), 0.0)
+        given = wide(x).abs()
         self.see(
             _over_others(difference),
-            _over_others(wide(x).abs()),
+            _over_others(torch.where(given.isfinite(), given, 0.0)),
             float(torch.where(known, one.abs(), 0.0).max()),
             overflows=bool((known & ~other.isfinite()).any()),
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +41,12 @@ _EXACT = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
     nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
 )  # fmt: skip
+
+# What a subclass may define that does not change what it computes.
+_HARMLESS = {
+    "__init__", "__module__", "__doc__", "__qualname__", "__annotations__", "__annotate_func__",
+    "__firstlineno__", "__static_attributes__", "__repr__", "extra_repr", "reset_parameters",
+}  # fmt: skip
 
 # Subclasses that pad their input and are otherwise as their base class.
 _PADDING = {"timm.layers.conv2d_same.Conv2dSame"}
@@ -88,7 +97,7 @@ def _named(kind: type) -> str:
 def reason_of_linear(module: Any) -> str:
     """Why nothing may be folded into this layer; "" if something may."""
     kind = _kind(module)
-    if kind not in _EXACT and _named(kind) not in _PADDING:
+    if not _computes_as_its_base(kind) and _named(kind) not in _PADDING:
         return _unknown(kind)
     reason = _reason_of_module(module, (WeightNorm, SpectralNorm))
     if reason:
@@ -123,6 +132,24 @@ def reason_of_norm(module: Any) -> str:
     except ArgumentError as error:
         return str(error)
     return ""
+
+
+def _computes_as_its_base(kind: type) -> bool:
+    """Whether a class is one of torch's, or a subclass that only creates it in another way."""
+    for base in kind.__mro__:
+        if base in _EXACT:
+            return True
+        if vars(base).keys() & (_names_of(kind.__mro__) - _HARMLESS):
+            return False
+    return False
+
+
+@cache
+def _names_of(bases: tuple[type, ...]) -> frozenset[str]:
+    """Names that torch's classes among `bases` define, or say that their instances have."""
+    own = [base for base in bases if base.__module__.startswith((nn.__name__, "builtins"))]
+    hints = (inspect.get_annotations(base) for base in own)
+    return frozenset(itertools.chain(("weight", "bias"), *map(vars, own), *hints))
 
 
 def _unknown(kind: type) -> str:
