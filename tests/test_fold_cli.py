@@ -3,6 +3,8 @@
 import copy
 import importlib.util
 import json
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -216,6 +218,8 @@ def test_onnx_file_computes_what_the_folded_model_does(folder, capsys, dtype):
         assert "not compared: onnxruntime cannot run it" in err
         return
     assert "run by onnxruntime, it differs by" in err
+    half = "takes float16 inputs: session.run(None, {name: x.astype('float16')})"
+    assert (half in err) == (dtype == "float16")
     session = runtime.InferenceSession("net.onnx", providers=["CPUExecutionProvider"])
     x = _x(5, 3, 9, 9).to(getattr(torch, dtype or "float32"))
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -375,6 +379,22 @@ def test_random_inputs_of_an_onnx_file_say_what_they_cannot_be(
     onnx.save(model, onnx_file)
     more = [part for shape in shapes for part in ("--input", shape)]
     _is_refused(capsys, _run("net.onnx", "--out", "folded.onnx", *more), *words)
+
+
+def test_model_without_batch_norms_says_so(folder, capsys):
+    (folder / "linear.py").write_text("from torch import nn\ndef make(): return nn.Linear(9, 9)")
+    _is_refused(capsys, _run("linear:make", "--out", "net.pt", *X), "no batch norms")
+    assert not _written(folder) - {"linear.py"}
+
+
+def test_onnx_file_whose_outputs_overflow_is_not_written(onnx_file, capsys, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    from batchnorm.onnx.fold import folding
+
+    monkeypatch.setattr(folding, "compare_outputs", lambda one, other: (np.inf, np.inf))
+    assert _run("net.onnx", "--out", "folded.onnx", "--input", "1x2x4x4") == 1
+    assert "not finite in float32 where" in capsys.readouterr().err
+    assert _written(onnx_file.parent) == {"net.onnx"}
 
 
 def test_onnx_file_without_batch_norms_says_why(onnx_file, capsys):
@@ -561,10 +581,27 @@ def test_model_without_a_translation_is_one_line(folder, capfd):
     assert "Write a .pt2 file" in shown.err
 
 
-def test_first_axis_of_one_is_exported_without_a_warning(folder, capfd):
-    assert _run(MODEL, "--out", "net.pt2", "--input", "1x3x9x9") == 0
-    err = capfd.readouterr().err.splitlines()
-    assert all(line.startswith("batchnorm: ") for line in err)
+@pytest.mark.parametrize(
+    ("made", "size", "status"),
+    [("plain", 1, 0), ("depends", 2, 2)],  # of which torch logs a line, and prints a graph
+)
+def test_torch_says_nothing_of_an_export(folder, made, size, status):
+    (folder / "quiet.py").write_text(
+        "from fold_program import Plain, plain\n"
+        "class Depends(Plain):\n"
+        "    def forward(self, x):\n"
+        "        y = super().forward(x)\n"
+        "        return y + 1 if y.sum().int().item() > 3 else y\n"
+        "def depends(): return Depends()\n"
+    )
+    arguments = [f"quiet:{made}", "--out", "net.pt2", "--input", f"{size}x3x9x9"]
+    # Of its own, since torch logs to the stderr that it began with.
+    run = subprocess.run(
+        [sys.executable, "-m", "batchnorm", "fold", *arguments], capture_output=True, text=True
+    )
+    assert run.returncode == status
+    assert run.stdout.startswith("folded 1 of 1")
+    assert all(line.startswith("batchnorm: ") for line in run.stderr.splitlines())
 
 
 # ---- what is known of the model -----------------------------------------------------------------

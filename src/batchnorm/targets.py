@@ -409,6 +409,8 @@ def _fold_model(
                 f"{target}: the model cannot be run on {verify or ', '.join(shapes)}: "
                 f"{type(error).__name__}: {error}.{other_types(example, model)}"
             ) from error
+        if not (report.pairs or report.refused or report.alone):
+            raise ArgumentError(f"{target}: has no batch norms that it calls: nothing to fold.")
         report.check_finite(dtype)
         if strict:
             try:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -161,6 +162,11 @@ def has_function_modes() -> bool:
     """Whether a function mode, other than a default device, is active in this thread."""
     modes: list[Any] = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     return any(not isinstance(mode, DeviceContext) for mode in modes)
+
+
+def is_aten(target: object) -> bool:
+    """Whether the target of a node in a graph is an operator, as in programs of `torch.export`."""
+    return isinstance(target, OpOverload)
 
 
 def has_global_hooks() -> bool:

@@ -123,9 +123,12 @@ def _made(target: str, what: str, kind: type) -> Any:
                 why += f" Run the command where 'import {place}' works."
             raise ArgumentError(why) from error
         for part in name.split("."):
-            if not hasattr(found, part):
-                raise ArgumentError(f"{must} {_which(found, part, place)}")
-            found = getattr(found, part)
+            try:
+                found = getattr(found, part)
+            except AttributeError as error:
+                raise ArgumentError(f"{must} {_which(found, part, place)}") from error
+            except Exception as error:  # of what a module imports when it is asked for
+                raise ArgumentError(f"{must} {type(error).__name__}: {error}.") from error
         if isinstance(found, kind) or not callable(found):
             return found
         _check_arguments(found, must)
@@ -144,7 +147,7 @@ def _which(found: Any, name: str, place: str) -> str:
     mine = getattr(found, "__name__", place)
     near = difflib.get_close_matches(name, [k for k in dir(found) if not k.startswith("__")])
     made = [
-        k for k, value in vars(found).items()
+        k for k, value in getattr(found, "__dict__", {}).items()
         if not k.startswith("_") and callable(value) and getattr(value, "__module__", "") == mine
     ]  # fmt: skip
     if near:

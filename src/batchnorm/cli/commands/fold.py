@@ -76,7 +76,7 @@ def fold(
     ] = None,
     json: Annotated[
         Path | None,
-        typer.Option(help="Write the report as JSON; - prints it instead of the table."),
+        typer.Option(help="Write the report as JSON; - prints it instead of text."),
     ] = None,
 ) -> int:
     """Fold the batch norms of a trained model into its other layers, and show how near it is.

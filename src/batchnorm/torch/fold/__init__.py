@@ -8,14 +8,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.utils.data import DataLoader
 
 from ...errors import ArgumentError
 from ...folding import FoldedLayer, FoldError, FoldReport
 from ...folding.report import check_tol
-from ..internals import has_global_hooks
+from ..internals import has_global_hooks, is_aten
 from ..population.layers import check_values, unwrapped
 from ..population.state import RngState
 from .branches import become_sequential
@@ -152,7 +151,7 @@ def _checked(model: object, dtype: Any) -> nn.Module:
 def _is_exported(model: object) -> bool:
     """Whether it is a program of `torch.export`, or what its `module()` returns."""
     if isinstance(model, GraphModule):
-        return any(isinstance(node.target, OpOverload) for node in model.graph.nodes)
+        return any(is_aten(node.target) for node in model.graph.nodes)
     return isinstance(model, torch.export.ExportedProgram)
 
 
