@@ -131,7 +131,7 @@ def save(arrays: Mapping[Any, Any], path: Path, target: str) -> None:
         # Neither NumPy's files nor its tensors have bfloat16, which float32 holds exactly.
         arrays = {
             framework.separator.join(name): a.astype(np.float32) if is_bfloat16(a.dtype) else a
-            for name, a in framework.flatten(arrays)
+            for name, a in framework.flatten(arrays).items()
         }
     with explain_write_errors(path), replacing(path) as beside:
         write(arrays, beside)
