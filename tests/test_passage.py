@@ -833,6 +833,53 @@ def test_files_hold_bfloat16_as_float32(folder, out):
     assert loaded.tolist() == [0.5, 3.0]
 
 
+@pytest.mark.parametrize("out", ["net.pt", "net.safetensors", "net.npz", "net.msgpack"])
+def test_files_hold_numbers_of_the_other_byte_order(folder, out):
+    framework = "flax" if out == "net.msgpack" else "torch"
+    if framework == "torch" and out != "net.npz":
+        pytest.importorskip("torch" if out == "net.pt" else "safetensors")
+    elif framework == "flax":
+        pytest.importorskip("msgpack")
+    swapped = np.dtype(np.float32).newbyteorder()
+    arrays, _ = write({"bn": _state(var=np.array([0.5, 3.0], swapped))}, framework)
+    files.save(arrays, folder / out, framework)
+    loaded, _ = files.load(folder / out, framework)
+    ((_, state),) = read(loaded, framework, momentum=0.1, eps=1e-5)[0].items()
+    assert state.var.tolist() == [0.5, 3.0]
+
+
+def _save_safetensors(path, kind):
+    torch, safetensors = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
+    layer = torch.nn.BatchNorm1d(3)
+    layer.running_var.copy_(torch.tensor([0.5, 1.0, 3.0]))
+    state = {f"bn.{name}": tensor for name, tensor in layer.state_dict().items()}
+    if kind is not None:
+        state["bn.running_var"] = state["bn.running_var"].to(kind)
+    others = {
+        f"{name}.{rank}": torch.ones([2] * rank).to(getattr(torch, name))
+        for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2") for rank in (0, 1, 2)
+    }  # fmt: skip
+    safetensors.save_file({**state, **others}, path)
+    return list(others)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_safetensors_are_read_whatever_types_they_hold(folder, kind):
+    """NumPy has no bfloat16 and no float8."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("ml_dtypes")
+    others = _save_safetensors("net.safetensors", getattr(torch, kind))
+    states, left_out = read(files.load(folder / "net.safetensors")[0], "torch", **GIVEN)
+    assert states["bn"].var.astype(float).tolist() == [0.5, 1, 3]
+    assert sorted(left_out) == sorted(others)
+
+
+def test_safetensors_whose_statistics_are_of_eight_bits_are_refused(folder, capsys):
+    _save_safetensors("net.safetensors", pytest.importorskip("torch").float8_e4m3fn)
+    assert _run("net.safetensors", "net.npz", "--to", "keras", *NUMBERS) == cli.UNUSABLE
+    assert "bn: var must be real numbers, got [('F8_E4M3'" in capsys.readouterr().err
+
+
 def _keras_model(**options):
     keras = import_keras()
     layers = keras.layers
@@ -940,7 +987,7 @@ def test_onnx_statistics_that_the_exporter_has_merged_are_found(folder):
     assert state.var.tolist() == [1, 1, 1]
 
 
-def _onnx_file(path, name="bn", inside=False, computed=False):
+def _onnx_file(path, name="bn", inside=False, computed=False, domain=""):
     onnx = pytest.importorskip("onnx")
     from onnx import TensorProto, helper, numpy_helper
 
@@ -953,7 +1000,9 @@ def _onnx_file(path, name="bn", inside=False, computed=False):
     if computed:
         tensors = [tensor for tensor in tensors if tensor.name != inputs[-1]]
         given.append(value(inputs[-1], TensorProto.FLOAT, [2]))
-    node = helper.make_node("BatchNormalization", inputs, ["y"], name, **settings["bn"])
+    node = helper.make_node(
+        "BatchNormalization", inputs, ["y"], name, domain=domain, **settings["bn"]
+    )
     nodes = [node]
     if inside:
         branch = helper.make_graph([node], "branch", [], [y])
@@ -977,6 +1026,18 @@ def test_onnx_files_are_read_as_onnxruntime_runs_them(folder):
     x = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
     (y,) = runtime.InferenceSession("net.onnx").run(None, {"x": x})
     np.testing.assert_allclose(layer(x), y, **CLOSE)
+
+
+@pytest.mark.parametrize("domain", ["", "ai.onnx"])
+def test_onnx_nodes_are_found_in_the_domain_of_onnx(folder, domain):
+    _onnx_file("net.onnx", domain=domain)
+    assert list(files.load(folder / "net.onnx")[1]) == ["bn"]
+
+
+def test_onnx_nodes_of_other_domains_are_none_of_onnx(folder, capsys):
+    _onnx_file("net.onnx", domain="com.custom")
+    assert _run("net.onnx", "net.pt") == cli.UNUSABLE
+    assert "arrays must hold batch norms of ONNX" in capsys.readouterr().err
 
 
 def test_onnx_nodes_in_subgraphs_and_without_names_are_found(folder):
