@@ -345,6 +345,16 @@ def test_translate_keeps_indices_of_lists_for_nnx():
     assert list(found.arrays["blocks"]) == [0]
 
 
+def test_translate_keeps_names_that_are_no_indices_for_nnx():
+    """Else 01 would take the place of 1, and ² would be no integer."""
+    layers = ["1", "01", "²", "9" * 5000]
+    arrays = {f"blocks.{layer}.running_mean": np.full(2, k) for k, layer in enumerate(layers)}
+    arrays |= {f"blocks.{layer}.running_var": np.ones(2) for layer in layers}
+    found = translate(arrays, "torch", "nnx", momentum=0.1, eps=1e-5)
+    assert list(found.arrays["blocks"]) == [1, *layers[1:]]
+    assert [bn["mean"][0] for bn in found.arrays["blocks"].values()] == [0, 1, 2, 3]
+
+
 def test_read_takes_settings_of_single_layers():
     arrays = {f"{n}/{k}": np.ones(2) for n in "ab" for k in ("moving_mean", "moving_variance")}
     own = {"b": {"momentum": 0.5, "channel_axis": 1}}
@@ -521,6 +531,25 @@ GIVEN = {"momentum": 0.1, "eps": 1e-5}
         (BN, {**GIVEN, "count": 4}, ArgumentError, "takes no count"),
         ({"w": np.zeros(2)}, GIVEN, ArgumentError, "must hold batch norms of PyTorch.*hold w"),
         ({}, GIVEN, ArgumentError, "hold nothing"),
+        ([1], GIVEN, ArgumentError, "arrays must be a dict"),
+        (BN, {**GIVEN, "momentum": True}, ArgumentError, "momentum must be a number, got True"),
+        (BN, {**GIVEN, "momentum": np.complex64(0.1)}, ArgumentError, "momentum must be a number"),
+        (BN, {**GIVEN, "eps": True}, ArgumentError, "eps must be a number, got True"),
+        (BN, {**GIVEN, "settings": {"bn": 5}}, ArgumentError, "'bn': 5. The batch norms are bn"),
+        (BN, {**GIVEN, "settings": 5}, ArgumentError, "settings must be a dict"),
+        (BN, {**GIVEN, "settings": {"bn": {"channel_axis": "x"}}}, ArgumentError,
+         "bn: channel_axis must be an integer from -32 to 31, got 'x'"),
+        (BN, {**GIVEN, "names": 5}, ArgumentError, "names must be a dict"),
+        (BN, {**GIVEN, "names": {"bn": 5}}, ArgumentError, "must be strings, got 5"),
+        (BN, {**GIVEN, "names": {1: "x", "y": "z"}}, ArgumentError, "got 1. The batch norms"),
+        (BN, {**GIVEN, "channel_axis": 999}, ArgumentError, "from -32 to 31, got 999"),
+        (BN, {**GIVEN, "channel_axis": "x"}, ArgumentError, "from -32 to 31, got 'x'"),
+        ({**BN, "bn.num_batches_tracked": np.array(-5)}, GIVEN, ArgumentError,
+         "bn: count must be an integer from 0 to 9223372036854775807, got -5"),
+        ({**BN, "bn.num_batches_tracked": np.array(2**64 - 1, np.uint64)}, GIVEN, ArgumentError,
+         "bn: count must be"),
+        ({**BN, "bn.running_mean": np.ma.masked_equal([0, 1], 1)}, GIVEN, ArgumentError,
+         "bn: mean must not have masked values"),
         ({**BN, "bn.weight": np.ones(3)}, GIVEN, ShapeError, r"bn: gamma must .* got \(3,\)"),
         ({**BN, "bn.running_var": np.ones(3)}, GIVEN, ShapeError, "bn: var must"),
         ({**BN, "bn.running_var": -np.ones(2)}, GIVEN, ArgumentError, "bn: var must be finite"),
@@ -528,12 +557,75 @@ GIVEN = {"momentum": 0.1, "eps": 1e-5}
         ({**BN, "bn.bias": np.array(["a", "b"])}, GIVEN, DTypeError, "bn: beta must be real"),
         ({**BN, "bn.num_batches_tracked": np.ones(2, int)}, GIVEN, ShapeError, "one integer"),
         ({**BN, **{k.replace("n.", "n..", 1): v for k, v in BN.items()}}, GIVEN, ArgumentError,
-         "two layers would be called 'bn'"),
+         "two layers would be called 'bn': 'bn' and 'bn.'"),
     ],
 )  # fmt: skip
 def test_translate_refuses_what_it_cannot_carry(arrays, options, error, said):
     with pytest.raises(error, match=said):
         translate(arrays, "torch", "keras", **options)
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="longdouble is float64 here")
+def test_state_refuses_types_that_no_framework_has():
+    with pytest.raises(DTypeError, match="mean must be of a type that frameworks have"):
+        _state(mean=np.zeros(2, np.longdouble))
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [(["torch"], "keras"), ("torch", ["keras"]), ("torch", "pytorch")]
+)
+def test_translate_refuses_frameworks_that_there_are_not(source, target):
+    with pytest.raises(ArgumentError, match="a framework must be one of"):
+        translate(BN, source, target, **GIVEN)
+
+
+@pytest.mark.parametrize("count", ["x", 1.5, True, -5, 2**63])
+def test_write_refuses_counts_that_torch_cannot_hold(count):
+    with pytest.raises(ArgumentError, match="count must be an integer from 0 to"):
+        _write("torch", count=count)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "both"),
+    [
+        ({"a/x": 1, "a": {"x": 2}}, r"arrays\['a/x'\] and arrays\['a'\]\['x'\]"),
+        ({0: {"x": 1}, "0": {"x": 2}}, r"arrays\[0\]\['x'\] and arrays\['0'\]\['x'\]"),
+        ({"a": [1], "a/0": 2}, r"arrays\['a'\]\[0\] and arrays\['a/0'\]"),
+    ],
+)
+def test_read_names_two_arrays_of_the_same_name(arrays, both):
+    with pytest.raises(ArgumentError, match=both):
+        read({**_write("nnx")[0], **arrays}, "nnx", momentum=0.9, eps=1e-5)
+
+
+@pytest.mark.parametrize("names", [["a", "a/scale"], ["a/scale", "a"]])
+@pytest.mark.parametrize("target", ["flax", "nnx"])
+def test_write_refuses_layers_inside_of_arrays_of_another(target, names):
+    """Else the first order raises IndexError, and the second loses a layer."""
+    with pytest.raises(ArgumentError, match="a/scale/mean must not be inside of .*a/scale|"
+                       "a/scale/scale must not be inside of .*a/scale, which"):  # fmt: skip
+        write({name: _state() for name in names}, target)
+
+
+@pytest.mark.parametrize("source", ["haiku", "equinox"])
+def test_read_refuses_variances_of_no_batch(source):
+    fresh, _ = _write(source)
+    if source == "haiku":
+        for average in fresh["state"].values():
+            average |= {k: np.zeros_like(v) for k, v in average.items()}
+    else:
+        fresh |= {k: np.zeros_like(v) for k, v in fresh.items() if "batch_" in k}
+    with pytest.raises(ArgumentError, match="net.bn: has seen no batch yet"):
+        read(fresh, source, momentum=0.5, eps=1e-5)
+
+
+@pytest.mark.parametrize("target", ["haiku", "equinox"])
+def test_write_refuses_averages_that_debiasing_makes_too_small(target):
+    small = _state(var=np.full(2, 2e-37, np.float32), eps=0, momentum=0.001, count=1)
+    with pytest.raises(ArgumentError, match="bn: var must not be too small for float32"):
+        _write(target, small)
+    dead = _state(mean=np.full(2, 1e-40, np.float32), momentum=0.001, count=1)
+    _write(target, dead)  # beside √(var + ε) it is nothing
 
 
 @pytest.mark.parametrize("count", [None, 0, 2**31 - 1])
@@ -554,6 +646,8 @@ def test_write_refuses_a_momentum_that_leaves_nothing_to_debias(target):
     [
         ({"ndim": None}, "ndim must be"),
         ({"ndim": 1}, "ndim must be"),
+        ({"ndim": 100}, "ndim must be an integer from 2 to 32, got 100"),
+        ({"ndim": "4"}, "ndim must be an integer"),
         ({"channel_axis": 2, "ndim": 4}, "channel_axis must be 1 or -1"),
     ],
 )
@@ -609,6 +703,39 @@ def test_read_takes_half_precision_as_it_is():
     arrays = {name: value.astype(np.float16) for name, value in BN.items()}
     found = translate(arrays, "torch", "flax", **GIVEN)
     assert found.arrays["batch_stats"]["bn"]["mean"].dtype == np.float16
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@pytest.mark.parametrize("target", ["haiku", "equinox"])
+def test_passage_keeps_half_precision_where_averages_are_debiased(target, kind):
+    kind = pytest.importorskip("ml_dtypes").bfloat16 if kind == "bfloat16" else kind
+    state = _state(mean=np.array([1e-3, 3.0], kind), var=np.array([1e-6, 5.0], kind))
+    options = {"channel_axis": -1, "ndim": 4} if target == "haiku" else {}
+    arrays, _ = write({"bn": _state(
+        mean=state.mean, var=state.var, momentum=0.001, count=1
+    )}, target, **options)  # fmt: skip
+    (back,) = read(arrays, target, momentum=0.999, eps=1e-5)[0].values()
+    assert back.var.dtype == np.float32
+    for field in ("mean", "var"):
+        values = getattr(state, field).astype(np.float32)
+        np.testing.assert_allclose(getattr(back, field), values, rtol=3e-7)
+        if target == "haiku":
+            average = arrays["state"][f"bn/~/{field}_ema"]
+            np.testing.assert_array_equal(average["average"].reshape(-1), values)
+            share = np.float32(1) - np.float32(0.999)
+            np.testing.assert_allclose(average["hidden"].reshape(-1), values * share, rtol=3e-7)
+
+
+def test_write_debiases_integers():
+    arrays, _ = _write("equinox", _state(var=np.array([1, 3]), momentum=0.5, count=1))
+    assert arrays["net.bn.batch_state_index.1"].tolist() == [0.5, 1.5]
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_settings_are_decimals_that_numbers_of_numpy_stand_for(kind):
+    found = translate(BN, "torch", "keras", momentum=kind(0.1), eps=kind(1e-3))
+    assert found.settings["bn"]["momentum"] == 0.9
+    assert found.settings["bn"]["epsilon"] == 1e-3
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -704,6 +831,53 @@ def test_files_hold_bfloat16_as_float32(folder, out):
     loaded = files.load(folder / out, "torch")[0]["bn.running_var"]
     assert loaded.dtype == np.float32
     assert loaded.tolist() == [0.5, 3.0]
+
+
+@pytest.mark.parametrize("out", ["net.pt", "net.safetensors", "net.npz", "net.msgpack"])
+def test_files_hold_numbers_of_the_other_byte_order(folder, out):
+    framework = "flax" if out == "net.msgpack" else "torch"
+    if framework == "torch" and out != "net.npz":
+        pytest.importorskip("torch" if out == "net.pt" else "safetensors")
+    elif framework == "flax":
+        pytest.importorskip("msgpack")
+    swapped = np.dtype(np.float32).newbyteorder()
+    arrays, _ = write({"bn": _state(var=np.array([0.5, 3.0], swapped))}, framework)
+    files.save(arrays, folder / out, framework)
+    loaded, _ = files.load(folder / out, framework)
+    ((_, state),) = read(loaded, framework, momentum=0.1, eps=1e-5)[0].items()
+    assert state.var.tolist() == [0.5, 3.0]
+
+
+def _save_safetensors(path, kind):
+    torch, safetensors = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch")
+    layer = torch.nn.BatchNorm1d(3)
+    layer.running_var.copy_(torch.tensor([0.5, 1.0, 3.0]))
+    state = {f"bn.{name}": tensor for name, tensor in layer.state_dict().items()}
+    if kind is not None:
+        state["bn.running_var"] = state["bn.running_var"].to(kind)
+    others = {
+        f"{name}.{rank}": torch.ones([2] * rank).to(getattr(torch, name))
+        for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2") for rank in (0, 1, 2)
+    }  # fmt: skip
+    safetensors.save_file({**state, **others}, path)
+    return list(others)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_safetensors_are_read_whatever_types_they_hold(folder, kind):
+    """NumPy has no bfloat16 and no float8."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("ml_dtypes")
+    others = _save_safetensors("net.safetensors", getattr(torch, kind))
+    states, left_out = read(files.load(folder / "net.safetensors")[0], "torch", **GIVEN)
+    assert states["bn"].var.astype(float).tolist() == [0.5, 1, 3]
+    assert sorted(left_out) == sorted(others)
+
+
+def test_safetensors_whose_statistics_are_of_eight_bits_are_refused(folder, capsys):
+    _save_safetensors("net.safetensors", pytest.importorskip("torch").float8_e4m3fn)
+    assert _run("net.safetensors", "net.npz", "--to", "keras", *NUMBERS) == cli.UNUSABLE
+    assert "bn: var must be real numbers, got [('F8_E4M3'" in capsys.readouterr().err
 
 
 def _keras_model(**options):
@@ -813,7 +987,7 @@ def test_onnx_statistics_that_the_exporter_has_merged_are_found(folder):
     assert state.var.tolist() == [1, 1, 1]
 
 
-def _onnx_file(path, name="bn", inside=False, computed=False):
+def _onnx_file(path, name="bn", inside=False, computed=False, domain=""):
     onnx = pytest.importorskip("onnx")
     from onnx import TensorProto, helper, numpy_helper
 
@@ -826,7 +1000,9 @@ def _onnx_file(path, name="bn", inside=False, computed=False):
     if computed:
         tensors = [tensor for tensor in tensors if tensor.name != inputs[-1]]
         given.append(value(inputs[-1], TensorProto.FLOAT, [2]))
-    node = helper.make_node("BatchNormalization", inputs, ["y"], name, **settings["bn"])
+    node = helper.make_node(
+        "BatchNormalization", inputs, ["y"], name, domain=domain, **settings["bn"]
+    )
     nodes = [node]
     if inside:
         branch = helper.make_graph([node], "branch", [], [y])
@@ -850,6 +1026,18 @@ def test_onnx_files_are_read_as_onnxruntime_runs_them(folder):
     x = np.random.default_rng(0).normal(size=(5, 2)).astype(np.float32)
     (y,) = runtime.InferenceSession("net.onnx").run(None, {"x": x})
     np.testing.assert_allclose(layer(x), y, **CLOSE)
+
+
+@pytest.mark.parametrize("domain", ["", "ai.onnx"])
+def test_onnx_nodes_are_found_in_the_domain_of_onnx(folder, domain):
+    _onnx_file("net.onnx", domain=domain)
+    assert list(files.load(folder / "net.onnx")[1]) == ["bn"]
+
+
+def test_onnx_nodes_of_other_domains_are_none_of_onnx(folder, capsys):
+    _onnx_file("net.onnx", domain="com.custom")
+    assert _run("net.onnx", "net.pt") == cli.UNUSABLE
+    assert "arrays must hold batch norms of ONNX" in capsys.readouterr().err
 
 
 def test_onnx_nodes_in_subgraphs_and_without_names_are_found(folder):
@@ -906,6 +1094,28 @@ def test_command_refuses_damaged_files_in_one_line(name, content, folder, capsys
         (["net.npz", "no/out.npz", "--from", "torch", "--to", "torch"], "'no' is not one"),
         (["net.npz", "out.npz", "--from", "torch", "--to", "keras"], "net.npz: bn: momentum and"),
         (["net.npz", "out.npz", "--from", "torch", "--to", "keras", "--rename", "bn"], "OLD=NEW"),
+        (["net.npz", "out.npz", "--to", "keras", "--rename", "bn=\udcff"], "in printable text"),
+        (
+            ["net.npz", "out.npz", "--to", "keras", "--rename", "bn=a", "--rename", "bn=b"],
+            "--rename must name a layer once, got bn=a and bn=b.",
+        ),
+        (
+            [
+                "net.npz",
+                "out.npz",
+                "--to",
+                "haiku",
+                "--channel-axis",
+                1,
+                "--ndim",
+                100,
+                "--count",
+                3,
+                *NUMBERS,
+            ],
+            "net.npz: ndim must be an integer from 2 to 32, got 100.",
+        ),
+        (["net.npz", "out.pt", "--count", 10**23, *NUMBERS], "count must be an integer from 0 to"),
     ],
 )
 def test_command_refuses_in_one_line_and_writes_nothing(arguments, said, folder, capsys):

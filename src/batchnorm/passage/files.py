@@ -131,7 +131,7 @@ def save(arrays: Mapping[Any, Any], path: Path, target: str) -> None:
         # Neither NumPy's files nor its tensors have bfloat16, which float32 holds exactly.
         arrays = {
             framework.separator.join(name): a.astype(np.float32) if is_bfloat16(a.dtype) else a
-            for name, a in framework.flatten(arrays)
+            for name, a in framework.flatten(arrays).items()
         }
     with explain_write_errors(path), replacing(path) as beside:
         write(arrays, beside)
@@ -182,7 +182,21 @@ def _save_torch(arrays: Any, path: Path) -> None:
 
 
 def _load_safetensors(path: Path) -> Loaded:
-    return import_extra("safetensors.numpy", "interop", "Such files").load_file(path), {}
+    arrays: dict[str, Any] = {}
+    with import_extra("safetensors", "interop", "Such files").safe_open(path, "numpy") as file:
+        for name in file.keys():  # noqa: SIM118  # it is no dict
+            tensor = file.get_slice(name)
+            kind = tensor.get_dtype()
+            if sum(length != 1 for length in tensor.get_shape()) > 1:
+                arrays[name] = OTHER
+            elif kind.startswith("F") and kind not in ("F64", "F32", "F16"):
+                # NumPy has no type for it, and read refuses this one if it is of a batch norm.
+                arrays[name] = np.zeros(tensor.get_shape(), [(kind, "V1")])
+            else:
+                if kind == "BF16":
+                    import_extra("ml_dtypes", "data", "Arrays of bfloat16")
+                arrays[name] = file.get_tensor(name)
+    return arrays, {}
 
 
 def _save_safetensors(arrays: Any, path: Path) -> None:
@@ -314,11 +328,12 @@ def _load_onnx(path: Path) -> Loaded:
         others.update(own)
         for node in graph.node:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            if node.op_type == "Constant" and "value" in attributes:
+            kind = node.op_type if node.domain in ("", "ai.onnx") else None
+            if kind == "Constant" and "value" in attributes:
                 known[node.output[0]] = attributes["value"]
-            elif node.op_type == "Identity" and node.input[0] in known:
+            elif kind == "Identity" and node.input[0] in known:
                 known[node.output[0]] = known[node.input[0]]
-            elif node.op_type == "BatchNormalization":
+            elif kind == "BatchNormalization":
                 # PyTorch's exporters keep the names of arrays, which say more than those of nodes.
                 array = node.input[3].removesuffix(".running_mean")
                 names = [array] * (array != node.input[3]) + [node.name] * bool(node.name)

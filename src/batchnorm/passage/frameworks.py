@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ __all__ = ["FRAMEWORKS", "Framework", "Path", "find"]
 
 #: The names on the way to an array in a tree.
 Path = tuple[str, ...]
+#: Indices as JAX and Flax write them; "01" and "²" are names.
+INDEX = re.compile("0|[1-9][0-9]{0,17}")
 
 
 @dataclass(frozen=True)
@@ -82,19 +85,45 @@ class Framework:
         before, after = self.paths[role].split("*")
         return tuple(filter(None, before.split("/"))), tuple(filter(None, after.split("/")))
 
-    def flatten(self, tree: Mapping[Any, Any], above: Path = ()) -> Iterator[tuple[Path, Any]]:
-        """Paths and arrays of a tree; mappings, tuples and flat names may be mixed."""
+    def flatten(self, tree: Mapping[Any, Any]) -> dict[Path, Any]:
+        """Paths and arrays of a tree; mappings, tuples and flat names may be mixed.
+
+        Raises
+        ------
+        ArgumentError
+            Two arrays have the same path.
+        """
+        found: dict[Path, Any] = {}
+        origins: dict[Path, str] = {}
+        for origin, path, value in self._leaves(tree):
+            if path in found:
+                raise ArgumentError(
+                    f"arrays{origins[path]} and arrays{origin} must have different names, got "
+                    f"{self.separator.join(path)!r} for both. Leave one out, or rename it."
+                )
+            found[path], origins[path] = value, origin
+        return found
+
+    def _leaves(
+        self, tree: Mapping[Any, Any], origin: str = "", above: Path = ()
+    ) -> Iterator[tuple[str, Path, Any]]:
         for key, value in tree.items():
-            path = (*above, *str(key).split(self.separator))
+            place = f"{origin}[{key!r}]", (*above, *str(key).split(self.separator))
             if isinstance(value, (tuple, list)):
                 value = dict(enumerate(value))
             if isinstance(value, Mapping):
-                yield from self.flatten(value, path)
+                yield from self._leaves(value, *place)
             else:
-                yield path, value
+                yield *place, value
 
     def unflatten(self, arrays: Mapping[Path, Any]) -> dict[Any, Any]:
-        """The tree that the framework's own functions take."""
+        """The tree that the framework's own functions take.
+
+        Raises
+        ------
+        ArgumentError
+            The path to one array leads through another.
+        """
         if not self.nested:
             return {self.separator.join(path): array for path, array in arrays.items()}
         tree: dict[Any, Any] = {}
@@ -102,8 +131,13 @@ class Framework:
             keys: list[Any] = list(path)
             if self is FRAMEWORKS["haiku"]:  # names of modules hold slashes
                 keys = [path[0], "/".join(path[1:-1]), path[-1]]
-            elif self is FRAMEWORKS["nnx"]:  # indices of lists are numbers
-                keys = [int(part) if part.isdigit() else part for part in path]
+            elif through := [path[:k] for k in range(1, len(path)) if path[:k] in arrays]:
+                raise ArgumentError(
+                    f"{'/'.join(path)} must not be inside of {'/'.join(through[0])}, which is an "
+                    "array. Rename one of the layers."
+                )
+            if self is FRAMEWORKS["nnx"]:  # indices of lists are numbers
+                keys = [int(part) if INDEX.fullmatch(part) else part for part in path]
             below = tree
             for key in keys[:-1]:
                 below = below.setdefault(key, {})
@@ -119,7 +153,7 @@ def find(name: str) -> Framework:
     ArgumentError
         There is none.
     """
-    if name not in FRAMEWORKS:
+    if not isinstance(name, str) or name not in FRAMEWORKS:
         known = ", ".join(f"{name} ({row.title})" for name, row in FRAMEWORKS.items())
         raise ArgumentError(f"a framework must be one of {known}, got {name!r}.")
     return FRAMEWORKS[name]

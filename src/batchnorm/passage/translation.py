@@ -12,7 +12,7 @@ import numpy as np
 
 from batchnorm import native
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
-from batchnorm.native import Array
+from batchnorm.native import Array, Float64
 
 from .frameworks import Framework, Path, find
 
@@ -20,6 +20,8 @@ __all__ = ["BatchNormState", "Translation", "read", "translate", "write"]
 
 #: JAX's counters are int32, and count one further.
 MOST_BATCHES = 2**31 - 2
+#: Of NumPy 1.
+MOST_AXES = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +48,10 @@ class BatchNormState:
     Raises
     ------
     ShapeError, DTypeError
-        An array is not (C,), or not real numbers.
+        An array is not (C,), or not real numbers of at most 64 bits.
     ArgumentError
-        A statistic is not finite, a variance or `eps` is negative, both are zero, or `momentum`
-        is no number from 0 to 1.
+        A statistic is not finite, a variance or `eps` is negative, both are zero, `momentum`
+        is no number from 0 to 1, or `channel_axis` or `count` no integer that can be one.
     """
 
     mean: Array
@@ -74,9 +76,17 @@ class BatchNormState:
                     f"{name} must have shape (C,) like mean, which has {shape}, got {array.shape}. "
                     "Are all arrays of one layer?"
                 )
-            object.__setattr__(self, name, array)
+            if array.dtype.itemsize > 8:
+                raise DTypeError(
+                    f"{name} must be of a type that frameworks have, got {array.dtype}. "
+                    f"Convert it, e.g. {name}.astype(numpy.float64)."
+                )
+            native_order = array.dtype.newbyteorder("=")
+            object.__setattr__(self, name, array.astype(native_order, copy=False))
         object.__setattr__(self, "momentum", _check_momentum(self.momentum))
-        object.__setattr__(self, "eps", native.check_eps(self.eps))
+        object.__setattr__(self, "eps", native.check_eps(_as_decimal(self.eps, "eps")))
+        for name in ("channel_axis", "count"):
+            object.__setattr__(self, name, _check_choice(name, getattr(self, name)))
         native.check_statistics(self.mean.astype(np.float64), self.var.astype(np.float64), self.eps)
 
 
@@ -158,19 +168,25 @@ def translate(
         As `read` and `write`; or a name in `names` is of no layer, or two become one.
     """
     old, new = find(source), find(target)
-    names = names or {}
+    names = {} if names is None else names
+    if not isinstance(names, Mapping):
+        raise ArgumentError(f"names must be a dict of names of layers, got {names!r}.")
     states, left_out = read(arrays, source, momentum=momentum, eps=eps, settings=settings)
-    if unknown := sorted(names.keys() - states.keys()):
+    if unknown := [name for name in names if name not in states]:
         raise ArgumentError(
             f"names must be of layers, got {unknown[0]!r}. The batch norms are {_some(states)}."
         )
     renamed: dict[str, BatchNormState] = {}
+    origins: dict[str, str] = {}
     for name, state in states.items():
         parts = filter(None, name.split(old.separator))
         called = names.get(name, new.separator.join(parts))
         if called in renamed:
-            raise ArgumentError(f"two layers would be called {called!r}. Rename one by names.")
-        renamed[called] = state
+            raise ArgumentError(
+                f"two layers would be called {called!r}: {origins[called]!r} and {name!r}. "
+                "Rename one by names."
+            )
+        renamed[called], origins[called] = state, name
     written, built = write(renamed, target, channel_axis=channel_axis, ndim=ndim, count=count)
     return Translation(written, built, left_out, _notes(renamed, old, new, channel_axis))
 
@@ -211,19 +227,35 @@ def read(
     Raises
     ------
     ArgumentError
-        There is no batch norm; momentum or eps is not known, or known already; a layer holds what
-        cannot be carried; or a value as in `BatchNormState`.
+        There is no batch norm; two arrays have the same name; momentum or eps is not known, or
+        known already; a layer holds what cannot be carried; or a value as in `BatchNormState`.
     ShapeError, DTypeError
         As in `BatchNormState`.
     """
     framework = find(source)
     given = {"momentum": momentum, "eps": eps}
-    settings = settings or {}
+    settings = {} if settings is None else settings
+    if not isinstance(settings, Mapping):
+        raise ArgumentError(f"settings must be a dict by names of layers, got {settings!r}.")
     flat = _flatten(arrays, framework)
+    layers = {framework.separator.join(layer): layer for layer in _layers(flat, framework)}
+    if not layers:
+        raise ArgumentError(
+            f"arrays must hold batch norms of {framework.title}, that is arrays named "
+            f"{framework.paths['mean']} and {framework.paths['var']}, but hold "
+            f"{_some(map(framework.separator.join, flat))}. Is source the framework that they are "
+            "from?"
+        )
+    for name, own in settings.items():
+        known = isinstance(own, Mapping) and own.keys() <= {*given, "channel_axis"}
+        if name not in layers or not known:
+            raise ArgumentError(
+                "settings must map names of layers to momentum, eps and channel_axis, got "
+                f"{name!r}: {own}. The batch norms are {_some(layers)}."
+            )
     states: dict[str, BatchNormState] = {}
     used: set[Path] = set()
-    for layer in _layers(flat, framework):
-        name = framework.separator.join(layer)
+    for name, layer in layers.items():
         places = {role: framework.place(role, layer) for role in framework.paths}
         with _naming(name):
             _refuse_variants(layer, flat, source)
@@ -231,18 +263,6 @@ def read(
             states[name] = _state(found, framework, {**given, **settings.get(name, {})})
         used.update(places.values())
     left_out = [framework.separator.join(path) for path in flat if path not in used]
-    if not states:
-        raise ArgumentError(
-            f"arrays must hold batch norms of {framework.title}, that is arrays named "
-            f"{framework.paths['mean']} and {framework.paths['var']}, but hold {_some(left_out)}. "
-            "Is source the framework that they are from?"
-        )
-    for name, own in settings.items():
-        if name not in states or not own.keys() <= {*given, "channel_axis"}:
-            raise ArgumentError(
-                "settings must map names of layers to momentum, eps and channel_axis, got "
-                f"{name!r}: {own}. The batch norms are {_some(states)}."
-            )
     for option, value in given.items():
         if value is not None and all(option in settings.get(name, {}) for name in states):
             raise ArgumentError(f"{option} is known for each layer, but got {value}. Leave it out.")
@@ -263,7 +283,7 @@ def _flatten(arrays: Mapping[Any, Any], framework: Framework) -> dict[Path, Any]
             f"arrays must be a dict of arrays by name, got {type(arrays).__name__}. Pass "
             "net.state_dict() of PyTorch, {v.path: v for v in model.variables} of Keras."
         )
-    return dict(framework.flatten(arrays))
+    return framework.flatten(arrays)
 
 
 def _layers(flat: Mapping[Path, Any], framework: Framework) -> list[Path]:
@@ -293,11 +313,12 @@ def _is_one_axis(values: Any) -> bool:
 
 def _as_array(values: Any, role: str) -> Array:
     try:
-        return np.asarray(values)
+        np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:  # tensors elsewhere, or with gradients
         raise DTypeError(
             f"{role} must be an array that NumPy reads, got {type(values).__name__} ({error})."
         ) from error
+    return native.as_real(values, role)
 
 
 def _refuse_variants(layer: Path, flat: Mapping[Path, Any], source: str) -> None:
@@ -328,6 +349,8 @@ def _state(
     if "first" in values and values["first"].any():
         raise ArgumentError("has seen no batch yet, so it has no statistics. Train it first.")
     count = _as_count(values["count"]) if "count" in values else None
+    if framework.debiased and count == 0 and not values["var"].all():
+        raise ArgumentError("has seen no batch yet, so it has no statistics. Train it first.")
     axis = settings.get("channel_axis")
     if framework.axis == "data_format":  # arrays are (1, ..., C, ..., 1)
         shape = values["mean"].shape
@@ -336,7 +359,8 @@ def _state(
         values = {k: v.reshape(-1) if _is_one_axis(v) else v for k, v in values.items()}
     elif framework.debiased and count:  # arrays are not yet divided
         for role in ("mean", "var"):
-            values[role] = _times(values[role], 1 / _share(values[role], momentum, count))
+            share = _share(values[role], momentum, count)
+            values[role] = _wide(values[role].astype(np.float64) / share, values[role])
     return BatchNormState(
         mean=values["mean"],
         var=values["var"],
@@ -378,15 +402,17 @@ def write(
     Returns
     -------
     arrays : dict
-        Copies, named and shaped as the framework does; nested for Flax and Haiku.
+        Copies, named and shaped as the framework does; nested for Flax and Haiku. Statistics that
+        Haiku and Equinox debias are float32, or float64 if the state's are.
     settings : dict
         For each layer the arguments of its constructor.
 
     Raises
     ------
     ArgumentError
-        Something that the target needs is neither given nor known, or something is given that it
-        does not have.
+        Something that the target needs is neither given nor known; something is given that it
+        does not have, or that cannot be; a layer's name leads through an array of another; or
+        debiasing would make a statistic too small for its type.
     """
     framework = find(target)
     choices = {
@@ -397,9 +423,12 @@ def write(
     for option, (value, has) in choices.items():
         if value is not None and not has:
             raise ArgumentError(f"{framework.title} takes no {option}, got {value}. Leave it out.")
+        _check_choice(option, value)
     arrays: dict[Path, Any] = {}
     settings = {}
     for name, state in states.items():
+        if not isinstance(name, str):
+            raise ArgumentError(f"names of layers must be strings, got {name!r}.")
         chosen = state.channel_axis if channel_axis is None else channel_axis
         axis = framework.channel_axis if chosen is None else chosen
         with _naming(name):
@@ -433,10 +462,22 @@ def _values(state: BatchNormState, framework: Framework, count: int | None) -> d
             f"{count}. {framework.title} divides its averages by 1 − momentum^count; a large count "
             "makes them plain ones, as in PyTorch, Keras and Flax."
         )
-    for role in ("mean", "var"):
+    # Errors that evaluation could not tell: of x − mean beside √(var + ε), and of var + ε.
+    scale = found["var"].astype(np.float64) + state.eps
+    for role, beside in (("mean", np.sqrt(scale)), ("var", scale)):
+        values = found[role].astype(np.float64)
         share = _share(found[role], _complement(state.momentum), count)
-        hidden = f"hidden_{role}"
-        found[hidden if hidden in framework.paths else role] = _times(found[role], share)
+        found[role] = _wide(values, found[role])
+        hidden = _wide(values * share, found[role])
+        error = abs(hidden.astype(np.float64) / share - values)
+        wrong = error > 2 * np.finfo(hidden.dtype).eps * np.maximum(abs(values), beside)
+        if wrong.any():
+            raise ArgumentError(
+                f"{role} must not be too small for {hidden.dtype} once it is multiplied by "
+                f"{share}, which undoes debiasing, got {native.in_channel(values, wrong)}. "
+                "Give a larger count, or statistics of float64."
+            )
+        found[f"hidden_{role}" if f"hidden_{role}" in framework.paths else role] = hidden
     for role in framework.paths.keys() & {"count", "count_var"}:
         found[role] = np.array(count, np.int32)
     return found
@@ -451,7 +492,7 @@ def _has_one_more(state: BatchNormState, framework: Framework) -> bool:
 
 def _shape(axis: int, ndim: int | None) -> list[int]:
     """The shape of Haiku's arrays."""
-    if ndim is None or ndim < 2:
+    if ndim is None:
         raise ArgumentError(f"ndim must be the number of axes of a batch, such as 4, got {ndim}.")
     if axis not in (1, -1, ndim - 1):
         raise ArgumentError(
@@ -522,12 +563,36 @@ def _notes(
 
 
 def _check_momentum(momentum: Any) -> float:
-    if isinstance(momentum, (int, float, np.number)) and 0 <= momentum <= 1:
-        return float(momentum)
+    if isinstance(momentum, (int, float, np.integer, np.floating)):
+        value = _as_decimal(momentum, "momentum")
+        if 0 <= value <= 1:
+            return float(value)
     raise ArgumentError(
         f"momentum must be a number from 0 to 1, got {momentum!r}. For PyTorch's None, the plain "
         "average, give the one that training is to go on with."
     )
+
+
+def _as_decimal(value: Any, name: str) -> Any:
+    """A scalar of NumPy as the shortest decimal that its type rounds to it: 0.1 for float32's."""
+    if isinstance(value, (bool, np.bool_)):
+        raise ArgumentError(f"{name} must be a number, got {value}.")
+    return float(str(value)) if isinstance(value, np.floating) else value
+
+
+def _check_choice(name: str, value: Any) -> int | None:
+    """An option of `write`, which must be an integer that it can be, or None."""
+    least, most = {
+        "channel_axis": (-MOST_AXES, MOST_AXES - 1),
+        "ndim": (2, MOST_AXES),
+        "count": (0, np.iinfo(np.int64).max),
+    }[name]
+    if value is None:
+        return None
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if is_integer and least <= value <= most:
+        return int(value)
+    raise ArgumentError(f"{name} must be an integer from {least} to {most}, got {value!r}.")
 
 
 def _complement(momentum: float) -> float:
@@ -547,8 +612,10 @@ def _share(like: Array, old: float, count: int) -> Any:
     return share
 
 
-def _times(values: Array, factor: Any) -> Array:
-    return np.asarray(values * factor).astype(values.dtype)
+def _wide(values: Float64, like: Array) -> Array:
+    """Averages as Equinox and Haiku store them: of float32, or float64 if they were that."""
+    with np.errstate(over="ignore"):  # BatchNormState refuses infinities
+        return values.astype(np.result_type(like.dtype, np.float32))
 
 
 def _as_count(values: Array) -> int:

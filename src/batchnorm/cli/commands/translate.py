@@ -76,11 +76,15 @@ def translate(
     from batchnorm import passage
     from batchnorm.passage import files
 
-    names = {}
+    names: dict[str, str] = {}
     for pair in rename:
         before, equals, after = pair.partition("=")
-        if not equals:
-            raise ArgumentError(f"--rename must be OLD=NEW, got {pair!r}.")
+        if not equals or not after.isprintable():
+            raise ArgumentError(f"--rename must be OLD=NEW in printable text, got {pair!r}.")
+        if before in names:
+            raise ArgumentError(
+                f"--rename must name a layer once, got {before}={names[before]} and {pair}."
+            )
         names[before] = after
     new = target or files.target_of(out)
     files.check_out(out, new)
