@@ -350,6 +350,21 @@ def test_model_whose_copy_is_itself_is_refused():
     assert model.conv.weight.dtype == torch.float32
 
 
+def test_what_forwards_keep_in_their_class_is_as_before():
+    class Shares(Pair):
+        cache = None
+
+        def forward(self, x):
+            if x.mean() > 10 and Shares.cache is None:
+                Shares.cache = torch.zeros_like(x)
+                Shares.made = True
+            return self.bn(self.conv(x))
+
+    fold(Shares().eval(), X)
+    assert Shares.cache is None
+    assert not hasattr(Shares, "made")
+
+
 # ---- what is no escape --------------------------------------------------------------------------
 
 

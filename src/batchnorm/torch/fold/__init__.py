@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -106,13 +108,30 @@ def fold(
         )
     rng = RngState()
     try:
-        with torch.inference_mode(False):  # the copies must be able to train
+        # The copies must be able to train.
+        with torch.inference_mode(False), _classes_as_before(model):
             report, folded = _folded(model, Examples(example_inputs), dtype)
     finally:
         rng.restore()
     if strict:
         report.check(tol)
     return folded, report
+
+
+@contextmanager
+def _classes_as_before(model: nn.Module) -> Iterator[None]:
+    """Restore what forwards change in the classes of modules, which copies have in common."""
+    kinds = {base for module in model.modules() for base in type(module).__mro__}
+    before = [(kind, dict(vars(kind))) for kind in kinds if not kind.__module__.startswith("torch")]
+    try:
+        yield
+    finally:
+        for kind, known in before:
+            for name, value in list(vars(kind).items()):
+                if name not in known:
+                    delattr(kind, name)
+                elif value is not known[name]:
+                    setattr(kind, name, known[name])
 
 
 def _checked(model: object, dtype: Any) -> nn.Module:
