@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -205,7 +206,7 @@ def _folded(
     calls = record(probe, examples.run)
     probe = copied(model)
     paths = explore(probe, calls)
-    plan = make_plan(probe, paths, calls)
+    plan = make_plan(probe, paths, calls, partial(copied, model))
     del probe
     report = FoldReport(refused=plan.refused, alone=plan.alone)
     exact = _in_float64(model, examples)

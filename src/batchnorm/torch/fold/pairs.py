@@ -6,7 +6,7 @@ else, and every input of the second comes from the first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -27,12 +27,12 @@ from .layers import (
     zero_padded,
 )
 from .paths import METADATA, Paths, is_torchs
-from .reach import may_take_apart
+from .reach import may_take_apart, references
 
 __all__ = ["make_plan", "of_layer"]
 
 
-def make_plan(model: nn.Module, paths: Paths, calls: Call) -> Plan:
+def make_plan(model: nn.Module, paths: Paths, calls: Call, copy: Callable[[], nn.Module]) -> Plan:
     """Find what may be folded.
 
     Parameters
@@ -41,10 +41,12 @@ def make_plan(model: nn.Module, paths: Paths, calls: Call) -> Plan:
         That `paths` were followed in.
     paths, calls
         All that may happen in it, and what happened on the examples.
+    copy
+        Makes a copy of the model as it was before.
     """
     modules = dict(model.named_modules())
     flow = _Flow(modules, paths)
-    reasons = _Reasons(model, modules, paths, calls)
+    reasons = _Reasons(model, modules, paths, calls, copy)
     groups: dict[str, Group] = {}
     taken: set[str] = set()
     problems: dict[str, str] = {}  # why a neighbour was not taken
@@ -285,7 +287,12 @@ class _Reasons:
     """Why a layer must not change, whatever is next to it; "" if it may."""
 
     def __init__(
-        self, model: nn.Module, modules: dict[str, nn.Module], paths: Paths, calls: Call
+        self,
+        model: nn.Module,
+        modules: dict[str, nn.Module],
+        paths: Paths,
+        calls: Call,
+        copy: Callable[[], nn.Module],
     ) -> None:
         self._modules, self._paths = modules, paths
         self._names = {id(module): name for name, module in modules.items()}
@@ -308,7 +315,8 @@ class _Reasons:
             if node.op == "call_module"
         }
         leaves = (m for m in modules.values() if is_torchs(m) or is_linear(m) or is_norm(m))
-        self._unseen = bool(paths.opaque) or any(map(has_hooks, leaves))
+        unseen = bool(paths.opaque) or any(map(has_hooks, leaves))
+        self._held = references(copy()) if unseen else {}
         self._known: dict[str, str] = {}
 
     def of(self, name: str) -> str:
@@ -351,8 +359,8 @@ class _Reasons:
         for name in self._everywhere[id(module)]:
             parts = name.split(".") if name else []
             for k in range(len(parts) + 1):
-                holder = self._paths.held.get(id(self._owner(parts[:k])))
-                if holder is not None and self._unseen:
+                holder = self._held.get(self._names[id(self._owner(parts[:k]))])
+                if holder is not None:
                     what = f"'{'.'.join(parts[:k])}'" if k else "the model"
                     return f"a {holder} refers to {what}, which code that is not followed may use"
             for k in range(len(parts)):

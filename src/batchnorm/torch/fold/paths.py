@@ -36,7 +36,7 @@ from ..population.batches import tensors_in
 from ..population.layers import unwrapped
 from .calls import TENSOR, Call, Spec
 from .layers import is_linear, is_norm
-from .reach import catches, references
+from .reach import catches
 
 __all__ = ["METADATA", "Context", "Paths", "Used", "explore", "is_torchs", "only_path", "outline"]
 
@@ -85,14 +85,11 @@ class Paths:
         For each module that cannot be followed, the reason.
     used : Used
         Which tensors are used outside of the modules they belong to.
-    held : dict of int to str
-        What refers to a module besides the one that it lies in, by its id.
     """
 
     graphs: dict[str, list[fx.Graph]] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
     used: Used = field(default_factory=Used)
-    held: dict[int, str] = field(default_factory=dict)
 
 
 def explore(model: nn.Module, calls: Call, closed: Iterable[str] = ()) -> Paths:
@@ -107,11 +104,10 @@ def explore(model: nn.Module, calls: Call, closed: Iterable[str] = ()) -> Paths:
     closed
         Names of modules that stand in graphs as calls, and are not followed.
     """
-    held = references(model)  # first, while nothing here refers to them
     context = Context(model, calls)
     for name in closed:
         context.apart.add(id(model.get_submodule(name)))
-    found = Paths(used=context.used, held=held)
+    found = Paths(used=context.used)
     queue = [model]
     seen: set[int] = set()
     while queue:

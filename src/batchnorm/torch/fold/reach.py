@@ -130,19 +130,21 @@ def _name(node: ast.AST | None) -> str:
     return function.id if isinstance(function, ast.Name) else ""
 
 
-def references(model: nn.Module) -> dict[int, str]:
-    """What refers to modules besides the modules that they lie in: its type, by the module's id."""
+def references(model: nn.Module) -> dict[str, str]:
+    """What refers to modules besides the modules that they lie in: its type, by a module's name.
+
+    Nothing but the caller may know the model.
+    """
     modules = list(model.modules())
-    known = {id(module): module for module in modules}
-    parents = {id(module._modules) for module in modules}
-    found = {}
-    for holder in gc.get_referrers(*modules):
-        if holder is modules or holder is known or id(holder) in parents:
-            continue
-        for held in gc.get_referents(holder):
-            if id(held) in known:
-                found[id(held)] = type(holder).__name__
-    return found
+    names = {id(module): name for name, module in model.named_modules()}
+    parents = {id(modules), *(id(module._modules) for module in modules)}
+    return {
+        names[id(held)]: type(holder).__name__
+        for holder in gc.get_referrers(*modules)
+        if id(holder) not in parents
+        for held in gc.get_referents(holder)
+        if id(held) in names
+    }
 
 
 def catches(module: nn.Module) -> bool:
