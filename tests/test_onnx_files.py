@@ -13,7 +13,8 @@ import onnx
 from onnx import TensorProto
 
 from batchnorm.errors import ArgumentError, BatchNormError
-from batchnorm.onnx import FoldError, files, fold_file, read_inputs
+from batchnorm.inputs import read_inputs
+from batchnorm.onnx import FoldError, files, fold_file
 from onnx_models import array, convolutions, operators, reference
 
 X = {"x": array(2, 4, 6, 5)}

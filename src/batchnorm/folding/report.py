@@ -151,7 +151,7 @@ class FoldReport:
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise FoldError(
-                f"the model was not folded as strict=True demands: {problems[0]}{more}", self
+                f"the model was not folded as strict demands: {problems[0]}{more}", self
             )
 
     def check_finite(self, dtype: str | None = None) -> None:

@@ -5,7 +5,6 @@ from .fold import FoldError as FoldError
 from .fold import FoldReport as FoldReport
 from .fold import fold as fold
 from .fold import fold_file as fold_file
-from .fold import read_inputs as read_inputs
 from .records import network_of_onnx as network_of_onnx
 
 __all__ = [
@@ -15,5 +14,4 @@ __all__ = [
     "fold",
     "fold_file",
     "network_of_onnx",
-    "read_inputs",
 ]

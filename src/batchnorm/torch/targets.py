@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, BatchNormError
 from ..extras import install
+from ..inputs import numbered
 
 __all__ = [
     "example_of",
@@ -226,9 +227,8 @@ def example_of(arrays: Mapping[str, np.ndarray[Any, Any]], path: Path) -> Any:
     ArgumentError
         There are both, or none, or arrays that no tensor can hold.
     """
-    positions = {name: re.fullmatch(r"arr_(\d+)", name) for name in arrays}
-    ordered = sorted((int(m[1]), name) for name, m in positions.items() if m)
-    if not arrays or (ordered and [k for k, _ in ordered] != list(range(len(arrays)))):
+    ordered = numbered(arrays)
+    if not arrays or (not ordered and any(re.fullmatch(r"arr_\d+", name) for name in arrays)):
         raise ArgumentError(
             f"{path}: must hold arrays arr_0, arr_1 and so on, as numpy.savez names arguments "
             "without a name, or arrays with the names of keyword arguments, but not both, got "
@@ -238,7 +238,7 @@ def example_of(arrays: Mapping[str, np.ndarray[Any, Any]], path: Path) -> Any:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
     except TypeError as error:
         raise ArgumentError(f"{path}: must hold numbers, but {error}") from error
-    return tuple(tensors[name] for _, name in ordered) if ordered else tensors
+    return tuple(tensors[name] for name in ordered) if ordered else tensors
 
 
 def random_example(shapes: Sequence[Sequence[int]], model: nn.Module) -> tuple[Tensor, ...]:

@@ -92,7 +92,7 @@ def fold(
     if tol is not None and not tol >= 0:
         raise BatchNormError(f"--tol must be a number that is not negative, got {tol:g}.")
     printed = str(json) == "-"
-    failure: targets.NotWrittenError | FoldError | None = None
+    failure: FoldError | None = None
     folded = None
     try:
         folded = targets.fold(
@@ -107,7 +107,7 @@ def fold(
             json=None if printed else json,
         )
         report = folded.report
-    except (FoldError, targets.NotWrittenError) as error:
+    except FoldError as error:
         report, failure = error.report, error
     console = make_console(highlight=False, markup=False)
     if not printed:
@@ -129,7 +129,7 @@ def fold(
             with explain_write_errors(json), replacing(json) as beside:
                 beside.write_text(text + "\n", encoding="utf-8")
     if folded is None:
-        if not isinstance(failure, FoldError):
+        if isinstance(failure, targets.NotWrittenError):
             raise BatchNormError(str(failure))
         note(f"{failure}; {out} is not written")
         return FOUND_WRONG

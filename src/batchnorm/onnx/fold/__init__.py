@@ -11,9 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ...errors import ArgumentError
 from ...extras import require
 from ...folding import FoldedLayer as FoldedLayer
 from ...folding import FoldError as FoldError
@@ -22,7 +19,7 @@ from ...folding import FoldReport as FoldReport
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["FoldError", "FoldReport", "FoldedLayer", "fold", "fold_file", "read_inputs"]
+__all__ = ["FoldError", "FoldReport", "FoldedLayer", "fold", "fold_file"]
 
 #: Arrays by the names of a model's inputs, or several such examples.
 Inputs = Mapping[str, Any] | list[Mapping[str, Any]]
@@ -133,25 +130,3 @@ def fold_file(
     from . import folding
 
     return folding.fold_file(Path(path), Path(out), inputs, strict=strict, tol=tol)
-
-
-def read_inputs(path: str | Path) -> dict[str, Any]:
-    """Arrays by name from an .npz file, as inputs of a model; the one of an .npy file is arr_0.
-
-    Raises
-    ------
-    ArgumentError
-        It cannot be read, is no .npz or .npy file, or holds Python objects.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
-                return {"arr_0": loaded}
-            return {name: loaded[name] for name in loaded.files}
-    except Exception as error:  # of zipfile, zlib, NumPy and the system
-        why = "there is no such file" if not path.exists() else f"it cannot be read ({error})"
-        raise ArgumentError(
-            f"{path}: must be an .npz file, but {why}. numpy.savez(path, name=array) writes one."
-        ) from error

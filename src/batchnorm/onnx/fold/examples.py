@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from onnx import ModelProto, ValueInfoProto, helper
 
 from ...errors import ArgumentError
+from ...inputs import numbered
 
 __all__ = ["in_order", "random_inputs"]
 
@@ -27,12 +27,10 @@ def in_order(arrays: Mapping[str, Any], model: ModelProto) -> dict[str, Any]:
     Unchanged if an input has one of these names, or there are others.
     """
     names = [value.name for value in _wanted(model)]
-    places = [re.fullmatch(r"arr_(\d+)", name) for name in arrays]
-    order = {int(m[1]): m[0] for m in places if m}
-    fits = set(order) == set(range(len(arrays))) and len(arrays) == len(names)
-    if not fits or set(names) & set(arrays):
+    places = numbered(arrays)
+    if len(places) != len(names) or set(names) & set(arrays):
         return dict(arrays)
-    return {name: arrays[order[place]] for place, name in enumerate(names)}
+    return {name: arrays[place] for name, place in zip(names, places, strict=True)}
 
 
 def random_inputs(shapes: Sequence[Sequence[int]], model: ModelProto) -> dict[str, Any]:
