@@ -21,19 +21,12 @@ from .groups import Branch, Group
 from .layers import activation_of, geometry_of, is_linear, is_norm, is_transparent
 from .paths import Context, Paths, is_torchs, only_path
 
-__all__ = ["become_sequential", "find_sums"]
+__all__ = ["Sums", "become_sequential"]
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
-def find_sums(
-    model: nn.Module,
-    paths: Paths,
-    calls: Call,
-    groups: dict[str, Group],
-    reason: Callable[[str], str],
-    reached: Callable[[nn.Module], str],
-) -> Iterator[Group]:
+class Sums:
     """The blocks that one layer can compute, as groups that take the place of those given.
 
     Parameters
@@ -47,14 +40,7 @@ def find_sums(
     reached
         Why code that cannot be followed may call a module; "" if it does not.
     """
-    finder = _Finder(model, paths, calls, groups, reason, reached)
-    for name in finder.blocks():
-        group = finder.group(name)
-        if group is not None:
-            yield group
 
-
-class _Finder:
     def __init__(
         self,
         model: nn.Module,
@@ -79,7 +65,13 @@ class _Finder:
                         self._stacks.setdefault(str(node.target), []).append(stack)
                         self._opened.update(_skipped(stack))
 
-    def blocks(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Group]:
+        """Over the groups."""
+        for name in self._blocks():
+            if (group := self._group(name)) is not None:
+                yield group
+
+    def _blocks(self) -> Iterator[str]:
         """Modules of others that a linear layer lies in, at most three levels above."""
         found: dict[str, None] = {}
         for name, module in self._modules.items():
@@ -94,7 +86,7 @@ class _Finder:
             if not isinstance(module, nn.Sequential) and name in self._specs:
                 yield name
 
-    def group(self, name: str) -> Group | None:
+    def _group(self, name: str) -> Group | None:
         """What one layer of this block can compute; None if it cannot be the whole block."""
         block = self._modules[name]
         if block._parameters or block._buffers or not self._is_closed(name, block):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .branches import find_sums
+from .branches import Sums
 from .calls import Call
 from .groups import Group, Plan
 from .layers import (
@@ -87,7 +87,7 @@ def make_plan(model: nn.Module, paths: Paths, calls: Call, copy: Callable[[], nn
     def reason(name: str) -> str:
         return "it is folded elsewhere" if name in taken else reasons.of(name)
 
-    for group in list(find_sums(model, paths, calls, groups, reason, reasons.reached)):
+    for group in list(Sums(model, paths, calls, groups, reason, reasons.reached)):
         for branch in group.beside:
             groups.pop(branch.layer, None)
         groups[group.layer] = group

@@ -12,10 +12,10 @@ import ast
 import dis
 import gc
 import inspect
+import itertools
 import textwrap
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
 from typing import Any, cast
 
 from torch import nn
@@ -48,7 +48,7 @@ def may_take_apart(owner: nn.Module, path: list[str]) -> bool:
 class _Code:
     """The functions that a forward may run, as trees."""
 
-    def __init__(self, functions: list[ast.AST]) -> None:
+    def __init__(self, functions: list[ast.Module]) -> None:
         self._functions = functions
         self._parents = {
             child: node
@@ -59,7 +59,7 @@ class _Code:
         self._selves = {
             function.args.args[0].arg
             for tree in functions
-            for function in cast(ast.Module, tree).body
+            for function in tree.body
             if isinstance(function, ast.FunctionDef)
             and function.args.args
             and "staticmethod" not in map(ast.unparse, function.decorator_list)
@@ -154,22 +154,11 @@ def catches(module: nn.Module) -> bool:
 
 @cache
 def _catches(kind: Any) -> bool:
-    names, queue = set[str](), ["forward"]
-    while queue:
-        name = queue.pop()
-        if name in names:
-            continue
-        names.add(name)
-        for function in _definitions(kind, name):
-            codes = [function.__code__]
-            for code in codes:
-                codes += [const for const in code.co_consts if inspect.iscode(const)]
-                queue += code.co_names
-                steps = list(dis.get_instructions(code))
-                for one, other in pairwise(steps):
-                    bare = (one.opname, other.opname) == ("PUSH_EXC_INFO", "POP_TOP")
-                    if bare or one.opname in _CATCHING or one.argval == "suppress":
-                        return True
+    for code in itertools.chain(*map(_codes, _functions(kind))):
+        for one, other in itertools.pairwise(dis.get_instructions(code)):
+            bare = (one.opname, other.opname) == ("PUSH_EXC_INFO", "POP_TOP")
+            if bare or one.opname in _CATCHING or one.argval == "suppress":
+                return True
     return False
 
 
@@ -178,21 +167,34 @@ def _code_of(kind: Any) -> _Code | None:
     """The text of all methods that a forward of this class may run; None if there is none."""
     if any(_is_defined(kind, name) for name in ("__call__", "__getattr__", "__getattribute__")):
         return None
-    functions: dict[Any, ast.AST] = {}
+    try:
+        texts = [textwrap.dedent(inspect.getsource(function)) for function in _functions(kind)]
+        return _Code(list(map(ast.parse, texts)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+@cache
+def _functions(kind: Any) -> list[Any]:
+    """The methods that a forward of this class may run."""
+    found: dict[Any, None] = {}
     names, queue = set[str](), ["forward"]
     while queue:
         name = queue.pop()
-        if name in names:
-            continue
-        names.add(name)
-        for function in _definitions(kind, name):
-            try:
-                tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-            except (OSError, TypeError, SyntaxError):
-                return None
-            functions[function] = tree
-            queue.extend(n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute))
-    return _Code(list(functions.values()))
+        if name not in names:
+            names.add(name)
+            for function in _definitions(kind, name):
+                found[function] = None
+                queue += itertools.chain(*(code.co_names for code in _codes(function)))
+    return list(found)
+
+
+def _codes(function: Any) -> list[Any]:
+    """The code of a function, and of those inside of it."""
+    found = [function.__code__]
+    for code in found:
+        found += [const for const in code.co_consts if inspect.iscode(const)]
+    return found
 
 
 def _definitions(kind: type, name: str) -> Iterator[Any]:
