@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -253,27 +254,18 @@ class FoldReport:
         return "\n".join(self.lines())
 
 
-def _wrapped(start: str, width: int | None, text: str = "") -> list[str]:
-    """Lines of `start` and `text`, broken between words; too long words after one of ``_./``.
+class _Wrapper(textwrap.TextWrapper):
+    """Breaks names of layers after one of ``_./`` as well."""
 
-    Lines after the first are indented as far as `text`, but no further than 24.
-    """
+    wordsep_re = re.compile(r"(\s+|[^\s_./]*[_./]+)")
+
+
+def _wrapped(start: str, width: int | None, text: str = "") -> list[str]:
+    """Lines of `start` and `text`, indented as far as `text` is, but no further than 24."""
     if width is None:
         return [f"{start}{text}".rstrip()]
     indent = " " * (min(len(start), 24) if text else 2)
-    lines = [""]
-    for word in re.findall(r" *[^ ]+ *$| *[^ ]+", f"{start}{text}"):
-        pieces = [word]
-        if len(word.strip()) > width - len(indent):
-            pieces = re.findall(r" *[^ _./]*[_./]+| *[^_./]+", word)
-        for piece in pieces:
-            if lines[-1].strip() and len(lines[-1] + piece.rstrip()) > width:
-                lines[-1] = lines[-1].rstrip()
-                lines.append(indent + piece.lstrip())
-            else:
-                lines[-1] += piece
-    lines[-1] = lines[-1].rstrip()
-    return lines
+    return _Wrapper(width, subsequent_indent=indent).wrap(f"{start}{text}")
 
 
 def _finite(value: Any) -> Any:

@@ -27,7 +27,7 @@ from .groups import Group, Plan
 from .layers import absorb, release, short
 from .pairs import make_plan, of_layer
 from .paths import Paths, explore, outline
-from .verify import Examples, compare_groups, compare_outputs
+from .verify import Examples, compare_groups, compare_outputs, tolerance
 
 __all__ = ["FoldError", "FoldReport", "FoldedLayer", "fold"]
 
@@ -250,9 +250,7 @@ def _too_far(
     error = report.error
     if error is None or not math.isfinite(error) or not report.relative_error:
         return ""
-    types = {p.dtype for p in model.parameters() if p.is_floating_point()} | {dtype} - {None}
-    eps = max(torch.finfo(t).eps for t in types if t is not None)
-    if report.relative_error <= math.sqrt(eps):
+    if report.relative_error <= tolerance(model, *filter(None, [dtype])):
         return ""
     own = report.original_error or 0.0
     if dtype is not None:

@@ -24,7 +24,7 @@ from ...extras import install, require
 from ...folding import FoldReport
 from ..population.batches import tensors_in
 from .layers import short
-from .verify import Examples, cast, compare_outputs
+from .verify import Examples, cast, compare_outputs, tolerance
 
 __all__ = ["SUFFIXES", "FoldedFile", "check_out", "make_file"]
 
@@ -273,11 +273,9 @@ def _onnx(program: Any) -> Any:
 def _compare(folded: nn.Module, expected: Any, got: Any, who: str) -> float:
     """Largest difference; raises if it is beyond what an order of operations can do."""
     error, relative = compare_outputs(expected, [list(tensors_in(got))])
-    types = {t.dtype for t in folded.parameters() if t.is_floating_point()}
-    eps = max((torch.finfo(dtype).eps for dtype in types), default=1e-7)
     if error is None or relative is None:
         return 0.0
-    if not relative <= eps**0.5:
+    if not relative <= tolerance(folded):
         raise BatchNormError(
             f"{who} has other outputs than the folded model: they differ by {error:.2g}, "
             f"{relative:.2g} of the largest. The file is not written."

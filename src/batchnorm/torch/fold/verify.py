@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from ..population.state import RngState
 from .foldings import Folding, wide
 from .layers import activation_of
 
-__all__ = ["Examples", "cast", "compare_groups", "compare_outputs"]
+__all__ = ["Examples", "cast", "compare_groups", "compare_outputs", "tolerance"]
 
 
 class Examples:
@@ -199,6 +200,15 @@ def _without_activation(norm: Any, x: Tensor) -> Tensor:
 
 
 # ---- the whole model ----------------------------------------------------------------------------
+
+
+def tolerance(model: nn.Module, *types: torch.dtype) -> float:
+    """How far outputs may be apart, over the largest, if nothing but the order of sums differs.
+
+    √ε of the coarsest of `types` and of those of the model.
+    """
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()}.union(types)
+    return math.sqrt(max((torch.finfo(dtype).eps for dtype in found), default=1e-7))
 
 
 def compare_outputs(one: list[Any], other: list[Any]) -> tuple[float | None, float | None]:
