@@ -19,7 +19,8 @@ from ..undo import set_class
 from .calls import TENSOR, Call
 from .groups import Branch, Group
 from .layers import activation_of, geometry_of, is_linear, is_norm, is_transparent
-from .paths import Context, Paths, is_torchs, only_path
+from .paths import Paths, only_path
+from .tracing import Context, is_torchs
 
 __all__ = ["Sums", "become_sequential"]
 

@@ -26,8 +26,9 @@ from .layers import (
     reason_of_norm,
     zero_padded,
 )
-from .paths import METADATA, Paths, is_torchs
+from .paths import Paths
 from .reach import may_take_apart, references
+from .tracing import METADATA, is_torchs
 
 __all__ = ["make_plan", "of_layer"]
 

@@ -1,0 +1,393 @@
+"""One path through the forward of a module: `torch.fx`, which answers what code asks of tensors.
+
+A placeholder stands for each tensor. Where Python asks it for a truth value, or whether it is a
+tensor at all, the tracer takes the next of its decisions; what else it cannot know is a limit.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import gc
+import inspect
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from ..population.batches import tensors_in
+from ..population.layers import unwrapped
+from .calls import TENSOR, Call, Spec
+from .layers import is_linear, is_norm
+from .reach import catches
+
+__all__ = [
+    "METADATA",
+    "Apart",
+    "Context",
+    "Endless",
+    "Tracer",
+    "Used",
+    "Watch",
+    "is_of_models",
+    "is_torchs",
+    "isinstance_follows",
+]
+
+#: Questions on one path.
+MOST_DECISIONS = 24
+
+_HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_TORCH = os.path.dirname(os.path.abspath(inspect.getfile(torch)))
+_PYTHON = os.path.dirname(os.path.abspath(os.__file__))
+
+#: What one may ask of a tensor that does not tell its values.
+METADATA = frozenset(
+    {
+        "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_mps", "is_meta",
+        "is_sparse", "is_quantized", "requires_grad", "itemsize", "nbytes", "is_leaf", "size",
+        "dim", "numel", "nelement", "ndimension", "stride", "is_contiguous", "is_floating_point",
+        "is_complex", "element_size", "__len__", "get_device",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class Used:
+    """ids of tensors of which values, or only things like their type, were asked for."""
+
+    values: set[int] = field(default_factory=set)
+    metadata: set[int] = field(default_factory=set)
+
+
+class Context:
+    """What is known of a model before a module of it is followed.
+
+    Attributes
+    ----------
+    names : dict of int to str
+        For the id of each module its first name.
+    calls : Call
+        The run on examples.
+    specs : dict of str to list of Spec
+        What each module was called with there.
+    apart : set of int
+        ids of modules that are followed on their own.
+    """
+
+    def __init__(self, model: nn.Module, calls: Call) -> None:
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.calls, self.specs, self.used = calls, calls.specs(), Used()
+        self.apart: set[int] = set()
+        self._others = {call.name for call in calls if call.rank is None}
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        """Whether a call of this module stands in a graph as a call."""
+        if unwrapped(module) is not module:  # data parallelism, or compiled
+            return False
+        known = is_linear(module) or is_norm(module) or isinstance(module, torch.jit.ScriptModule)
+        return known or id(module) in self.apart or is_torchs(module)
+
+    def returns_a_tensor(self, module: nn.Module) -> bool:
+        """Whether this is a layer that is known to return a tensor."""
+        known = id(module) not in self.apart and not isinstance(module, torch.jit.ScriptModule)
+        return known and self.names[id(module)] not in self._others
+
+
+def is_torchs(module: nn.Module) -> bool:
+    """Whether this is one of torch's layers, which call nothing but their own parts."""
+    return unwrapped(module) is module and fx.Tracer().is_leaf_module(module, "")
+
+
+class Apart(BaseException):  # which `except Exception` in a model does not stop
+    """Raised where a module has to be followed on its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+class Endless(BaseException):
+    """Raised where a path has no end in sight."""
+
+
+_NUMBERS = {"item", "tolist", "numpy", "__int__", "__float__", "__index__", "__array__"}
+
+
+class Watch(TorchFunctionMode):
+    """Sees what happens to tensors that are no placeholders."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__bool__":
+            return self._tracer.decide()  # of a buffer, or of random numbers
+        if name in _NUMBERS:
+            self._tracer.limit("it makes a number of a tensor of the model")
+        if name == "__get__":
+            name = getattr(func.__self__, "__name__", "")
+        used = self._tracer.context.used
+        into = used.metadata if name in METADATA else used.values
+        into.update(id(t) for t in tensors_in([args, kwargs]))
+        return func(*args, **kwargs)
+
+
+class _Proxy(fx.Proxy):
+    """A placeholder, which may be a tensor or something else: both are tried where it matters."""
+
+    _is_param = False
+    _is_tensor: bool | None = None
+    tracer: Tracer
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # Not for a function in C, which would take it for a tensor and read its memory.
+        frame = sys._getframe(1)
+        asks = dis.opname[frame.f_code.co_code[frame.f_lasti]] in ("LOAD_ATTR", "MATCH_CLASS")
+        return Tensor if asks and _asked_by_a_model(frame) and self.is_tensor() else type(self)
+
+    def is_tensor(self) -> bool:
+        """Whether it is one on this path."""
+        if self._is_tensor is None:
+            self.__dict__["_is_tensor"] = self.tracer.decide()
+        return bool(self._is_tensor)
+
+    # Noted, since a model may catch the exception, and take a path that it takes in no run.
+    def __len__(self) -> NoReturn:
+        self.tracer.limit("it asks for the length of a tensor")
+
+    def __int__(self) -> NoReturn:
+        self.tracer.limit("it makes a number of a tensor or a size")
+
+    def __index__(self) -> NoReturn:
+        self.tracer.limit("it counts up to a tensor or a size")
+
+    def __float__(self) -> NoReturn:
+        self.tracer.limit("it makes a number of a tensor or a size")
+
+
+@contextmanager
+def isinstance_follows() -> Iterator[None]:
+    """Let `isinstance` answer for placeholders as for what they stand for."""
+    usual = builtins.isinstance
+    of_a_type = type(torch.FloatTensor)
+
+    def asked(value: Any, kinds: Any, /) -> bool:
+        if usual(value, kinds):
+            return True
+        if type(value) is not _Proxy or not _asked_by_a_model(sys._getframe(1)):
+            return False
+        if type(kinds) is of_a_type or (
+            type(kinds) is tuple and any(type(kind) is of_a_type for kind in kinds)
+        ):
+            return value.tracer.decide()
+        return issubclass(Tensor, kinds) and value.is_tensor()
+
+    builtins.isinstance = asked
+    try:
+        yield
+    finally:
+        builtins.isinstance = usual
+
+
+def _asked_by_a_model(frame: Any) -> bool:
+    """Whether code of a model is the nearest on the stack, below the standard library's."""
+    while frame is not None and _is_of_python(frame.f_code.co_filename):
+        frame = frame.f_back
+    if frame is None:
+        return False
+    return is_of_models(frame.f_code.co_filename) or frame.f_code.co_name == "is_tensor"
+
+
+def is_of_models(path: str) -> bool:
+    """Whether a file is neither of PyTorch nor of this library."""
+    return not path.startswith((_TORCH, _HERE))
+
+
+def _is_of_python(path: str) -> bool:
+    return path.startswith("<frozen") or (path.startswith(_PYTHON) and "site-packages" not in path)
+
+
+_ANY = object()  # any value of an argument
+
+
+class Tracer(fx.Tracer):
+    """Follows one path.
+
+    Attributes
+    ----------
+    decisions : list of bool
+        Answers to the questions for truth values; those that are missing are added.
+    taken : int
+        How many have been asked.
+    failed : Module or None
+        The innermost module below the root that an exception left.
+    limits : list of str
+        What was asked of a placeholder that it has not got, in the root.
+    """
+
+    def __init__(
+        self, root: nn.Module, spec: Spec, decisions: list[bool], context: Context
+    ) -> None:
+        super().__init__()
+        self.spec, self.decisions, self.context = spec, decisions, context
+        self.taken = 0
+        self.failed: nn.Module | None = None
+        self.limits: list[str] = []
+        self._root = root
+        self._stack: list[nn.Module] = []
+        self._proxies: list[weakref.ref[fx.Proxy]] = []
+
+    def decide(self) -> bool:
+        """The answer to the next question."""
+        self._only_in_root()
+        if self.taken == len(self.decisions):
+            if self.taken >= MOST_DECISIONS:
+                raise Endless(f"it asks for more than {MOST_DECISIONS} decisions on values")
+            self.decisions.append(True)
+        self.taken += 1
+        return self.decisions[self.taken - 1]
+
+    def limit(self, what: str) -> NoReturn:
+        """Note that a placeholder was asked for something that it has not got, and raise."""
+        self._only_in_root()
+        frame = sys._getframe(2)
+        place = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+        self.limits.append(f"{what} ({place})")
+        raise TypeError(what)
+
+    def _only_in_root(self) -> None:
+        if len(self._stack) > 1:
+            inner = self._stack[-1]
+            if inner is self._root:
+                raise Endless("it calls itself")
+            raise Apart(inner)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Decide."""
+        return self.decide()
+
+    def iter(self, obj: fx.Proxy) -> NoReturn:
+        """Refuse to loop."""
+        self.limit("it loops over a tensor or a shape")
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A placeholder, which is noted."""
+        found = _Proxy(node, self)
+        self._proxies.append(weakref.ref(found))
+        return found
+
+    def kept(self) -> list[fx.Node]:
+        """What something still refers to: an attribute, a list of the caller's, a global name."""
+        if self._alive():
+            gc.collect()  # what only refers to itself
+        return self._alive()
+
+    def _alive(self) -> list[fx.Node]:
+        nodes = [proxy.node for ref in self._proxies if (proxy := ref()) is not None]
+        return [node for node in nodes if node.op != "placeholder"]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a call stays a call in the graph."""
+        return m is not self._root and self.context.is_leaf(m)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Follow a module, or note its call."""
+        inside = unwrapped(m)
+        if inside is not m:
+            return inside(*args, **kwargs)
+        if id(m) not in self.context.names:
+            raise NameError(f"it calls a {type(m).__name__} that is no module of the model")
+        if not self.is_leaf_module(m, "") and m is not self._root and catches(m):
+            raise Apart(m)
+        if self.is_leaf_module(m, ""):
+            result = super().call_module(m, forward, args, kwargs)
+            if isinstance(result, _Proxy) and self.context.returns_a_tensor(m):
+                result.__dict__["_is_tensor"] = True
+            return result
+        self._stack.append(m)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            if self.failed is None and m is not self._root:
+                self.failed = m
+            raise
+        finally:
+            self._stack.pop()
+
+    def create_arg(self, a: Any) -> Any:
+        """A value in a graph; tensors of the model are noted as used."""
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor):
+            self.context.used.values.add(id(a))
+        return super().create_arg(a)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        """The attribute itself."""
+        return attr_val  # and no placeholder, so that `Watch` sees what happens to parameters
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """A function without arguments, which makes them when it is called."""
+        root: Any = self.root
+
+        def run() -> Any:
+            self._stack.append(root)  # for questions that concern its arguments
+            args, kwargs = self._arguments(root)
+            self._stack.pop()
+            self._given = args, kwargs  # lists among them, in which a forward may put something
+            return root(*args, **kwargs)
+
+        return run, []
+
+    def _arguments(self, root: Any) -> tuple[list[Any], dict[str, Any]]:
+        """Placeholders for tensors; all choices for what may be left out or be a constant."""
+        args = [self._filled(f"argument{k}", value) for k, value in enumerate(self.spec.args)]
+        kwargs = {name: self._filled(name, value) for name, value in self.spec.kwargs.items()}
+        try:
+            signature = inspect.signature(root.forward)
+            bound = signature.bind(*args, **kwargs)
+        except (TypeError, ValueError):
+            return args, kwargs
+        for name, parameter in signature.parameters.items():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                continue
+            choices = [bound.arguments[name]] if name in bound.arguments else []
+            if parameter.default is not parameter.empty:
+                choices += [v for v in [parameter.default] if not any(v is c for c in choices)]
+            if not any(isinstance(v, (_Proxy, tuple, list, dict)) for v in choices):
+                choices.append(_ANY)
+            while len(choices) > 1 and not self.decide():
+                choices.pop(0)
+            bound.arguments[name] = self.placeholder(name) if choices[0] is _ANY else choices[0]
+        return list(bound.args), bound.kwargs
+
+    def _filled(self, name: str, value: Any) -> Any:
+        if value is TENSOR:
+            proxy = self.placeholder(name)
+            proxy.__dict__["_is_tensor"] = True
+            return proxy
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self._filled(name, item) for item in value))
+        if type(value) in (list, tuple):
+            return type(value)(self._filled(name, item) for item in value)
+        if type(value) is dict:
+            return {key: self._filled(name, item) for key, item in value.items()}
+        return value
+
+    def placeholder(self, name: str) -> Any:
+        """A new input of the graph."""
+        return self.create_proxy("placeholder", name, (), {})
