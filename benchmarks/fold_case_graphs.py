@@ -444,39 +444,31 @@ def before_transposed_gemm(rng: Rng) -> onnx.ModelProto:
     return model(nodes, arrays, shape=(6, 6), out=(6, 5))
 
 
-def in_function(rng: Rng) -> onnx.ModelProto:
-    names = ["x", "w", "b", "scale", "shift", "mean", "var"]
-    function = helper.make_function(
-        "case",
-        "Block",
-        names,
-        ["y"],
-        [convolve(), normalize("z")],
-        [helper.make_opsetid("", OPSET)],
+#: Inputs of `block`.
+INPUTS = ["x", "w", "b", "scale", "shift", "mean", "var"]
+
+
+def block() -> onnx.FunctionProto:
+    nodes = [convolve(), normalize("z")]
+    return helper.make_function(
+        "case", "Block", INPUTS, ["y"], nodes, [helper.make_opsetid("", OPSET)]
     )
-    block = node("Block", names, ["y"], domain="case")
-    return model([block], weights(rng), functions=[function])
+
+
+def in_function(rng: Rng) -> onnx.ModelProto:
+    return model([node("Block", INPUTS, ["y"], domain="case")], weights(rng), functions=[block()])
 
 
 def function_called_twice(rng: Rng) -> onnx.ModelProto:
     """Each call has other values."""
-    names = ["x", "w", "b", "scale", "shift", "mean", "var"]
-    function = helper.make_function(
-        "case",
-        "Block",
-        names,
-        ["y"],
-        [convolve(), normalize("z")],
-        [helper.make_opsetid("", OPSET)],
-    )
     arrays = weights(rng)
     arrays |= {f"{name}2": array for name, array in weights(rng).items()}
     nodes = [
-        node("Block", names, ["one"], domain="case"),
-        node("Block", ["x", *(f"{name}2" for name in names[1:])], ["two"], domain="case"),
+        node("Block", INPUTS, ["one"], domain="case"),
+        node("Block", ["x", *(f"{name}2" for name in INPUTS[1:])], ["two"], domain="case"),
         node("Mul", ["one", "two"], ["y"]),
     ]
-    return model(nodes, arrays, functions=[function])
+    return model(nodes, arrays, functions=[block()])
 
 
 def pad_between(rng: Rng) -> onnx.ModelProto:

@@ -29,6 +29,16 @@ def rng():
     return np.random.default_rng(20150211)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """PyTorch on one thread: for tensors this small, threads cost more than they do."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # Central differences on functions of third derivative below about 1e3 and values below about 10 are
 # right to h²·1e3/6 + 10·u/h ≈ 2e-8; tests allow 1e-6.
 H = 1e-5

@@ -17,6 +17,7 @@ from torch import nn
 
 import batchnorm.torch
 from batchnorm.onnx import fold
+from fold_models import filled
 from onnx_models import operators
 
 
@@ -43,18 +44,6 @@ class Net(nn.Module):
         x = (self.first(y) + self.second(y)).relu()
         x = self.up(self.last(self.before(x)))
         return self.head(x.mean((2, 3)))
-
-
-def filled(model):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase):
-                module.running_mean.normal_(generator=generator)
-                module.running_var.uniform_(0.2, 3, generator=generator)
-                module.weight.normal_(generator=generator)
-                module.bias.normal_(generator=generator)
-    return model.eval()
 
 
 def exported(model, x, dynamo):

@@ -32,7 +32,9 @@ from batchnorm.torch import (  # noqa: E402
     revert,
 )
 
-pytestmark = [  # torch's tracers and compilers run into torch's own deprecated functions
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # torch's tracers and compilers run into torch's own deprecated functions
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
 ]
@@ -44,16 +46,6 @@ modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eva
 # Relative to the largest value: sums of some hundreds of terms are right to 1e2·u, and a few layers
 # and three steps of the optimizer amplify that by less than 1e2.
 BOUNDS = {dtype: 1e4 * torch.finfo(dtype).eps / 2 for dtype in TYPES}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """For tensors this small, threads cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 # ---- networks -----------------------------------------------------------------------------------
 

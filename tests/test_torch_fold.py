@@ -23,6 +23,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from batchnorm.errors import ArgumentError, BatchNormError
 from batchnorm.torch import BatchNorm2d, FoldError, FoldReport, convert, fold, freeze
 from batchnorm.torch.fold.layers import narrowed
+from fold_models import filled, images, output
 
 CONVS = [
     nn.Conv1d,
@@ -34,41 +35,7 @@ CONVS = [
 ]
 NORMS = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """For tensors this small, threads cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def filled(model, seed=0):
-    """With statistics, scales and shifts that are no ones and zeros; in evaluation."""
-    g = generator(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if getattr(module, "running_var", None) is not None:
-                module.running_mean.normal_(generator=g)
-                module.running_var.uniform_(0.2, 3, generator=g)
-                if module.weight is not None:
-                    module.weight.normal_(generator=g)
-                    module.bias.normal_(generator=g)
-    return model.eval()
-
-
-def images(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*(shape or (2, 3, 8, 8)), generator=generator(seed)).to(dtype)
-
-
-def output(model, x):
-    with torch.no_grad():
-        return model(x)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def folds(model, x, expected=None, **options):

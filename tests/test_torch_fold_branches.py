@@ -13,46 +13,18 @@ from torch.nn import functional as F
 
 from batchnorm.torch import BatchNorm2d, fold
 from batchnorm.torch.fold.layers import geometry_of
+from fold_models import filled, images, output
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """For tensors this small, threads cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def filled(model, seed=0):
-    """With statistics, scales and shifts that are no ones and zeros; in evaluation."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if getattr(module, "running_var", None) is not None:
-                module.running_mean.normal_(generator=g)
-                module.running_var.uniform_(0.2, 3, generator=g)
-                module.weight.normal_(generator=g)
-                module.bias.normal_(generator=g)
-    return model.eval()
-
-
-def images(channels=4, size=9, seed=0):
-    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(seed))
-
-
-def output(model, x):
-    with torch.no_grad():
-        return model(x)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def folds(model, x=None, **options):
-    x = images() if x is None else x
+    x = images(2, 4, 9, 9) if x is None else x
     model = filled(model)
     folded, report = fold(model, x, **options)
     assert report.share <= 1
     if not options:
-        for each in [*(x if isinstance(x, list) else [x]), images(size=12, seed=5)]:
+        for each in [*(x if isinstance(x, list) else [x]), images(2, 4, 12, 12, seed=5)]:
             one, two = output(model, each), output(folded, each)
             torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
     return folded, report
@@ -250,7 +222,7 @@ class WithParameter(Block):
     ids=lambda kind: kind.__name__,
 )  # fmt: skip
 def test_blocks_that_do_more_are_folded_branch_by_branch(kind):
-    x = images()
+    x = images(2, 4, 9, 9)
     folded, report = folds(nn.Sequential(kind()), [x, x - 3] if kind is WithBranch else x)
     assert type(folded[0]) is kind
     assert not any(pair.merged for pair in report.pairs)
@@ -278,7 +250,7 @@ def test_branches_that_do_not_fit_together_stay(change):
             return self.act(F.pad(one, (0, x.shape[3] - one.shape[3]) * 2) + three)
 
     plain = Other(change, identity=False)
-    x = images()
+    x = images(2, 4, 9, 9)
     if plain.one(x).shape != x.shape or plain.three.conv.weight.dtype != x.dtype:
         plain = Pad(change, identity=False)
     folded, report = folds(nn.Sequential(plain), x)
@@ -354,7 +326,7 @@ class Broadcast(nn.Module):
 
 def test_sum_that_broadcasts_stays():
     model = filled(Broadcast())
-    x = images(1)
+    x = images(2, 1, 9, 9)
     folded, report = fold(model, x)
     assert report.folded == {"bn": "conv"}
     assert type(folded) is Broadcast
@@ -502,7 +474,7 @@ def test_sum_that_overflows_is_folded_branch_by_branch():
             unit.bn.weight.fill_(40_000)
             unit.bn.eps = 0.0
     model = nn.Sequential(block).eval()
-    folded, report = fold(model, images() * 1e-3, dtype=torch.float16)
+    folded, report = fold(model, images(2, 4, 9, 9) * 1e-3, dtype=torch.float16)
     assert set(report.folded) == {"0.one.bn", "0.three.bn"}
     assert not any(pair.merged for pair in report.pairs)
     assert type(folded[0]) is Block
@@ -517,7 +489,7 @@ def test_sum_is_within_its_bound_in_every_type(dtype):
 
 def test_merged_weights_are_rounded_once():
     model = filled(nn.Sequential(Block()))
-    folded, _ = fold(model, images())
+    folded, _ = fold(model, images(2, 4, 9, 9))
     block = model[0]
 
     def scale(bn):
@@ -532,8 +504,8 @@ def test_merged_weights_are_rounded_once():
 
 def test_merged_block_pickles_exports_and_trains():
     model = filled(nn.Sequential(Block(), Several()))
-    folded, _ = fold(model, images())
-    x = images(seed=1)
+    folded, _ = fold(model, images(2, 4, 9, 9))
+    x = images(2, 4, 9, 9, seed=1)
     for other in (pickle.loads(pickle.dumps(folded)), copy.deepcopy(folded)):
         assert torch.equal(output(other, x), output(folded, x))
     program = torch.export.export(folded, (x,))

@@ -12,29 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from batchnorm.torch import fold
+from fold_models import filled, images
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """For tensors this small, threads cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def filled(model, seed=0):
-    """With statistics, scales and shifts that are no ones and zeros; in evaluation."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if getattr(module, "running_var", None) is not None:
-                module.running_mean.normal_(generator=generator)
-                module.running_var.uniform_(0.2, 3, generator=generator)
-                if module.weight is not None:
-                    module.weight.normal_(generator=generator)
-                    module.bias.normal_(generator=generator)
-    return model.eval()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def same(model, folded, x):
@@ -42,10 +22,6 @@ def same(model, folded, x):
         one, other = model(x), folded(x)
     # Up to a few hundred terms of size 10 in float32.
     torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
-
-
-def images(seed=0, channels=3, size=8):
-    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 class Net(nn.Module):

@@ -8,8 +8,9 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-import vision  # noqa: E402, F401  before torchvision and timm
+import vision  # noqa: E402  before torchvision and timm
 from batchnorm.torch import convert, fold  # noqa: E402
+from fold_models import images  # noqa: E402
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")
@@ -17,32 +18,11 @@ timm = pytest.importorskip("timm")
 from timm.layers import Conv2dSame, norm_act, std_conv  # noqa: E402
 from torchvision.ops import FrozenBatchNorm2d, misc  # noqa: E402
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """For tensors this small, threads cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def filled(model, seed=0):
-    """With statistics, scales and shifts that are no ones and zeros; in evaluation."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if getattr(module, "running_var", None) is not None:
-                module.running_mean.uniform_(-0.3, 0.3, generator=g)
-                module.running_var.uniform_(0.5, 1.5, generator=g)
-                module.weight.uniform_(0.5, 1.5, generator=g)
-                module.bias.uniform_(-0.3, 0.3, generator=g)
-    return model.eval()
-
-
-def images(size=16, channels=3, dtype=torch.float32):
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(2, channels, size, size, generator=g).to(dtype)
+    return vision.filled(model, seed).eval()
 
 
 def folds(model, x):
@@ -78,7 +58,7 @@ def test_norms_of_timm_and_torchvision_are_folded(name, ours):
     model = with_norm(name)
     if ours:
         model = convert(model)
-    folded, report = folds(model, images())
+    folded, report = folds(model, images(2, 3, 16, 16))
     assert report.folded == {"1": "0"}
     norm = folded[1]
     if name == "with drop":
@@ -95,10 +75,10 @@ def test_norms_of_timm_and_torchvision_are_folded(name, ours):
 @pytest.mark.parametrize("kind", [FrozenBatchNorm2d, norm_act.FrozenBatchNormAct2d])
 def test_constant_norms_that_compute_in_half_precision_are_within_the_bound(kind, dtype):
     model = filled(nn.Sequential(nn.Conv2d(3, 4, 3), kind(4))).to(dtype)
-    report = fold(model, images(dtype=dtype))[1]
+    report = fold(model, images(2, 3, 16, 16, dtype=dtype))[1]
     assert 0 < report.pairs[0].error <= report.pairs[0].bound < 10
     model[1].running_var.fill_(0)  # with eps below the normal numbers of float16
-    report = fold(model, images(dtype=dtype))[1]
+    report = fold(model, images(2, 3, 16, 16, dtype=dtype))[1]
     assert report.pairs[0].error <= report.pairs[0].bound
     if dtype == torch.float16:
         assert report.pairs[0].bound == float("inf")
@@ -107,7 +87,7 @@ def test_constant_norms_that_compute_in_half_precision_are_within_the_bound(kind
 def test_hooks_of_an_activation_stay():
     model = with_norm("BatchNormAct2d")
     handle = model[1].act.register_forward_hook(lambda m, args, y: y + 1)
-    folded, report = folds(model, images())
+    folded, report = folds(model, images(2, 3, 16, 16))
     assert report.folded == {"1": "0"}
     assert len(folded[1].act._forward_hooks) == 1
     handle.remove()
@@ -116,18 +96,18 @@ def test_hooks_of_an_activation_stay():
 @pytest.mark.parametrize("size", [15, 16])
 def test_convolutions_that_only_pad_are_folded(size):
     conv = Conv2dSame(3, 4, 3, stride=2)
-    _, report = folds(filled(nn.Sequential(conv, nn.BatchNorm2d(4))), images(size))
+    _, report = folds(filled(nn.Sequential(conv, nn.BatchNorm2d(4))), images(2, 3, size, size))
     assert report.folded == {"1": "0"}
 
 
 def test_norm_before_a_convolution_that_pads_is_refused():
     model = filled(nn.Sequential(nn.BatchNorm2d(3), Conv2dSame(3, 4, 3, stride=2)))
-    assert "pads with zeros" in folds(model, images())[1].refused["0"]
+    assert "pads with zeros" in folds(model, images(2, 3, 16, 16))[1].refused["0"]
 
 
 def test_convolutions_that_standardize_their_weights_are_refused():
     model = filled(nn.Sequential(std_conv.StdConv2d(3, 4, 3), nn.BatchNorm2d(4)))
-    assert "StdConv2d is a subclass of Conv2d" in folds(model, images())[1].refused["1"]
+    assert "StdConv2d is a subclass of Conv2d" in folds(model, images(2, 3, 16, 16))[1].refused["1"]
 
 
 # Name to batch norms that are folded, refused and left.
@@ -153,7 +133,7 @@ def test_models_that_nobody_here_wrote(name):
     make, count, refused, alone = MODELS[name]
     torch.manual_seed(0)
     model = filled(make())
-    folded, report = folds(model, images(64))
+    folded, report = folds(model, images(2, 3, 64, 64))
     found = len(report.folded), len(report.refused), len(report.alone)
     assert found == (count, refused, alone), str(report)
     assert type(folded) is type(model)
@@ -180,6 +160,6 @@ def test_model_is_as_before_when_it_is_converted_first():
     torch.manual_seed(0)
     model = convert(filled(timm.create_model("mobilenetv3_small_050")))
     state = copy.deepcopy(model.state_dict())
-    _, report = folds(model, images(64))
+    _, report = folds(model, images(2, 3, 64, 64))
     assert len(report.folded) == 34
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 
-import vision  # noqa: E402, F401  before torchvision and timm
+import vision  # noqa: E402  before torchvision and timm
 from batchnorm.errors import ArgumentError  # noqa: E402
 from batchnorm.torch import (  # noqa: E402
     BatchNorm2d,
@@ -38,27 +38,7 @@ C = 4
 U = 2.0**-24  # half a unit in the last place of float32
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """For tensors this small, threads cost more than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def _filled(net, seed=0):
-    """The network with scales, shifts and statistics that are not the initial ones."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, t in net.state_dict().items():
-            if not t.is_floating_point() or t.dim() > 1:
-                continue
-            noise = torch.rand(t.shape, generator=generator, dtype=torch.float64)
-            # Around 1 and 0, so that values neither grow nor shrink from layer to layer.
-            t.copy_(noise / 2 + 0.75 if name.endswith(("var", "weight")) else noise / 2 - 0.25)
-    return net
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _x(*shape, dtype=torch.float32):
@@ -123,7 +103,7 @@ MODEL_BOUND = 1e-8
 def test_converted_model_computes_what_it_did_and_reverts_to_what_it_was(name):
     make, layers, rectified = MODELS[name]
     torch.manual_seed(0)
-    theirs = _filled(make().double())
+    theirs = vision.filled(make().double())
     ours = convert(copy.deepcopy(theirs))
     report = explain(ours)
     assert (len(report.converted), report.skipped, report.pending) == (layers, {}, set())
@@ -172,7 +152,7 @@ ACTS = {
 
 def _layer(act=nn.ReLU, **keywords):
     """timm's layer, and the same converted."""
-    theirs = _filled(norm_act.BatchNormAct2d(C, act_layer=act, **keywords))
+    theirs = vision.filled(norm_act.BatchNormAct2d(C, act_layer=act, **keywords))
     return theirs, convert(copy.deepcopy(theirs))
 
 
@@ -359,7 +339,9 @@ def test_options_apply():
 @modes
 def test_layer_compiles_exports_and_traces(training):
     torch._dynamo.reset()
-    theirs = _filled(nn.Sequential(nn.Conv2d(3, C, 3), norm_act.BatchNormAct2d(C))).train(training)
+    theirs = vision.filled(nn.Sequential(nn.Conv2d(3, C, 3), norm_act.BatchNormAct2d(C))).train(
+        training
+    )
     ours, x = convert(copy.deepcopy(theirs)), _x(6, 3, 7, 7)
     y = copy.deepcopy(theirs)(x)
     for way in (
@@ -372,7 +354,7 @@ def test_layer_compiles_exports_and_traces(training):
 
 
 def test_recalibrate_measures_what_it_did():
-    nets = [_filled(timm.create_model("ese_vovnet19b_dw").double()) for _ in range(2)]
+    nets = [vision.filled(timm.create_model("ese_vovnet19b_dw").double()) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     convert(nets[1])
     for net in nets:
@@ -441,7 +423,7 @@ frozen_ = pytest.mark.parametrize("kind", FROZEN)
 
 
 def _frozen(kind, dtype=torch.float32, **keywords):
-    theirs = _filled(FROZEN[kind](**keywords)).to(dtype)
+    theirs = vision.filled(FROZEN[kind](**keywords)).to(dtype)
     return theirs, convert(copy.deepcopy(theirs))
 
 
@@ -501,7 +483,7 @@ def test_frozen_layer_lets_statistics_have_a_gradient():
 
 def test_frozen_layer_loads_what_a_batch_norm_has_saved():
     theirs, ours = _frozen("torchvision")
-    saved = _filled(nn.BatchNorm2d(C), seed=1).state_dict()
+    saved = vision.filled(nn.BatchNorm2d(C), seed=1).state_dict()
     for layer in (theirs, ours):
         layer.load_state_dict(saved.copy(), strict=True)
     _assert_same(ours.state_dict(), theirs.state_dict(), 0.0)

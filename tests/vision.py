@@ -40,3 +40,16 @@ if not _compiled_operators_load():
     _library = torch.library.Library("torchvision", "DEF")  # definitions go with the object
     for _name in _OPERATORS:
         _library.define(f"{_name}(Tensor x) -> Tensor")
+
+
+def filled(net, seed=0):
+    """The network with scales, shifts and statistics that are not the initial ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, t in net.state_dict().items():
+            if not t.is_floating_point() or t.dim() > 1:
+                continue
+            noise = torch.rand(t.shape, generator=generator, dtype=torch.float64)
+            # Around 1 and 0, so that values neither grow nor shrink from layer to layer.
+            t.copy_(noise / 2 + 0.75 if name.endswith(("var", "weight")) else noise / 2 - 0.25)
+    return net

@@ -14,21 +14,14 @@ from typing import Any
 import altair as alt
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import gallery
+from tables import FOLDERS
 
 DOCS = Path(__file__).resolve().parents[1]
 RESULTS = DOCS.parent / "benchmarks" / "results" / "fold_cases.csv"
-TOOLS = {
-    "batchnorm.torch.fold": "batchnorm, PyTorch",
-    "torch.nn.utils.fusion": "torch.nn.utils.fusion",
-    "torch.fx fuse": "torch.fx",
-    "batchnorm.onnx.fold": "batchnorm, ONNX",
-    "onnxruntime": "onnxruntime",
-    "onnxoptimizer": "onnx-optimizer",
-    "onnxsim": "onnxsim",
-    "onnxslim": "onnxslim",
-}
+TOOLS = {key: name.replace(". ", ".") for key, name in FOLDERS.items()}
 #: From the best to the worst; a line of several cases has the colour of its worst.
 COLORS = {"right": "#009e73", "refused": "#a9b1bb", "crashed": "#9c5fb5", "wrong": "#d55e00"}
 GAP = 1.5  # between kinds, in columns
