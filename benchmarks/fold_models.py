@@ -11,12 +11,13 @@ Python, and so their times say little.
 
 fold_models.csv
     For each program that runs the model (``by``: PyTorch, onnxruntime with its own optimizations,
-    and without them) a line for the model as it is and one for the folded one: batch norms that
-    were folded, refused, and left because no linear layer is next to them; how far outputs differ
-    (``error``, and over the largest output ``relative_error``), how far each model is from its run
-    in float64 (``float64_error``), the largest error of a pair over its bound (``share``), and the
-    time of an inference, interleaved; ``ratio`` is to the model as it is. ONNX models are exported
-    by ``torch.onnx.export(dynamo=True, optimize=False)``, which leaves batch norms in place.
+    without them, and with them on a default export) a line for the model as it is and one for the
+    folded one: batch norms that were folded, refused, and left because no linear layer is next to
+    them; how far outputs differ (``error``, and over the largest output ``relative_error``), how
+    far each model is from its run in float64 (``float64_error``), the largest error of a pair over
+    its bound (``share``), and the time of an inference, interleaved; ``ratio`` is to the model as
+    it is. ONNX models are exported by ``torch.onnx.export(dynamo=True, optimize=False)``, which
+    leaves batch norms in place; in a default export PyTorch has folded what it can.
 
 fold_models_reasons.csv
     A line for each batch norm that was not folded.
@@ -40,6 +41,7 @@ from batchnorm.progress import steps
 
 ORIGINAL, FOLDED = "as it is", "folded"
 TORCH, RUNTIME, PLAIN = "PyTorch", "onnxruntime", "onnxruntime, not optimizing"
+DEFAULT = "onnxruntime, default export"
 BATCH = 2
 NEEDS = ("torch", "torchvision", "timm", "onnxscript", "onnxruntime")
 
@@ -184,8 +186,9 @@ def rows_of(
     """
     found = []
     for by, calls in runs.items():
-        error = report.optimized_error if by == RUNTIME else report.error
-        relative = report.relative_error if by != RUNTIME else None
+        optimized = by in (RUNTIME, DEFAULT)
+        error = report.optimized_error if optimized else report.error
+        relative = None if optimized else report.relative_error
         before = ModelRow(
             provider=ORIGINAL, by=by, float64_error=_known(report.original_error), **common
         )
@@ -243,35 +246,48 @@ def examine(
         rows, reasons = rows_of(report, own, {TORCH: calls}, common, options.rounds)
     if name in DETECTION:  # whose forward is not exported without torchvision's operators
         return rows, reasons
-    try:
-        more, why = examine_onnx(model, images[2], own, common, options)
-    except Exception as error:  # whatever an exporter does with a model
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        row = ModelRow(provider=FOLDED, by=RUNTIME, status="failed", detail=text, **common)
-        more, why = [row], []
-    return rows + more, reasons + why
+    for optimize, levels in EXPORTS.items():
+        try:
+            more, why = examine_onnx(model, images[2], optimize, own, common, options)
+        except Exception as error:  # whatever an exporter does with a model
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            by = next(iter(levels))
+            row = ModelRow(provider=FOLDED, by=by, status="failed", detail=text, **common)
+            more, why = [row], []
+        rows += more
+        reasons += why
+    return rows, reasons
+
+
+#: Whether PyTorch optimizes what it exports, and how far onnxruntime then optimizes each run.
+EXPORTS = {
+    False: {RUNTIME: "ORT_ENABLE_ALL", PLAIN: "ORT_DISABLE_ALL"},
+    True: {DEFAULT: "ORT_ENABLE_ALL"},
+}
 
 
 def examine_onnx(
-    model: Any, x: Any, own: float, common: dict[str, Any], options: argparse.Namespace
-) -> tuple[list[ModelRow], list[ReasonRow]]:
+    model: Any, x: Any, optimize: bool, own: float, common: dict[str, Any],
+    options: argparse.Namespace,
+) -> tuple[list[ModelRow], list[ReasonRow]]:  # fmt: skip
     """The lines of one model that was exported."""
     import onnxruntime
     import torch
 
     from batchnorm.onnx import fold
 
-    program: Any = torch.onnx.export(model, (x,), dynamo=True, optimize=False, verbose=False)
+    program: Any = torch.onnx.export(model, (x,), dynamo=True, optimize=optimize, verbose=False)
     original = program.model_proto
     inputs = {original.graph.input[0].name: x.numpy()}
     folded, report = fold(original, inputs)
-    levels = onnxruntime.GraphOptimizationLevel
     runs: dict[str, dict[str, Any]] = {}
-    for by, level in ((RUNTIME, levels.ORT_ENABLE_ALL), (PLAIN, levels.ORT_DISABLE_ALL)):
+    for by, level in EXPORTS[optimize].items():
         for provider, each in ((ORIGINAL, original), (FOLDED, folded)):
             chosen = onnxruntime.SessionOptions()
-            chosen.graph_optimization_level = level
+            chosen.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
             chosen.intra_op_num_threads = torch.get_num_threads()
+            # Or threads of the session before wait in a loop, on the processors of this one.
+            chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
             session = onnxruntime.InferenceSession(
                 each.SerializeToString(), chosen, providers=["CPUExecutionProvider"]
             )

@@ -17,7 +17,7 @@ from torch import nn
 
 import batchnorm.torch
 from batchnorm.onnx import fold
-from fold_models import filled
+from foldable import filled
 from onnx_models import operators
 
 

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from batchnorm.errors import ArgumentError, BatchNormError
 from batchnorm.torch import BatchNorm2d, FoldError, FoldReport, convert, fold, freeze
 from batchnorm.torch.fold.layers import narrowed
-from fold_models import filled, images, output
+from foldable import filled, images, output
 
 CONVS = [
     nn.Conv1d,

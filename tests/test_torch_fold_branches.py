@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from batchnorm.torch import BatchNorm2d, fold
 from batchnorm.torch.fold.layers import geometry_of
-from fold_models import filled, images, output
+from foldable import filled, images, output
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

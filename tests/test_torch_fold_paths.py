@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from batchnorm.torch import fold
-from fold_models import filled, images
+from foldable import filled, images
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

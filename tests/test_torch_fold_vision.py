@@ -10,7 +10,7 @@ from torch import nn  # noqa: E402
 
 import vision  # noqa: E402  before torchvision and timm
 from batchnorm.torch import convert, fold  # noqa: E402
-from fold_models import images  # noqa: E402
+from foldable import images  # noqa: E402
 
 torchvision = pytest.importorskip("torchvision")
 timm = pytest.importorskip("timm")

@@ -132,7 +132,6 @@ def _matches(given: Any, seen: Any) -> bool:
 def outline(graph: fx.Graph) -> list[Any]:
     """What is called with what, to compare graphs by."""
     numbers = {node: number for number, node in enumerate(graph.nodes)}
-
     names: dict[str, str] = {}
 
     def target(node: fx.Node) -> str:
@@ -253,9 +252,7 @@ def _paths(root: nn.Module, spec: Spec, context: Context, grad: bool) -> list[fx
     """Each path of a module that is called with `spec`, with gradients or without."""
     found: list[fx.Graph] = []
     decisions: list[bool] = []
-    count = 0
-    while count <= MOST_PATHS:
-        count += 1
+    for _ in range(MOST_PATHS + 1):
         graph = _follow(root, spec, decisions, context, grad)
         if graph is not None:
             found.append(graph)
