@@ -1232,7 +1232,7 @@ def test_fold_refuses_an_error_beyond_its_bound(monkeypatch):
 @pytest.mark.parametrize(
     ("inputs", "kind", "message"),
     [
-        ({"x": X, "z": X}, ArgumentError, "must have the names of the model's inputs, x, got 'z'"),
+        ({"x": X, "z": X}, ArgumentError, r"names of the model's inputs \('x'\), got 'z'"),
         ({"x": X, "w": X}, ArgumentError, "got 'w'"),
         ({}, ArgumentError, "missing: x"),
         ([], ArgumentError, "got an empty list"),

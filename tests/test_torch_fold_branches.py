@@ -90,6 +90,63 @@ def test_block_becomes_a_sequential_under_the_same_names(groups):
     assert not report.refused
 
 
+ACTIVATIONS = {
+    "relu": (F.relu, "ReLU()"),
+    "relu in place": (lambda x: F.relu(x, inplace=True), "ReLU(inplace=True)"),
+    "torch.relu": (torch.relu, "ReLU()"),
+    "method": (lambda x: x.relu(), "ReLU()"),
+    "method in place": (lambda x: x.relu_(), "ReLU()"),
+    "relu6": (F.relu6, "ReLU6()"),
+    "hardswish": (F.hardswish, "Hardswish()"),
+    "silu": (F.silu, "SiLU()"),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_functions_after_the_sum_become_modules(name):
+    function, expected = ACTIVATIONS[name]
+
+    class Functional(Block):
+        def forward(self, x):
+            return function(self.one(x) + self.three(x))
+
+    folded, report = folds(nn.Sequential(Functional()))
+    assert list(map(str, folded[0].children()))[1:] == [expected]
+    assert report.folded == {"0.one.bn": "0.three.conv", "0.three.bn": "0.three.conv"}
+    pickle.loads(pickle.dumps(folded))
+
+
+def test_a_function_gets_a_name_of_its_own():
+    class Named(Block):
+        def __init__(self):
+            super().__init__()
+            self.relu = nn.Sigmoid()
+
+        def forward(self, x):
+            return F.relu(self.relu(F.relu(self.one(x) + self.three(x)))).relu()
+
+    folded, _ = folds(nn.Sequential(Named()))
+    names = list(folded[0]._modules)
+    assert (len(names), names[2]) == (5, "relu")
+    assert [type(m).__name__ for m in folded[0]][1:] == ["ReLU", "Sigmoid", "ReLU", "ReLU"]
+
+
+class InList(Block):
+    def forward(self, x):
+        return [self.one(x) + self.three(x)]
+
+
+class InDict(Block):
+    def forward(self, x):
+        return {"y": F.relu(self.one(x) + self.three(x))}
+
+
+@pytest.mark.parametrize("kind", [InList, InDict])
+def test_block_that_returns_no_tensor_is_folded_branch_by_branch(kind):
+    _, report = fold(filled(kind()), images(2, 4, 9, 9))
+    assert report.folded == {"one.bn": "one.conv", "three.bn": "three.conv"}
+
+
 class Several(nn.Module):
     """As MobileOne's: branches in a list, a sum that starts at zero."""
 
@@ -179,7 +236,12 @@ class WithOtherInput(Block):
 
 class WithFunction(Block):
     def forward(self, x):
-        return F.relu(self.one(x) + self.three(x))
+        return F.leaky_relu(self.one(x) + self.three(x), 0.3)
+
+
+class WithActivations(Block):
+    def forward(self, x):
+        return self.one(x) + self.three(x).relu()
 
 
 class WithTraining(Block):
@@ -217,8 +279,8 @@ class WithParameter(Block):
 
 @pytest.mark.parametrize(
     "kind",
-    [WithSide, WithFactor, WithOffset, WithOtherInput, WithFunction, WithTraining, WithArgument,
-     WithBranch, WithParameter, WithMemory],
+    [WithSide, WithFactor, WithOffset, WithOtherInput, WithFunction, WithActivations, WithTraining,
+     WithArgument, WithBranch, WithParameter, WithMemory],
     ids=lambda kind: kind.__name__,
 )  # fmt: skip
 def test_blocks_that_do_more_are_folded_branch_by_branch(kind):

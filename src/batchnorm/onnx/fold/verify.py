@@ -52,8 +52,8 @@ def _checked(
     for name in feed:
         if name not in wanted or (name in initialized and name not in optional):
             raise ArgumentError(
-                f"inputs must have the names of the model's inputs, {', '.join(names) or 'none'}, "
-                f"got {name!r}."
+                "inputs must have the names of the model's inputs "
+                f"({', '.join(map(repr, names)) or 'none'}), got {name!r}."
             )
     missing = [name for name in names if name not in feed]
     if missing:

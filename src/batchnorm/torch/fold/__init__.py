@@ -317,7 +317,8 @@ def _apply(
             release(result.get_submodule(name))
     for group in plan.groups:
         if group.beside and not problems:
-            become_sequential(result, group.block, [group.call, *group.chain])
+            parts = [group.call, *group.chain]
+            become_sequential(result, group.block, parts, group.functions)
     return foldings, problems
 
 

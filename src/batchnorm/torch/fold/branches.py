@@ -4,6 +4,7 @@ A block like RepVGG's gives its input to several branches, each a linear layer o
 norms, and adds what they return. It is changed only if its forward is nothing but this, followed by
 modules that are called one after another: it then becomes a `Sequential` of the branch with the
 largest kernel, which computes the whole sum, and of these modules, under the names that they had.
+Activations among them may also be functions, which become modules.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn import functional as F
 
 from ..undo import set_class
 from .calls import TENSOR, Call
@@ -24,6 +26,11 @@ from .tracing import Context, is_torchs
 
 __all__ = ["Sums", "become_sequential"]
 
+#: Functions and methods of one tensor, which a Sequential holds as modules.
+_ACTIVATIONS: dict[Any, Callable[..., nn.Module]] = {
+    F.relu: nn.ReLU, torch.relu: nn.ReLU, "relu": nn.ReLU, "relu_": nn.ReLU,
+    F.relu6: nn.ReLU6, F.hardswish: nn.Hardswish, F.silu: nn.SiLU,
+}  # fmt: skip
 _ADDITIONS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
@@ -98,12 +105,21 @@ class Sums:
         if graph is None:
             return None
         reader = _Reader(graph)
-        chain = reader.chain()
+        chain, functions = list[str](), dict[str, nn.Module]()
+        for node in reader.chain():
+            part = str(node.target)
+            if (function := _activation(node)) is not None:
+                free = node.name
+                while free in block._modules:
+                    free += "_"
+                part = f"{name}.{free}".strip(".")
+                functions[part] = function
+            chain.append(part)
         leaves = reader.leaves(self._returns_its_input)
         if leaves is None or len(leaves) < 2:
             return None
         called = [name for name in (*leaves, *chain) if name]
-        if len(set(called)) < len(called):  # a Sequential holds each once
+        if len(set(called)) < len(called):  # a Sequential holds each once, under one name
             return None
         branches = [self._branch(leaf, name) for leaf in leaves]
         if any(branch is None for branch in branches):
@@ -118,14 +134,16 @@ class Sums:
             return None
         last: list[str] = []
         for part in chain:
-            if not is_norm(self._modules[part]) or self._reason(part):
+            if part in functions or not is_norm(self._modules[part]) or self._reason(part):
                 break
             if not self._only_called_from(part, name, part):
                 break
             last.append(part)
             if activation_of(self._modules[part]) is not None:
                 break
-        return Group(main.layer, main.before, main.after, others, last, name, main.call, chain)
+        return Group(
+            main.layer, main.before, main.after, others, last, name, main.call, chain, functions
+        )
 
     def _is_closed(self, name: str, block: nn.Module) -> bool:
         """Whether nothing else uses what is inside of a block, which may then lose parts."""
@@ -243,13 +261,15 @@ class _Reader:
         self._left.discard(node)
         return True
 
-    def chain(self) -> list[str]:
-        """Modules that are called one after another at the end, after something else."""
-        found: list[str] = []
-        while (before := _called_on(self._last)) not in (None, self._input):
-            if not self._take(self._last):
+    def chain(self) -> list[fx.Node]:
+        """Modules and activations that are called one after another at the end."""
+        found: list[fx.Node] = []
+        while isinstance(self._last, fx.Node) and self._last in self._left:
+            before = self._last.args[0] if _activation(self._last) else _called_on(self._last)
+            if before in (None, self._input):
                 break
-            found.insert(0, str(self._last.target))
+            self._take(self._last)
+            found.insert(0, self._last)
             self._last = before
         return found
 
@@ -259,8 +279,10 @@ class _Reader:
         if self._last is not self._input:
             if _called_on(self._last) is not self._input or not self._take(self._last):
                 return None
-            found.insert(0, str(self._last.target))
-        return None if self._left or self._input is None else found
+            found.insert(0, self._last)
+        if self._left or self._input is None or any(map(_activation, found)):
+            return None
+        return [str(node.target) for node in found]
 
     def leaves(self, returns_its_input: Callable[[str], bool]) -> list[str] | None:
         """The modules called on the input whose results are added; "" is the input itself."""
@@ -295,27 +317,39 @@ def _called_on(node: Any) -> fx.Node | None:
     return only if isinstance(only, fx.Node) else None
 
 
+def _activation(node: Any) -> nn.Module | None:
+    """The module that does what this call of a function does; None if there is none."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+        return None
+    kind = _ACTIVATIONS.get(node.target)
+    if kind is None or len(node.args) != 1 or set(node.kwargs) - {"inplace"}:
+        return None
+    return kind(**node.kwargs)
+
+
 # ---- the change ---------------------------------------------------------------------------------
 
 
-def become_sequential(model: nn.Module, name: str, parts: list[str]) -> None:
+def become_sequential(
+    model: nn.Module, name: str, parts: list[str], new: dict[str, nn.Module]
+) -> None:
     """Let a module call these modules below it one after another, under the names that they have.
 
-    It remains the same object.
+    Those in `new` are not yet below it. It remains the same object.
     """
     block = model.get_submodule(name)
     inside = len(name) + 1 if name else 0
-    new = nn.Sequential()
+    found = nn.Sequential()
     for part in parts:
-        place, path = new, part[inside:].split(".")
+        place, path = found, part[inside:].split(".")
         for step in path[:-1]:
             if step not in place._modules:
                 place.add_module(step, nn.Sequential())
             place = place._modules[step]  # type: ignore[assignment]
-        place.add_module(path[-1], model.get_submodule(part))
-    new.training = block.training
+        place.add_module(path[-1], new[part] if part in new else model.get_submodule(part))
+    found.training = block.training
     for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        new.__dict__[kind] = getattr(block, kind)
+        found.__dict__[kind] = getattr(block, kind)
     set_class(block, nn.Sequential)
     block.__dict__.clear()
-    block.__dict__.update(new.__dict__)
+    block.__dict__.update(found.__dict__)

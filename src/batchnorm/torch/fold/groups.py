@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import nn
+
 __all__ = ["Branch", "Group", "Plan"]
 
 
@@ -47,6 +49,8 @@ class Group:
         The module that it calls for the branch of `layer`.
     chain
         The modules that it calls after that.
+    functions
+        Those of them that are functions in the original, with the modules that they become.
     """
 
     layer: str
@@ -57,6 +61,7 @@ class Group:
     block: str = ""
     call: str = ""
     chain: list[str] = field(default_factory=list)
+    functions: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
     def branches(self) -> list[Branch]:
