@@ -1,7 +1,7 @@
 """Fold the batch norms of ONNX models, with proof that nothing else changes.
 
 `graphs` knows where each value comes from and goes to, `pairs` what may be folded, `layers` what
-nodes compute, `verify` runs both models by onnxruntime, `examples` makes inputs for that, and
+nodes compute, `verify` runs both models by onnxruntime, `examples` reads inputs for that, and
 `folding` is the transaction. onnx is imported when a function is called.
 """
 

@@ -28,10 +28,11 @@ from ..files import (
     tensors,
     write_model,
 )
+from .examples import check_inputs
 from .graphs import About, Graphs, Scope, opset_of
 from .layers import Folding
 from .pairs import Pairs
-from .verify import Runtime, check_inputs, compare_layers, compare_outputs
+from .verify import Runtime, compare_layers, compare_outputs
 
 __all__ = ["fold", "fold_file"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,86 +10,16 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from ...errors import ArgumentError, DTypeError, ShapeError
+from ...errors import ArgumentError
 from ...extras import import_extra
 from ...folding.sums import largest_difference
 from ...native import Array, is_supported
 from ..files import is_external, is_large, one_line, take_out
+from .examples import Feed
 from .graphs import Graphs, Refused, Scope
 from .layers import Folding
 
-__all__ = ["Runtime", "check_inputs", "compare_layers", "compare_outputs"]
-
-#: Values of the inputs of a model, by name.
-Feed = dict[str, Any]
-
-
-def check_inputs(model: ModelProto, inputs: object) -> list[Feed]:
-    """The inputs as a list, after a comparison with what the model wants.
-
-    Raises
-    ------
-    ArgumentError, ShapeError, DTypeError
-        They are others.
-    """
-    feeds: list[Any] = inputs if isinstance(inputs, list) else [inputs]
-    if not feeds or not all(isinstance(feed, Mapping) for feed in feeds):
-        raise ArgumentError(
-            "inputs must be a dict of arrays by name, or a list of such dicts that is not empty, "
-            f"got {'an empty list' if not feeds else type(feeds[0]).__name__}."
-        )
-    initialized = {tensor.name for tensor in model.graph.initializer}
-    initialized |= {tensor.values.name for tensor in model.graph.sparse_initializer}
-    wanted = {value.name: value for value in model.graph.input}
-    return [_checked(feed, wanted, initialized, model.ir_version) for feed in feeds]
-
-
-def _checked(
-    feed: Mapping[str, Any], wanted: Mapping[str, Any], initialized: set[str], ir_version: int
-) -> Feed:
-    optional = initialized if ir_version >= 4 else set()
-    names = [name for name in wanted if name not in initialized]
-    for name in feed:
-        if name not in wanted or (name in initialized and name not in optional):
-            raise ArgumentError(
-                "inputs must have the names of the model's inputs "
-                f"({', '.join(map(repr, names)) or 'none'}), got {name!r}."
-            )
-    missing = [name for name in names if name not in feed]
-    if missing:
-        raise ArgumentError(
-            f"inputs must have all inputs of the model; missing: {', '.join(missing)}."
-        )
-    checked = {}
-    for name, given in feed.items():
-        kind = wanted[name].type
-        if not kind.HasField("tensor_type"):
-            checked[name] = given  # a sequence, which onnxruntime checks
-            continue
-        values = np.asarray(given)
-        try:
-            dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type))
-        except KeyError as error:
-            raise ArgumentError(f"the input {name!r} is of type {error}, which is none.") from error
-        if values.dtype != dtype and not (dtype.kind == "O" and values.dtype.kind in "UO"):
-            raise DTypeError(
-                f"inputs[{name!r}] must be of type {dtype}, got {values.dtype}. Convert it by "
-                f"astype({str(dtype)!r})."
-            )
-        if kind.tensor_type.HasField("shape"):
-            dims = kind.tensor_type.shape.dim
-            sizes = [d.dim_value if d.dim_value > 0 else d.dim_param or "?" for d in dims]
-            fits = len(sizes) == values.ndim and all(
-                isinstance(size, str) or size == n
-                for size, n in zip(sizes, values.shape, strict=True)
-            )
-            if not fits:
-                raise ShapeError(
-                    f"inputs[{name!r}] must have shape ({', '.join(map(str, sizes))}), got "
-                    f"{values.shape}."
-                )
-        checked[name] = values
-    return checked
+__all__ = ["Runtime", "compare_layers", "compare_outputs"]
 
 
 class Runtime:
