@@ -107,15 +107,15 @@ def fold(
             "shape such as 8x3x224x224, got both."
         )
     request = _Request(
-        target,
-        out,
-        weights,
-        verify,
-        shapes,
-        None if dtype is None else TYPES[dtype],
-        strict,
-        tol,
-        json,
+        target=target,
+        out=out,
+        weights=weights,
+        verify=verify,
+        shapes=shapes,
+        dtype=None if dtype is None else TYPES[dtype],
+        strict=strict,
+        tol=tol,
+        json=json,
     )
     if target.lower().endswith(".onnx"):
         return _fold_onnx(request)
@@ -138,7 +138,7 @@ def fold(
     return _fold_model(request)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Request:
     """The arguments of `fold`, read."""
 

@@ -142,7 +142,15 @@ class Sums:
             if activation_of(self._modules[part]) is not None:
                 break
         return Group(
-            main.layer, main.before, main.after, others, last, name, main.call, chain, functions
+            main.layer,
+            main.before,
+            main.after,
+            beside=others,
+            last=last,
+            block=name,
+            call=main.call,
+            chain=chain,
+            functions=functions,
         )
 
     def _is_closed(self, name: str, block: nn.Module) -> bool:
