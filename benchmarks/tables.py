@@ -592,54 +592,47 @@ def fold_cases() -> str:
 def fold_models() -> str:
     """Models of other libraries, folded: `benchmarks/fold_models.py`."""
     rows, about = read("fold_models"), read_about("fold_models")
-    by_model: dict[tuple[str, str], dict[tuple[str, str], Any]] = {}
+    rows = [row for row in rows if row.provider == "folded"]
+    by_model: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        by_model.setdefault((row.library, row.model), {})[row.by, row.provider] = row
+        by_model.setdefault((row.library, row.model), {})[row.by] = row
 
     def counts(row: Any) -> str:
         if row is None:
             return ""
-        return (
-            "not run ¹" if row.status == "failed" else f"{row.folded} / {row.refused} / {row.left}"
-        )
+        failed = row.status == "failed"
+        return "not run ¹" if failed else f"{row.folded} / {row.refused} / {row.left}"
 
-    def ratio(found: dict[tuple[str, str], Any], by: str) -> str:
-        row = found.get((by, "folded"))
+    def ratios(by: str, *, folded: bool = True) -> list[float]:
+        """Of models of which something was folded, or of the others."""
+        of = [row for row in rows if row.by == by and bool(row.folded) == folded]
+        return [row.ratio for row in of if row.ratio > 0]
+
+    def ratio(row: Any) -> str:
         return f"{row.ratio:.2f}" if row is not None and row.folded and row.ratio > 0 else ""
 
     default = "onnxruntime, default export"
     runtimes = ("PyTorch", "onnxruntime", "onnxruntime, not optimizing", default)
     lines = []
     for (library, model), found in by_model.items():
-        torch = found["PyTorch", "folded"]
+        torch, onnx, plainly, exported = map(found.get, runtimes)
+        assert torch is not None
         lines.append(
             [
                 f"{library} {model}",
                 counts(torch),
                 plain(torch.relative_error) if torch.status != "failed" else "",
                 f"{torch.share:.3f}" if torch.status != "failed" else "",
-                ratio(found, "PyTorch"),
-                counts(found.get(("onnxruntime", "folded"))),
-                *(ratio(found, by) for by in runtimes[1:3]),
-                counts(found.get((default, "folded"))),
-                ratio(found, default),
+                ratio(torch),
+                counts(onnx),
+                ratio(onnx),
+                ratio(plainly),
+                counts(exported),
+                ratio(exported),
             ]
         )
-
-    def overall(by: str) -> str:
-        ratios = [
-            row.ratio
-            for row in rows
-            if (row.by, row.provider) == (by, "folded") and row.folded and row.ratio > 0
-        ]
-        return f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.2f}"
-
-    same = [
-        row.ratio
-        for row in rows
-        if row.by == default and not row.folded and row.ratio > 0 and row.provider == "folded"
-    ]
-    means = [f"**{overall(by)}**" for by in runtimes]
+    same = ratios(default, folded=False)
+    means = [f"**{statistics.geometric_mean(ratios(by)):.2f}**" for by in runtimes]
     lines.append(["**geometric mean**", "", "", "", means[0], "", *means[1:3], "", means[3]])
     versions = ", ".join(
         f"{name} {about['versions'][name].split('+')[0]}"
