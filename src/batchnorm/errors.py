@@ -1,6 +1,6 @@
 """The errors that this library raises for input that it cannot use."""
 
-__all__ = ["ArgumentError", "BatchNormError", "DTypeError", "ShapeError"]
+__all__ = ["ArgumentError", "BatchNormError", "DTypeError", "ShapeError", "one_line"]
 
 
 class BatchNormError(Exception):
@@ -17,3 +17,11 @@ class DTypeError(BatchNormError, TypeError):
 
 class ArgumentError(BatchNormError, ValueError):
     """An argument has a value that cannot be used."""
+
+
+def one_line(error: BaseException | str, most: int = 300) -> str:
+    """What an error of other software says, without line breaks and no longer than `most`."""
+    text = " ".join(str(error).split())
+    if isinstance(error, KeyError) or not text:
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -13,7 +13,7 @@ import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from ..atomic import explain_write_errors, replacing
-from ..errors import ArgumentError
+from ..errors import ArgumentError, one_line
 from ..native import Array
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "inferred",
     "is_external",
     "is_large",
-    "one_line",
     "read_model",
     "take_out",
     "tensors",
@@ -278,11 +277,3 @@ def _write_data(every: list[TensorProto], path: Path, name: str, data: Data) -> 
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in where.items():
                 tensor.external_data.add(key=key, value=str(value))
-
-
-def one_line(error: BaseException | str, length: int = 300) -> str:
-    """A message without its line breaks."""
-    text = " ".join(str(error).split())
-    if isinstance(error, KeyError) or not text:
-        text = f"{type(error).__name__} {text}".strip()
-    return text if len(text) <= length else text[: length - 1] + "…"

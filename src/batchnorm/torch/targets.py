@@ -9,7 +9,6 @@ import inspect
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, BatchNormError
+from ..errors import ArgumentError, BatchNormError, one_line
 from ..extras import install
 from ..inputs import numbered
 
@@ -51,7 +50,7 @@ def load_model(target: str, weights: Path | None = None) -> nn.Module:
         except (RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, BatchNormError):
                 raise
-            why = _misfit(model, state) or textwrap.shorten(str(error), 300, placeholder=" …")
+            why = _misfit(model, state) or one_line(error)
             raise ArgumentError(
                 f"{weights}: must hold the weights of {target}, but they do not fit: {why}. Name "
                 "the file that was saved from this model."
@@ -194,7 +193,12 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             f"{install('torch', 'safetensors')}"
         ) from error
     except Exception as error:  # torch raises all kinds for damaged files
-        why = "there is no such file" if not path.exists() else _first_line(error)
+        if not path.exists():
+            why = "there is no such file"
+        elif "Unsupported global" in str(error):
+            why = "it holds objects that are not tensors"
+        else:
+            why = f"it cannot be read ({one_line(error, 160)})"
         raise ArgumentError(
             f"{path}: must be a state dict saved by torch.save or safetensors, but {why}. Files "
             "that hold more than tensors are never unpickled: save model.state_dict()."
@@ -207,13 +211,6 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: must hold a state dict, got {type(found).__name__}. Save model.state_dict()."
         )
     return {str(name): t for name, t in found.items() if isinstance(t, Tensor)}
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    if "Unsupported global" in str(error):
-        return "it holds objects that are not tensors"
-    return f"it cannot be read ({(text or [type(error).__name__])[0][:160]})"
 
 
 # ---- inputs -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...atomic import check_place, explain_write_errors, replacing
-from ...errors import ArgumentError, BatchNormError
+from ...errors import ArgumentError, BatchNormError, one_line
 from ...extras import install, require
 from ...folding import FoldReport
 from ..population.batches import tensors_in
@@ -192,7 +192,7 @@ def _exported(
         try:
             outputs = examples.run(model)
         except Exception as error:  # a type or an operation that it does not have
-            missed = f"onnxruntime cannot run it ({_first_line(error)})"
+            missed = f"onnxruntime cannot run it ({_cause(error)})"
         else:
             found = _compare(folded, expected, outputs, "onnxruntime")
             notes.append(f"run by onnxruntime, it differs by {found:.2g} from the folded model")
@@ -233,7 +233,7 @@ def _program(
         except Exception as error:  # whatever a model does that export cannot follow
             if dynamic is None:
                 raise BatchNormError(
-                    f"torch.export cannot follow the folded model ({_first_line(error)}). Write "
+                    f"torch.export cannot follow the folded model ({_cause(error)}). Write "
                     "its state dict, as .safetensors or .pt."
                 ) from error
     inputs = [
@@ -265,7 +265,7 @@ def _onnx(program: Any) -> Any:
             return torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
     except Exception as error:
         raise BatchNormError(
-            f"torch.onnx.export has no translation of the folded model ({_first_line(error)}). "
+            f"torch.onnx.export has no translation of the folded model ({_cause(error)}). "
             "Write a .pt2 file."
         ) from error
 
@@ -283,8 +283,7 @@ def _compare(folded: nn.Module, expected: Any, got: Any, who: str) -> float:
     return error
 
 
-def _first_line(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:  # torch.onnx wraps errors in advice
         error = error.__cause__
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {one_line(str(error).strip().partition(chr(10))[0], 200)}"
