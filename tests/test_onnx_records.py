@@ -9,6 +9,7 @@ import onnx
 
 from batchnorm.diagnose.findings import Finding
 from batchnorm.diagnose.rules import examine
+from batchnorm.errors import ArgumentError
 from batchnorm.onnx import network_of_onnx
 from onnx_models import array, convolutions, model, norm
 
@@ -63,3 +64,18 @@ def test_variance_that_gives_no_factor_cannot_be_folded(tmp_path, variance):
     proto = convolutions("z = Conv(x, w) " + AFTER, more={"v": np.full(4, variance, np.float32)})
     proto.graph.node[1].attribute.append(onnx.helper.make_attribute("epsilon", 0.0))
     assert not noted(proto, tmp_path)
+
+
+def test_names_that_are_no_text_are_an_error(tmp_path):
+    """Protobuf reads them as bytes."""
+    content = convolutions("z = Conv(x, w) " + AFTER).SerializeToString()
+    (tmp_path / "net.onnx").write_bytes(content.replace(b"Conv", b"Con\xff"))
+    with pytest.raises(ArgumentError, match=r"net.onnx: must be a valid ONNX model"):
+        network_of_onnx(tmp_path / "net.onnx")
+
+
+def test_weights_of_other_layers_are_not_read(tmp_path):
+    proto = convolutions("z = Conv(x, w) " + AFTER)
+    tensor = next(t for t in proto.graph.initializer if t.name == "w")
+    tensor.raw_data = tensor.raw_data[:5]
+    assert len(noted(proto, tmp_path)) == 1

@@ -1053,6 +1053,26 @@ def test_onnx_nodes_whose_statistics_are_computed_are_refused(folder, capsys):
     assert "net.onnx: bn: must have constants" in capsys.readouterr().err
 
 
+def test_onnx_nodes_in_functions_are_found(folder):
+    onnx = pytest.importorskip("onnx")
+    _onnx_file("net.onnx")
+    model = onnx.load("net.onnx")
+    (node,) = model.graph.node
+    constants = [
+        onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
+        for tensor in model.graph.initializer
+    ]
+    opset = [onnx.helper.make_opsetid("", 15)]
+    function = onnx.helper.make_function("own", "Norm", ["x"], ["y"], [*constants, node], opset)
+    model.functions.append(function)
+    model.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    node.CopyFrom(onnx.helper.make_node("Norm", ["x"], ["y"], domain="own"))
+    onnx.save(model, "net.onnx")
+    found, settings = files.load(folder / "net.onnx", "onnx")
+    assert list(settings) == ["bn"]
+    assert found["bn/input_var"].tolist() == VAR
+
+
 DAMAGED = ["net.pt", "net.safetensors", "net.npz", "net.msgpack", "net.keras", "net.weights.h5",
            "net.onnx"]  # fmt: skip
 READERS = {".pt": "torch", ".safetensors": "safetensors", ".msgpack": "msgpack",

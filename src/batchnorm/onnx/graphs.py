@@ -15,8 +15,8 @@ import numpy as np
 import onnx.reference
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from ...native import Array
-from ..files import one_line
+from ..errors import one_line
+from ..native import Array
 
 __all__ = ["About", "Graphs", "Refused", "Scope", "Use", "attributes", "opset_of"]
 
@@ -288,6 +288,25 @@ class Graphs:
             return _computed(node, values, scope.opset)
         except Exception as error:  # of any operator
             raise Refused(f"'{node.output[0]}' cannot be computed ({one_line(error)})") from error
+
+    def norms(self) -> Iterator[tuple[Scope, NodeProto]]:
+        """The batch norms of all scopes."""
+        for scope in self.scopes:
+            for node in scope.alive():
+                if self.is_op(node, "BatchNormalization"):
+                    yield scope, node
+
+    def parameters(self, scope: Scope, norm: NodeProto) -> list[Array]:
+        """Scale, shift, mean and variance of a batch norm.
+
+        Raises
+        ------
+        Refused
+            They are not all there and constants.
+        """
+        if len(norm.input) != 5:
+            raise Refused(f"'{self.label(norm)}' has {len(norm.input)} inputs in place of 5")
+        return [self.constant(scope, name) for name in norm.input[1:]]
 
     def calls(self, function: Scope) -> list[tuple[Scope, NodeProto]]:
         """The nodes that call a function, and their scopes."""

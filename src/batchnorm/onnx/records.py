@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchnorm.diagnose.kinds import kind_of
 from batchnorm.diagnose.records import Layer, Network, Operation, array
-from batchnorm.errors import ArgumentError
+from batchnorm.errors import ArgumentError, one_line
 from batchnorm.extras import require
+
+if TYPE_CHECKING:
+    from .graphs import Graphs, Scope
 
 __all__ = ["network_of_onnx"]
 
@@ -25,29 +28,21 @@ def network_of_onnx(path: Path) -> Network:
         onnx is not installed.
     """
     require("An ONNX file", "onnx", "onnx")
-    import onnx
-    from onnx import numpy_helper
+    from .files import Data, inferred, read_model
+    from .graphs import Graphs
 
-    from .files import inferred
-
-    try:
-        model = onnx.load(str(path))
-        graph = model.graph
-        values = {
-            tensor.name: numpy_helper.to_array(tensor, base_dir=str(path.parent))
-            for tensor in graph.initializer
-        }
-    except Exception as error:  # protobuf's, and those of external data
-        why = "there is no such file" if not path.exists() else f"it cannot be read ({error})"
-        raise ArgumentError(f"{path}: must be an ONNX file, but {why}. Name another.") from error
-    for node in graph.node:
-        if node.op_type == "Constant":
-            for attribute in node.attribute:
-                if attribute.name == "value":
-                    values[node.output[0]] = numpy_helper.to_array(attribute.t)
+    model = read_model(path)
     network = Network(training=False, exported=True)
-    network.operations, layers = _operations(graph, values, (inferred(model) or model).graph)
-    network.layers = [_layer(node, name, values) for node, name in layers]
+    try:
+        graphs = Graphs(model, Data(path.parent).read)
+        network.operations, layers = _operations(graphs.main, (inferred(model) or model).graph)
+        network.layers = [_layer(graphs, node, name) for node, name in layers]
+    except ArgumentError as error:  # of data outside of the file, for example
+        raise ArgumentError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a damaged graph leads to
+        raise ArgumentError(
+            f"{path}: must be a valid ONNX model, but reading its graph fails ({one_line(error)})."
+        ) from error
     if not network.layers:
         raise ArgumentError(
             f"{path}: must hold BatchNormalization nodes, got none: they have been folded into the "
@@ -56,17 +51,16 @@ def network_of_onnx(path: Path) -> Network:
     return network
 
 
-def _operations(
-    graph: Any, values: dict[str, Any], shown: Any
-) -> tuple[list[Operation], list[Any]]:
+def _operations(scope: Scope, shown: Any) -> tuple[list[Operation], list[Any]]:
     """What the nodes of a graph are, and its batch norms; `shown` is it with inferred shapes."""
+    graph = scope.graph
     kinds = {value.name: value.type.tensor_type for value in (*shown.value_info, *shown.output)}
     matrices = {name for name, kind in kinds.items() if len(kind.shape.dim) == 2}
     found: list[Operation] = []
     layers: list[Any] = []
     made: dict[str, int] = {}
     for given in graph.input:
-        if given.name not in values:
+        if given.name not in scope.initializers:
             made[given.name] = len(found)
             found.append(Operation("input", given.name))
     for number, node in enumerate(graph.node):
@@ -101,19 +95,27 @@ def _read(node: Any) -> Iterator[str]:
                     yield from each.input
 
 
-def _layer(node: Any, name: str, values: dict[str, Any]) -> Layer:
-    attributes = {a.name: a.f if a.type == 1 else a.i for a in node.attribute}
-    weight, bias, mean, var = (array(values.get(i)) for i in node.input[1:5])
-    known = mean is not None and var is not None
+def _layer(graphs: Graphs, node: Any, name: str) -> Layer:
+    from .graphs import Refused, attributes
+
+    given, dtype = attributes(node), ""
+    weight = bias = mean = var = None
+    try:
+        found = graphs.parameters(graphs.main, node)
+    except Refused:
+        pass
+    else:
+        weight, bias, mean, var = map(array, found)
+        dtype = str(found[2].dtype)
     return Layer(
         name=name,
         kind=node.op_type,
         channels=0 if mean is None else len(mean),
-        eps=float(attributes.get("epsilon", 1e-5)),
+        eps=float(given.get("epsilon", 1e-5)),
         momentum=None,
-        training=bool(attributes.get("training_mode", 0)),
+        training=bool(given.get("training_mode", 0)),
         trainable=False,
-        dtype=str(values[node.input[3]].dtype) if known else "",
+        dtype=dtype,
         mean=mean,
         var=var,
         weight=weight,

@@ -15,7 +15,7 @@ import numpy as np
 
 from batchnorm.atomic import check_place, explain_write_errors, replacing
 from batchnorm.errors import ArgumentError, BatchNormError
-from batchnorm.extras import import_extra
+from batchnorm.extras import import_extra, require
 from batchnorm.native import is_bfloat16
 
 from .frameworks import FRAMEWORKS, find
@@ -316,51 +316,42 @@ def _load_keras_weights(file: Any, configs: Mapping[str, Any] | None = None) -> 
 
 def _load_onnx(path: Path) -> Loaded:
     """Read the constants and attributes of each BatchNormalization."""
-    onnx = import_extra("onnx", "interop", "ONNX files")
+    require("An ONNX file", "onnx", "onnx")
+    from batchnorm.onnx.files import Data, read_model
+    from batchnorm.onnx.graphs import Graphs, Refused, attributes
+
+    graphs = Graphs(read_model(path), Data(path.parent).read)
     arrays: dict[str, Any] = {}
     settings: dict[str, dict[str, Any]] = {}
-    others: dict[str, Any] = {}
-    used: set[str] = set()
-
-    def visit(graph: Any, known: Mapping[str, Any]) -> None:
-        own = {tensor.name: tensor for tensor in graph.initializer}
-        known = {**known, **own}
-        others.update(own)
-        for node in graph.node:
-            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-            kind = node.op_type if node.domain in ("", "ai.onnx") else None
-            if kind == "Constant" and "value" in attributes:
-                known[node.output[0]] = attributes["value"]
-            elif kind == "Identity" and node.input[0] in known:
-                known[node.output[0]] = known[node.input[0]]
-            elif kind == "BatchNormalization":
-                # PyTorch's exporters keep the names of arrays, which say more than those of nodes.
-                array = node.input[3].removesuffix(".running_mean")
-                names = [array] * (array != node.input[3]) + [node.name] * bool(node.name)
-                names.append(f"BatchNormalization_{len(settings)}")
-                name = next(name for name in names if name not in settings)
-                tensors: list[Any] = [known.get(given) for given in node.input[1:5]]
-                if any(tensor is None or len(tensor.dims) != 1 for tensor in tensors):
-                    raise ArgumentError(
-                        f"{name}: must have constants with one value per channel, but the network "
-                        "computes them, or they have other shapes. They cannot be carried."
-                    )
-                for role, tensor in zip(
-                    ("scale", "B", "input_mean", "input_var"), tensors, strict=True
-                ):
-                    arrays[f"{name}/{role}"] = onnx.numpy_helper.to_array(tensor)
-                    used.add(tensor.name)
-                # The shortest decimals that are the same float32 are what was meant.
-                settings[name] = {
-                    "momentum": float(str(np.float32(attributes.get("momentum", 0.9)))),
-                    "eps": float(str(np.float32(attributes.get("epsilon", 1e-5)))),
-                }
-            for value in attributes.values():
-                if isinstance(value, onnx.GraphProto):
-                    visit(value, known)
-
-    visit(onnx.load(str(path)).graph, {})
-    return {**arrays, **{name: OTHER for name in others if name not in used}}, settings
+    for scope, node in graphs.norms():
+        # PyTorch's exporters keep the names of arrays, which say more than those of nodes.
+        end = ".running_mean"
+        kept = [name.removesuffix(end) for name in node.input if name.endswith(end)]
+        names = [*kept, *filter(None, [node.name]), f"BatchNormalization_{len(settings)}"]
+        name = next(name for name in names if name not in settings)
+        try:
+            values = graphs.parameters(scope, node)
+            if any(each.ndim != 1 for each in values):
+                raise Refused(f"they have shapes {', '.join(str(v.shape) for v in values)}")
+        except Refused as reason:
+            raise ArgumentError(
+                f"{name}: must have constants with one value per channel, but {reason}. Such "
+                "batch norms cannot be carried."
+            ) from reason
+        for role, each in zip(("scale", "B", "input_mean", "input_var"), values, strict=True):
+            arrays[f"{name}/{role}"] = each
+        # The shortest decimals that are the same float32 are what was meant.
+        given = attributes(node)
+        settings[name] = {
+            "momentum": float(str(np.float32(given.get("momentum", 0.9)))),
+            "eps": float(str(np.float32(given.get("epsilon", 1e-5)))),
+        }
+    for scope in graphs.scopes:
+        for name in scope.initializers:
+            uses = scope.uses.get(name, [])
+            if not all(graphs.is_op(u.node, "BatchNormalization", "Identity") for u in uses):
+                arrays.setdefault(name, OTHER)
+    return arrays, settings
 
 
 FORMATS = {

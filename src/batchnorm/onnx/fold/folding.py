@@ -13,7 +13,7 @@ import onnx
 from onnx import ModelProto
 
 from ...atomic import check_place, is_same
-from ...errors import ArgumentError, BatchNormError
+from ...errors import ArgumentError, BatchNormError, one_line
 from ...folding import FoldReport
 from ...folding.report import check_tol
 from ..files import (
@@ -23,13 +23,12 @@ from ..files import (
     data_path,
     inferred,
     is_external,
-    one_line,
     read_model,
     tensors,
     write_model,
 )
+from ..graphs import About, Graphs, Scope, opset_of
 from .examples import check_inputs
-from .graphs import About, Graphs, Scope, opset_of
 from .layers import Folding
 from .pairs import Pairs
 from .verify import Runtime, compare_layers, compare_outputs

@@ -14,7 +14,7 @@ from ...errors import BatchNormError
 from ...folding import Affine, FoldedLayer, Linear
 from ...folding.sums import Part, Sum
 from ...native import Array, Float64
-from .graphs import Graphs, Refused, Scope, attributes
+from ..graphs import Graphs, Refused, Scope, attributes
 
 __all__ = ["LINEAR", "Folding", "affine_of", "biased", "geometry", "layer_of"]
 
@@ -185,7 +185,7 @@ def affine_of(graphs: Graphs, scope: Scope, node: NodeProto) -> Affine:
         raise Refused(
             f"it is of opset {scope.opset}; onnx.version_converter makes it one of 9 or later"
         )
-    gamma, beta, mean, var = (graphs.constant(scope, name) for name in node.input[1:5])
+    gamma, beta, mean, var = graphs.parameters(scope, node)
     try:
         return Affine.of(mean, var, gamma, beta, eps=given.get("epsilon", _EPSILON))
     except BatchNormError as error:

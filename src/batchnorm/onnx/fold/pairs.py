@@ -11,7 +11,7 @@ from onnx import NodeProto
 from ...folding import Affine, Linear
 from ...folding.sums import Part
 from ...native import Array
-from .graphs import Graphs, Refused, Scope
+from ..graphs import Graphs, Refused, Scope
 from .layers import LINEAR, Folding, affine_of, biased, geometry, layer_of
 
 __all__ = ["Pairs"]
@@ -46,25 +46,17 @@ class Pairs:
         self.alone: dict[str, str] = {}
         changed = True
         while changed:
-            changed = sum(self._fold(s, n) for s, n in self._norms()) > 0
+            changed = sum(self._fold(s, n) for s, n in [*graphs.norms()]) > 0
             for scope in graphs.scopes:
                 for node in reversed([*scope.alive()]):
                     changed |= self._merge(scope, node)
-        for scope, norm in self._norms():
+        for scope, norm in graphs.norms():
             self._explain(scope, norm)
 
     @property
     def foldings(self) -> list[Folding]:
         """The layers that have changed, whose weights are still to be written."""
         return [f for f in self._layers.values() if f.report.norms or len(f.parts) > 1]
-
-    def _norms(self) -> list[tuple[Scope, NodeProto]]:
-        return [
-            (scope, node)
-            for scope in self._graphs.scopes
-            for node in scope.alive()
-            if self._graphs.is_op(node, "BatchNormalization")
-        ]
 
     # ---- one batch norm -------------------------------------------------------------------------
 

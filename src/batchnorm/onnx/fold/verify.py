@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, one_line
 from ...extras import import_extra
 from ...folding.sums import largest_difference
 from ...native import Array, is_supported
-from ..files import is_external, is_large, one_line, take_out
+from ..files import is_external, is_large, take_out
+from ..graphs import Graphs, Refused, Scope
 from .examples import Feed
-from .graphs import Graphs, Refused, Scope
 from .layers import Folding
 
 __all__ = ["Runtime", "compare_layers", "compare_outputs"]
