@@ -1,5 +1,6 @@
 """Fixtures of the core's tests: every instruction set, every layout, one seed."""
 
+import contextlib
 import signal
 
 import numpy as np
@@ -27,6 +28,22 @@ def instruction_set(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(20150211)
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """What progress bars showed: of each, its texts."""
+    found = []
+
+    @contextlib.contextmanager
+    def bar(*, shown=True, in_bytes=False):
+        texts = []
+        if shown:
+            found.append(texts)
+        yield lambda text, done, total: texts.append(text)
+
+    monkeypatch.setattr("batchnorm.progress.bar", bar)
+    return found
 
 
 @pytest.fixture(scope="module")

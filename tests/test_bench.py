@@ -568,14 +568,21 @@ def test_steps_move_the_bar_when_the_next_begins(monkeypatch: pytest.MonkeyPatch
     seen: list[tuple[Any, ...]] = []
 
     @contextlib.contextmanager
-    def bar() -> Iterator[Any]:
+    def bar(*, shown: bool) -> Iterator[Any]:
         yield lambda *shown: seen.append(shown)
 
     monkeypatch.setattr(progress, "bar", bar)
     with progress.steps(2) as started:
         started("first")
         started("second")
-    assert seen == [("first", 0, 2), ("second", 1, 2)]
+        started("one more")
+    assert seen == [("first", 0, 2), ("second", 1, 2), ("one more", 2, 2)]
+
+
+def test_bar_that_is_not_shown_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.progress", None)  # importing it raises
+    with progress.bar(shown=False) as show:
+        show("first", 0, 2)
 
 
 def test_progress_is_the_only_place_that_builds_a_bar() -> None:

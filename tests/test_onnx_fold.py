@@ -1192,6 +1192,17 @@ def test_report_says_what_was_verified():
     assert found["optimized_error"] == report.optimized_error
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_shown_if_asked_for(bars, progress):
+    net = convolutions("z = Conv(x, w) y = BatchNormalization(z, s, b, m, v)")
+    fold(net, {"x": array(2, 4, 5, 5)}, progress=progress)
+    steps = (
+        "checking the model", "running the model", "folding", "comparing layers",
+        "checking the folded model", "running the folded model",
+    )  # fmt: skip
+    assert bars == [[f"fold: {step}" for step in steps]] * progress
+
+
 def test_fold_raises_when_strict_and_something_is_refused():
     proto = convolutions("z = Conv(x, w) n = BatchNormalization(z, s, b, m, v) y = Add(n, z)")
     with pytest.raises(FoldError, match="was refused: the output of"):

@@ -964,6 +964,17 @@ def test_models_that_do_not_run_in_float64_are_folded():
     assert report.original_error is None
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_shown_if_asked_for(bars, progress):
+    net = filled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    fold(net, images(), progress=progress)
+    steps = (
+        "running the model", "following its paths", "running it in float64", "folding",
+        "comparing layers", "comparing outputs",
+    )  # fmt: skip
+    assert bars == [[f"fold: {step}" for step in steps]] * progress
+
+
 def test_strict_raises_for_what_was_refused():
     with pytest.raises(FoldError, match=r"'1' was refused: '2' comes after it and pads") as error:
         fold(several(), images(), strict=True)

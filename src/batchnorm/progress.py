@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 
 __all__ = ["Show", "bar", "steps"]
@@ -13,8 +14,8 @@ Show = Callable[[str, int, "int | None"], None]
 
 
 @contextlib.contextmanager
-def bar(*, in_bytes: bool = False) -> Iterator[Show]:
-    """Show a bar on stderr while the block runs; yields a `Show` that updates it.
+def bar(*, in_bytes: bool = False, shown: bool = True) -> Iterator[Show]:
+    """Show a bar on stderr while the block runs, if `shown`; yields a `Show` that updates it.
 
     Nothing is shown without rich, which comes with the extras that need it.
     """
@@ -22,9 +23,13 @@ def bar(*, in_bytes: bool = False) -> Iterator[Show]:
         from rich import progress
         from rich.console import Console
     except ImportError:
+        shown = False
+    if not shown:
         yield lambda text, done, total: None
         return
-    console = Console(stderr=True, emoji=False)  # a file may be called :smile:.npy
+    # Not the stderr of the moment, which may be redirected in the block; and a file may be called
+    # :smile:.npy.
+    console = Console(file=sys.stderr, emoji=False)
     columns: list[progress.ProgressColumn] = [
         progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
@@ -39,16 +44,16 @@ def bar(*, in_bytes: bool = False) -> Iterator[Show]:
         console=console,
         transient=True,
         disable=not console.is_terminal,
-    ) as shown:
-        task = shown.add_task("opening" if in_bytes else "beginning", total=None)
-        yield lambda text, done, total: shown.update(
+    ) as bars:
+        task = bars.add_task("opening" if in_bytes else "beginning", total=None)
+        yield lambda text, done, total: bars.update(
             task, description=text, completed=done, total=total
         )
 
 
 @contextlib.contextmanager
-def steps(total: int) -> Iterator[Callable[[str], None]]:
+def steps(total: int, *, shown: bool = True) -> Iterator[Callable[[str], None]]:
     """Show a bar of `total` steps; yields a function to call with the name of each new step."""
-    with bar() as show:
+    with bar(shown=shown) as show:
         number = itertools.count()
-        yield lambda text: show(text, next(number), total)
+        yield lambda text: show(text, min(next(number), total), total)

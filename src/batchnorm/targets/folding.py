@@ -16,6 +16,7 @@ from batchnorm.errors import ArgumentError, BatchNormError
 from batchnorm.extras import require
 from batchnorm.folding import FoldError, FoldReport
 from batchnorm.inputs import read_inputs
+from batchnorm.progress import steps
 
 from .kinds import INSTEAD, WEIGHTS
 
@@ -268,7 +269,9 @@ def _fold_model(request: _Request) -> Folded:
         if request.strict:
             report.check(request.tol)
         try:
-            file = make_file(folded, example, out, report, wanted)
+            with steps(1) as step:
+                step(f"making {out.name}")
+                file = make_file(folded, example, out, report, wanted)
         except BatchNormError as error:
             raise NotWrittenError(str(error), report) from error
     if request.strict and file.missed:

@@ -31,6 +31,7 @@ def fold(
     *,
     strict: bool = False,
     tol: float | None = None,
+    progress: bool = True,
 ) -> tuple[ModelProto, FoldReport]:
     """Fold the batch norms of an ONNX model into the layers next to them.
 
@@ -54,6 +55,8 @@ def fold(
         With `strict` and `inputs`, the largest error allowed of a pair and of the outputs. None
         allows the outputs any error that is finite; no pair is folded whose error exceeds its
         bound.
+    progress : bool
+        Show a progress bar on the terminal.
 
     Returns
     -------
@@ -94,7 +97,7 @@ def fold(
     require("Folding an ONNX model", "onnx", "onnx")
     from . import folding
 
-    return folding.fold(model, inputs, None, strict=strict, tol=tol)
+    return folding.fold(model, inputs, None, strict=strict, tol=tol, progress=progress)
 
 
 def fold_file(
@@ -104,6 +107,7 @@ def fold_file(
     *,
     strict: bool = False,
     tol: float | None = None,
+    progress: bool = True,
 ) -> FoldReport:
     """Fold the batch norms of an ONNX file, as `fold` does, into another file.
 
@@ -113,7 +117,7 @@ def fold_file(
         The ONNX file, and the one to write; an existing one is replaced. Data outside of `path` are
         mapped, not loaded, and those of the folded model are written beside `out`, with ".data" at
         the end of the name. Both are written completely or not at all.
-    inputs, strict, tol
+    inputs, strict, tol, progress
         As those of `fold`.
 
     Returns
@@ -129,4 +133,6 @@ def fold_file(
     require("Folding an ONNX model", "onnx", "onnx")
     from . import folding
 
-    return folding.fold_file(Path(path), Path(out), inputs, strict=strict, tol=tol)
+    return folding.fold_file(
+        Path(path), Path(out), inputs, strict=strict, tol=tol, progress=progress
+    )

@@ -16,6 +16,7 @@ from ...atomic import check_place, is_same
 from ...errors import ArgumentError, BatchNormError, one_line
 from ...folding import FoldReport
 from ...folding.report import check_tol
+from ...progress import steps
 from ..files import (
     Data,
     check,
@@ -35,8 +36,13 @@ from .verify import Runtime, compare_layers, compare_outputs
 
 __all__ = ["fold", "fold_file"]
 
+#: Of which `fold` tells, if there are inputs and nothing has to be taken back.
+_STEPS = 6
 
-def fold_file(path: Path, out: Path, inputs: Any, *, strict: bool, tol: float | None) -> FoldReport:
+
+def fold_file(
+    path: Path, out: Path, inputs: Any, *, strict: bool, tol: float | None, progress: bool
+) -> FoldReport:
     """See `batchnorm.onnx.fold_file`."""
     check_place(out, "an ONNX file", "folded.onnx")
     model = read_model(path)
@@ -49,7 +55,7 @@ def fold_file(path: Path, out: Path, inputs: Any, *, strict: bool, tol: float | 
                     f"which would replace {str(source)!r}. Name another."
                 )
     try:
-        folded, report = fold(model, inputs, path.parent, strict=strict, tol=tol)
+        folded, report = fold(model, inputs, path.parent, strict=strict, tol=tol, progress=progress)
     except ArgumentError as error:
         raise type(error)(f"{path}: {error}") from error
     report.check_finite()
@@ -58,7 +64,13 @@ def fold_file(path: Path, out: Path, inputs: Any, *, strict: bool, tol: float | 
 
 
 def fold(
-    model: object, inputs: Any, folder: Path | None, *, strict: bool, tol: float | None
+    model: object,
+    inputs: Any,
+    folder: Path | None,
+    *,
+    strict: bool,
+    tol: float | None,
+    progress: bool,
 ) -> tuple[ModelProto, FoldReport]:
     """Fold a model whose data outside of it are in `folder`."""
     if not isinstance(model, ModelProto):
@@ -70,15 +82,22 @@ def fold(
     if tol is not None and inputs is None:
         raise ArgumentError("tol must come with inputs: without them, nothing is compared.")
     data = Data(folder)
-    _check(model, data)
-    feeds = None if inputs is None else check_inputs(model, inputs)
-    runtime = None if feeds is None else Runtime(folder)
-    before = () if runtime is None else runtime.outputs(model, feeds or [], "the model")
-    with np.errstate(all="ignore"):  # what is not finite is found later
-        report, folded = _folded(model, data, feeds, runtime)
-    check(folded, inferred(model) is not None, "the folded model")
+    with steps(_STEPS if inputs is not None else 3, shown=progress) as step:
+        step("fold: checking the model")
+        _check(model, data)
+        feeds = None if inputs is None else check_inputs(model, inputs)
+        runtime = None if feeds is None else Runtime(folder)
+        if runtime is not None:
+            step("fold: running the model")
+            before = runtime.outputs(model, feeds or [], "the model")
+        with np.errstate(all="ignore"):  # what is not finite is found later
+            report, folded = _folded(model, data, feeds, runtime, step)
+        step("fold: checking the folded model")
+        check(folded, inferred(model) is not None, "the folded model")
+        if runtime is not None:
+            step("fold: running the folded model")
+            after = runtime.outputs(folded, feeds or [], "the folded model")
     if runtime is not None:
-        after = runtime.outputs(folded, feeds or [], "the folded model")
         (report.error, report.relative_error), (report.optimized_error, _) = (
             compare_outputs(one, other) for one, other in zip(before, after, strict=True)
         )
@@ -111,12 +130,17 @@ def _check(model: ModelProto, data: Data) -> None:
 
 
 def _folded(
-    model: ModelProto, data: Data, feeds: list[Any] | None, runtime: Runtime | None
+    model: ModelProto,
+    data: Data,
+    feeds: list[Any] | None,
+    runtime: Runtime | None,
+    step: Callable[[str], None],
 ) -> tuple[FoldReport, ModelProto]:
     about = _known(model)
     excluded: dict[str, str] = {}
     apart: set[tuple[Any, str]] = set()
     while True:
+        step("fold: folding")
         graphs = Graphs(_copy(model), data.read, about)
         pairs = Pairs(graphs, excluded, apart)
         problems: list[tuple[Folding, str]] = []
@@ -126,6 +150,7 @@ def _folded(
             except BatchNormError as error:
                 problems.append((folding, one_line(error)))
         if not problems and feeds is not None and runtime is not None and pairs.foldings:
+            step("fold: comparing layers")
             missed = compare_layers(
                 Graphs(_copy(model), data.read), graphs, pairs.foldings, feeds, runtime
             )

@@ -132,11 +132,8 @@ def _look(
         network.operations = wiring.by_tracing(unwrapped(model))
         skipped.append("problems that show only on data (pass data=)")
     elif network.layers:
-        if progress:
-            with bar() as show:
-                skipped += observe(model, network, data, forward, show)
-        else:
-            skipped += observe(model, network, data, forward)
+        with bar(shown=progress) as show:
+            skipped += observe(model, network, data, forward, show)
     found = examine(network, select, ignore)
     if recording is not None:
         of_training = examine(recording.network(), select, ignore)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from ...errors import ArgumentError
 from ...folding import FoldedLayer, FoldError, FoldReport
 from ...folding.report import check_tol
+from ...progress import steps
 from ..internals import has_global_hooks, is_aten
 from ..population.layers import check_values, unwrapped
 from ..population.state import RngState
@@ -34,6 +35,8 @@ __all__ = ["FoldError", "FoldReport", "FoldedLayer", "fold"]
 M = TypeVar("M", bound=nn.Module)
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: Of which `_folded` tells, unless it has to take something back.
+_STEPS = 6
 
 
 def fold(
@@ -43,6 +46,7 @@ def fold(
     dtype: torch.dtype | None = None,
     strict: bool = False,
     tol: float | None = None,
+    progress: bool = True,
 ) -> tuple[nn.Module, FoldReport]:
     """Fold batch norms into the linear layers and convolutions before or after them.
 
@@ -66,6 +70,8 @@ def fold(
     tol : float
         With `strict`, the largest error allowed of a pair and of the model's outputs. None allows
         the outputs any error that is finite; no pair is folded whose error exceeds its bound.
+    progress : bool
+        Show a progress bar on the terminal.
 
     Returns
     -------
@@ -110,8 +116,12 @@ def fold(
     rng = RngState()
     try:
         # The copies must be able to train.
-        with torch.inference_mode(False), _classes_as_before(model):
-            report, folded = _folded(model, Examples(example_inputs), dtype)
+        with (
+            torch.inference_mode(False),
+            _classes_as_before(model),
+            steps(_STEPS, shown=progress) as step,
+        ):
+            report, folded = _folded(model, Examples(example_inputs), dtype, step)
     finally:
         rng.restore()
     if strict:
@@ -199,27 +209,36 @@ def copied(model: M) -> M:
 
 
 def _folded(
-    model: nn.Module, examples: Examples, dtype: torch.dtype | None
+    model: nn.Module,
+    examples: Examples,
+    dtype: torch.dtype | None,
+    step: Callable[[str], None],
 ) -> tuple[FoldReport, nn.Module]:
     # Each run has a copy of its own, since forwards may change what belongs to a model.
+    step("fold: running the model")
     probe = copied(model)
     calls = record(probe, examples.run)
+    step("fold: following its paths")
     probe = copied(model)
     paths = explore(probe, calls)
     plan = make_plan(probe, paths, calls, partial(copied, model))
     del probe
     report = FoldReport(refused=plan.refused, alone=plan.alone)
+    step("fold: running it in float64")
     exact = _in_float64(model, examples)
     while True:
+        step("fold: folding")
         result = copied(model)
         foldings, problems = _apply(result, plan, dtype)
         problems = problems or _changes(model, result, plan, paths, calls)
         if not problems:
+            step("fold: comparing layers")
             outputs = compare_groups(copied(model), examples, foldings, dtype)
             report.pairs = [folding.report for folding in foldings]
             whys = [(folding.group, folding.problem()) for folding in foldings]
             problems = [(group, why) for group, why in whys if why]
         if not problems:
+            step("fold: comparing outputs")
             got = examples.run(copied(result), dtype)
             report.error, report.relative_error = compare_outputs(outputs, got)
             if exact is not None:

@@ -203,11 +203,8 @@ class Session:
         measurement = self.measurement
         with interrupts_delayed():
             self._entered = stack = ExitStack()
-            if self._with_bar:
-                show = stack.enter_context(bar())
-                measurement.show = lambda text, done, total: show(
-                    f"recalibrate: {text}", done, total
-                )
+            show = stack.enter_context(bar(shown=self._with_bar))
+            measurement.show = lambda text, done, total: show(f"recalibrate: {text}", done, total)
             stack.callback(measurement.rng.restore)
             stack.callback(torch.set_grad_enabled, torch.is_grad_enabled())
             torch.set_grad_enabled(False)
