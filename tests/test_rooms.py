@@ -314,5 +314,5 @@ def test_rooms_passage_knows_frameworks_by_the_names_of_their_arrays(path):
     modules = {m for m, _ in _imports(path)}
     assert not {m.split(".")[0] for m in modules} & (FRAMEWORKS | OTHERS)
     inside = {m.split(".")[1] for m in modules if m.startswith("batchnorm.")}
-    readers = {"torch"} if path.name == "files.py" else set()  # of state dicts
+    readers = {"torch", "onnx"} if path.name == "files.py" else set()  # of state dicts and graphs
     assert inside <= {"passage", "native", "errors", "atomic", "extras"} | readers
