@@ -1012,7 +1012,9 @@ def test_values_that_are_not_finite_are_left_out_of_comparisons(value):
     x[0, 0, 0, 0] = value
     _, report = fold(model, x)
     assert report.folded == {"1": "0"}
-    assert 0 < report.pairs[0].error < report.pairs[0].bound < 1
+    (pair,) = report.pairs
+    assert 0 < pair.error < pair.bound < 1
+    assert 0 < pair.relative_error < 1e-5
 
 
 def test_bound_holds_for_sums_that_cancel():

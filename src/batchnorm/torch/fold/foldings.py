@@ -63,17 +63,25 @@ class Folding(Sum):
 
     def add(self, x: Tensor, expected: Tensor, got: Tensor) -> None:
         """Add a call to what was seen: the input, and both outputs."""
-        one, other = wide(expected), wide(got)
-        known = one.isfinite()
-        if not bool(known.any()):
+        if not expected.numel():
             return
-        difference = torch.where(known & other.isfinite(), (one - other).abs(), 0.0)
-        given = wide(x).abs()
+        one, other, given = wide(expected), wide(got), wide(x).abs()
+        difference, largest, overflows = (one - other).abs(), one.abs(), False
+        # Sums are far cheaper than asking of each value whether it is finite.
+        if not (difference.sum().isfinite() and largest.sum().isfinite()):
+            known, got_known = one.isfinite(), other.isfinite()
+            if not bool(known.any()):
+                return
+            overflows = bool((known & ~got_known).any())
+            difference = torch.where(known & got_known, difference, 0.0)
+            largest = torch.where(known, largest, 0.0)
+        if not given.sum().isfinite():
+            given = torch.where(given.isfinite(), given, 0.0)
         self.see(
             _over_others(difference),
-            _over_others(torch.where(given.isfinite(), given, 0.0)),
-            float(torch.where(known, one.abs(), 0.0).max()),
-            overflows=bool((known & ~other.isfinite()).any()),
+            _over_others(given),
+            float(largest.max()),
+            overflows=overflows,
         )
 
     def problem(self) -> str:
