@@ -36,7 +36,7 @@ def bars(monkeypatch):
     found = []
 
     @contextlib.contextmanager
-    def bar(*, shown=True, in_bytes=False):
+    def bar(*, shown=True, in_bytes=False, remaining=True):
         texts = []
         if shown:
             found.append(texts)

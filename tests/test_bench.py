@@ -568,7 +568,7 @@ def test_steps_move_the_bar_when_the_next_begins(monkeypatch: pytest.MonkeyPatch
     seen: list[tuple[Any, ...]] = []
 
     @contextlib.contextmanager
-    def bar(*, shown: bool) -> Iterator[Any]:
+    def bar(*, shown: bool, remaining: bool) -> Iterator[Any]:
         yield lambda *shown: seen.append(shown)
 
     monkeypatch.setattr(progress, "bar", bar)

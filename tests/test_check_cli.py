@@ -335,6 +335,7 @@ def test_every_page_is_of_a_code():
         (["nothing_here:make"], "Run the command where 'import nothing_here' works"),
         (["zoo_program:nope"], "'zoo_program' has no 'nope'. It has Net, make, good"),
         (["zoo_program:goo"], "has no 'goo'. Did you mean good?"),
+        (["pack/zoo.py:good"], "without .py. Did you mean pack.zoo:good?"),
         (["torch.nn:Linear"], "needs arguments: in_features, out_features. Wrap it in a function"),
         (["model.pt2"], "give the model that was exported"),
         (["model.keras"], "Export it to ONNX first"),
@@ -342,7 +343,10 @@ def test_every_page_is_of_a_code():
         (["zoo_program:batches"], "must return a torch.nn.Module, got list"),
         (["zoo_program:make", "--data", "zoo_program:nope"], "'zoo_program' has no 'nope'"),
         (["zoo_program:good", "--data", "zoo_program:batches"], "cannot be run on"),
-        (["zoo_program:make", "--weights", "missing.pt"], "there is no such file"),
+        (
+            ["zoo_program:make", "--weights", "missing.pt"],
+            "missing.pt: there is no such file. Name another.",
+        ),
         (["zoo_program:make", "--weights", "other.pt"], "they do not fit"),
         (["zoo_program:make", "--weights", "whole.pt"], "objects that are not tensors"),
         (["whole.pt"], "Files that hold more than tensors are never unpickled"),
@@ -457,3 +461,17 @@ def test_weights_of_a_folded_model_are_recognized(folder, capsys):
     err = capsys.readouterr().err
     assert "4 keys missing (1.weight, 1.bias, 1.running_mean, …), 1 too many (0.bias)" in err
     assert "they look like those of a folded model" in err
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_weights_of_a_model_in_a_wrapper_are_recognized(folder, capsys, prefix):
+    (folder / "inner.py").write_text(
+        "from torch import nn\ndef make(): return nn.Sequential(nn.BatchNorm2d(3))\n"
+    )
+    state = nn.Sequential(nn.BatchNorm2d(3)).state_dict()
+    torch.save({f"{prefix}{name}": t for name, t in state.items()}, "w.pt")
+    assert _run("inner:make", "--weights", "w.pt") == 2
+    err = capsys.readouterr().err
+    assert "4 keys missing" in err
+    assert "4 too many" in err
+    assert f"'{prefix}' comes from" in err

@@ -216,13 +216,16 @@ def test_onnx_file_computes_what_the_folded_model_does(folder, capsys, dtype):
     err = capsys.readouterr().err
     if dtype == "bfloat16":
         assert "not compared: onnxruntime cannot run it" in err
+        assert "session.run" not in err
         return
     assert "run by onnxruntime, it differs by" in err
     half = "takes float16 inputs: session.run(None, {name: x.astype('float16')})"
     assert (half in err) == (dtype == "float16")
     session = runtime.InferenceSession("net.onnx", providers=["CPUExecutionProvider"])
     x = _x(5, 3, 9, 9).to(getattr(torch, dtype or "float32"))
-    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    (given,) = session.get_inputs()
+    assert given.shape == ["batch", 3, 9, 9]
+    (y,) = session.run(None, {given.name: x.numpy()})
     expected = _model()(x.float()).detach()
     # Half precision: products of numbers rounded to 2⁻¹¹, 27 of which are added.
     tolerance = 1e-5 if dtype is None else 5e-3
@@ -518,6 +521,20 @@ def test_wrong_arguments_are_one_line_and_nothing_is_written(folder, capsys, arg
 def test_wrong_inputs_are_one_line(folder, capsys, arrays, words):
     np.savez("data.npz", **{name: np.array(values) for name, values in arrays.items()})
     _is_refused(capsys, _run(MODEL, "--out", "net.pt", "--verify", "data.npz"), *words)
+    assert _written(folder) == {"data.npz"}
+
+
+def test_file_of_weights_is_no_file_of_inputs(folder, capsys):
+    torch.save({"x": torch.ones(1, 3, 9, 9)}, "data.pt")
+    words = "data.pt: must be an .npz file", "another kind of zip file"
+    _is_refused(capsys, _run(MODEL, "--out", "net.pt2", "--verify", "data.pt"), *words)
+
+
+def test_inputs_without_a_finite_output_are_told_from_overflow(folder, capsys):
+    np.savez("data.npz", np.full((2, 3, 9, 9), np.nan, np.float32))
+    assert _run("fold_program:plain", "--out", "net.pt2", "--verify", "data.npz") == 1
+    err = capsys.readouterr().err
+    assert "no output of the original is finite on these inputs" in err
     assert _written(folder) == {"data.npz"}
 
 

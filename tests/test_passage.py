@@ -309,7 +309,7 @@ def test_translate_says_which_layers_got_a_scale_or_shift():
     arrays, _ = write({"bn": _state(gamma=None)}, "keras")
     found = translate(arrays, "keras", "torch", momentum=0.9, eps=1e-5)
     assert found.arrays["bn.weight"].tolist() == [1, 1]
-    assert any("1 or 0 was added in bn" in text for text in found.notes)
+    assert any("in bn the missing one was added as ones or zeros" in text for text in found.notes)
 
 
 # ---- whole networks -----------------------------------------------------------------------------

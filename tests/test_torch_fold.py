@@ -875,6 +875,7 @@ def test_report_on_a_terminal_is_short_and_fits():
     lines = report.lines(80, 10)
     assert all(len(line) <= 80 and line == line.rstrip() for line in lines)
     assert lines[-1] == "  … and 5 more (--json has all)"
+    assert report.lines(80, 0).count("  … and 1 more (--json has all)") == 1
     text = "".join("".join(lines).split())
     nearest = sorted(report.pairs, key=lambda pair: -pair.share)
     for place, pair in enumerate(nearest):
@@ -896,6 +897,13 @@ def test_text_of_a_report_has_all_of_it():
     assert f"15 layers got a bias ({', '.join(pair.layer for pair in report.pairs)})" in text
 
 
+def test_numbers_of_a_report_are_not_broken():
+    _, report = fold(several(), images())
+    numbers = [f"{report.error:.2g}", *(f"{pair.bound:.2g}" for pair in report.pairs)]
+    for width in range(30, 80):
+        assert all(any(n in line for line in report.lines(width)) for n in numbers)
+
+
 def test_report_says_where_outputs_overflow():
     from batchnorm.folding import FoldReport
 
@@ -903,6 +911,9 @@ def test_report_says_where_outputs_overflow():
     for found in ({"error": math.inf}, {"error": 0.0, "optimized_error": math.inf}):
         with pytest.raises(FoldError, match="not finite in float16 .* bfloat16 or float32"):
             FoldReport(dtype="float16", **found).check_finite()
+    for found in ({"error": math.nan}, {"error": 0.0, "optimized_error": math.nan}):
+        with pytest.raises(FoldError, match="no output of the original is finite"):
+            FoldReport(**found).check_finite()
 
 
 def test_report_is_plain_data():
@@ -991,7 +1002,7 @@ def test_strict_passes_what_no_linear_layer_is_next_to():
 def test_strict_raises_for_an_error_above_tol():
     model = filled(block())
     fold(model, images(), strict=True, tol=1e-4)
-    with pytest.raises(FoldError, match=r"'0' differs by .*, more than 1e-12 \(and 1 more\)"):
+    with pytest.raises(FoldError, match=r"'0' differs by .*, more than 1e-12 \(problem 1 of 2\)"):
         fold(model, images(), strict=True, tol=1e-12)
 
 

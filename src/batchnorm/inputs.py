@@ -27,7 +27,10 @@ def read_inputs(path: Path) -> dict[str, Any]:
             loaded = np.load(file, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
                 return {"arr_0": loaded}
-            return {name: loaded[name] for name in loaded.files}
+            found = {name: loaded[name] for name in loaded.files}
+            if not all(isinstance(array, np.ndarray) for array in found.values()):
+                raise ValueError("it is another kind of zip file")
+            return found
     except Exception as error:  # of zipfile, zlib, NumPy and the system
         why = "there is no such file" if not path.exists() else f"it cannot be read ({error})"
         raise ArgumentError(

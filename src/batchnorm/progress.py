@@ -14,10 +14,11 @@ Show = Callable[[str, int, "int | None"], None]
 
 
 @contextlib.contextmanager
-def bar(*, in_bytes: bool = False, shown: bool = True) -> Iterator[Show]:
+def bar(*, in_bytes: bool = False, shown: bool = True, remaining: bool = True) -> Iterator[Show]:
     """Show a bar on stderr while the block runs, if `shown`; yields a `Show` that updates it.
 
-    Nothing is shown without rich, which comes with the extras that need it.
+    With `remaining`, it tells how long that will take. Nothing is shown without rich, which comes
+    with the extras that need it.
     """
     try:
         from rich import progress
@@ -32,15 +33,16 @@ def bar(*, in_bytes: bool = False, shown: bool = True) -> Iterator[Show]:
     console = Console(file=sys.stderr, emoji=False)
     columns: list[progress.ProgressColumn] = [
         progress.TextColumn("{task.description}", markup=False),
-        progress.BarColumn(),
+        progress.BarColumn(max(5, min(40, console.width - 60))),
     ]
     if in_bytes:
         columns += [progress.DownloadColumn(), progress.TransferSpeedColumn()]
     else:
         columns += [progress.MofNCompleteColumn(), progress.TimeElapsedColumn()]
+    if remaining:
+        columns.append(progress.TimeRemainingColumn())
     with progress.Progress(
         *columns,
-        progress.TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
@@ -54,6 +56,6 @@ def bar(*, in_bytes: bool = False, shown: bool = True) -> Iterator[Show]:
 @contextlib.contextmanager
 def steps(total: int, *, shown: bool = True) -> Iterator[Callable[[str], None]]:
     """Show a bar of `total` steps; yields a function to call with the name of each new step."""
-    with bar(shown=shown) as show:
+    with bar(shown=shown, remaining=False) as show:  # steps take unlike times
         number = itertools.count()
         yield lambda text: show(text, min(next(number), total), total)

@@ -150,13 +150,11 @@ class FoldReport:
         if self.optimized_error is not None and not self.optimized_error <= most:
             problems.append(f"outputs of the optimized model differ by {self.optimized_error:.3g}")
         if problems:
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise FoldError(
-                f"the model was not folded as strict demands: {problems[0]}{more}", self
-            )
+            more = f" (problem 1 of {len(problems)})" if len(problems) > 1 else ""
+            raise FoldError(f"not accepted, as strict demands: {problems[0]}{more}", self)
 
     def check_finite(self, dtype: str | None = None) -> None:
-        """Raise if outputs of the folded model are not finite where the original's are.
+        """Raise if outputs of the folded model are not finite, and say whose fault it is.
 
         Parameters
         ----------
@@ -167,7 +165,14 @@ class FoldReport:
         ------
         FoldError
         """
-        if all(e is None or e < math.inf for e in (self.error, self.optimized_error)):
+        errors = [e for e in (self.error, self.optimized_error) if e is not None]
+        if any(map(math.isnan, errors)):
+            raise FoldError(
+                "no output of the original is finite on these inputs, so nothing can be compared: "
+                "look for infinities and NaN in them and in its weights",
+                self,
+            )
+        if all(map(math.isfinite, errors)):
             return
         kind = dtype or self.dtype
         remedy = {"float16": ": choose bfloat16 or float32", "bfloat16": ": choose float32"}
@@ -222,7 +227,8 @@ class FoldReport:
         width : int
             The maximum length of a line; None breaks none.
         most : int
-            The maximum number of folded layers; None shows all.
+            The maximum number of folded layers, and of batch norms that have no layer next to them;
+            None shows all.
         """
         found = [
             part
@@ -230,12 +236,13 @@ class FoldReport:
             for part in _wrapped(line, width)
         ]
         stay = [(name, f"refused: {why}") for name, why in self.refused.items()]
-        stay += [(name, f"alone: {why}") for name, why in self.alone.items()]
+        stay += [(name, f"alone: {why}") for name, why in [*self.alone.items()][:most]]
         if stay:
             found += ["", "not folded:"]
         longest = max((len(name) for name, _ in stay), default=0)
         for name, why in stay:
             found += _wrapped(f"  {name:<{min(longest, 24)}}  ", width, why)
+        found += _more(len(self.refused) + len(self.alone) - len(stay))
         pairs = sorted(self.pairs, key=lambda pair: -pair.share) if self.verified else self.pairs
         if pairs:
             found += [
@@ -245,9 +252,7 @@ class FoldReport:
         for pair in pairs[:most]:
             numbers = f"  {pair.error:<7.2g}  {pair.bound:<7.2g}  " if self.verified else "  "
             found += _wrapped(numbers, width, f"{', '.join(pair.norms)} into {pair.layer}")
-        if len(pairs) > len(pairs[:most]):
-            found.append(f"  … and {len(pairs) - len(pairs[:most])} more (--json has all)")
-        return found
+        return found + _more(len(pairs) - len(pairs[:most]))
 
     def __str__(self) -> str:
         """All `lines`."""
@@ -255,9 +260,9 @@ class FoldReport:
 
 
 class _Wrapper(textwrap.TextWrapper):
-    """Breaks names of layers after one of ``_./`` as well."""
+    """Breaks names of layers after one of ``_./`` as well, but no numbers."""
 
-    wordsep_re = re.compile(r"(\s+|[^\s_./]*[_./]+)")
+    wordsep_re = re.compile(r"(\s+|(?:[^\s_./]|\.(?=\d))*(?:[_/]|\.(?!\d))+)")
 
 
 def _wrapped(start: str, width: int | None, text: str = "") -> list[str]:
@@ -266,6 +271,10 @@ def _wrapped(start: str, width: int | None, text: str = "") -> list[str]:
         return [f"{start}{text}".rstrip()]
     indent = " " * (min(len(start), 24) if text else 2)
     return _Wrapper(width, subsequent_indent=indent).wrap(f"{start}{text}")
+
+
+def _more(number: int) -> list[str]:
+    return [f"  … and {number} more (--json has all)"] * (number > 0)
 
 
 def _finite(value: Any) -> Any:

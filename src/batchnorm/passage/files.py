@@ -183,7 +183,9 @@ def _save_torch(arrays: Any, path: Path) -> None:
 
 def _load_safetensors(path: Path) -> Loaded:
     arrays: dict[str, Any] = {}
-    with import_extra("safetensors", "interop", "Such files").safe_open(path, "numpy") as file:
+    with import_extra("safetensors", "torch", ".safetensors files").safe_open(
+        path, "numpy"
+    ) as file:
         for name in file.keys():  # noqa: SIM118  # it is no dict
             tensor = file.get_slice(name)
             kind = tensor.get_dtype()
@@ -200,7 +202,7 @@ def _load_safetensors(path: Path) -> Loaded:
 
 
 def _save_safetensors(arrays: Any, path: Path) -> None:
-    import_extra("safetensors.numpy", "interop", "Such files").save_file(arrays, path)
+    import_extra("safetensors.numpy", "torch", ".safetensors files").save_file(arrays, path)
 
 
 def _load_npz(path: Path) -> Loaded:

@@ -184,7 +184,7 @@ def translate(
         if called in renamed:
             raise ArgumentError(
                 f"two layers would be called {called!r}: {origins[called]!r} and {name!r}. "
-                "Rename one by names."
+                "Rename one."
             )
         renamed[called], origins[called] = state, name
     written, built = write(renamed, target, channel_axis=channel_axis, ndim=ndim, count=count)
@@ -243,8 +243,8 @@ def read(
         raise ArgumentError(
             f"arrays must hold batch norms of {framework.title}, that is arrays named "
             f"{framework.paths['mean']} and {framework.paths['var']}, but hold "
-            f"{_some(map(framework.separator.join, flat))}. Is source the framework that they are "
-            "from?"
+            f"{_some(map(framework.separator.join, flat))}. Are they of another framework, or "
+            "folded already?"
         )
     for name, own in settings.items():
         known = isinstance(own, Mapping) and own.keys() <= {*given, "channel_axis"}
@@ -551,8 +551,8 @@ def _notes(
         )
     if more := [name for name, state in states.items() if _has_one_more(state, new)]:
         notes.append(
-            f"{new.title} has scale and shift together: 1 or 0 was added in {_some(more)}, and "
-            "would be trained"
+            f"{new.title} has scale and shift together or not at all: in {_some(more)} the missing "
+            "one was added as ones or zeros, which training would change"
         )
     if fast := [name for name, state in states.items() if state.momentum > 0.5]:
         notes.append(

@@ -210,7 +210,8 @@ def _fold_onnx(request: _Request) -> Folded:
     if not has_batch_norms(model):
         raise ArgumentError(
             f"{path}: has no batch norms. PyTorch's exporter folds them itself; export with "
-            "optimize=False to let this command do it and check it."
+            "dynamo=True and optimize=False, or with training=torch.onnx.TrainingMode.PRESERVE, to "
+            "let this command do it and check it."
         )
     inputs: Any = None
     if request.verify is not None:

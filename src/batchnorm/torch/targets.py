@@ -60,10 +60,14 @@ def load_model(target: str, weights: Path | None = None) -> nn.Module:
 
 def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     """How names and shapes of weights differ from a model's."""
-    wanted = {k: t for k, t in model.state_dict().items() if isinstance(t, Tensor)}
     # torch does without these in files that say nothing of their version.
-    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
-    extra = [k for k in state if k not in wanted]
+    counter = "num_batches_tracked"
+    wanted = {
+        k: t for k, t in model.state_dict().items()
+        if isinstance(t, Tensor) and not k.endswith(counter)
+    }  # fmt: skip
+    missing = [k for k in wanted if k not in state]
+    extra = [k for k in state if k not in wanted and not k.endswith(counter)]
     others = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
     parts = []
     if missing:
@@ -77,6 +81,9 @@ def _misfit(model: nn.Module, state: Mapping[str, Tensor]) -> str:
     biases = [k for k in extra if k.endswith("bias") and f"{k[:-4]}weight" in wanted]
     if biases and biases == extra and any(k.endswith("running_mean") for k in missing):
         parts.append("they look like those of a folded model, which batchnorm.torch.fold makes")
+    for prefix, wrapper in {"module.": "DataParallel", "_orig_mod.": "torch.compile"}.items():
+        if extra and {k.removeprefix(prefix) for k in extra} <= wanted.keys():
+            parts.append(f"{prefix!r} comes from {wrapper}: save the model inside of it")
     return ", ".join(parts)
 
 
@@ -108,6 +115,11 @@ def load_batches(target: str) -> Any:
 
 def _made(target: str, what: str, kind: type) -> Any:
     place, _, name = target.partition(":")
+    if place.endswith(".py"):
+        module = ".".join(Path(place).with_suffix("").parts)
+        raise ArgumentError(
+            f"{target}: must be package.module:factory, without .py. Did you mean {module}:{name}?"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     must = f"{target}: must name a function without arguments that returns {what}, but"
@@ -194,8 +206,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # torch raises all kinds for damaged files
         if not path.exists():
-            why = "there is no such file"
-        elif "Unsupported global" in str(error):
+            raise ArgumentError(f"{path}: there is no such file. Name another.") from error
+        if "Unsupported global" in str(error):
             why = "it holds objects that are not tensors"
         else:
             why = f"it cannot be read ({one_line(error, 160)})"
@@ -261,7 +273,7 @@ def random_example(shapes: Sequence[Sequence[int]], model: nn.Module) -> tuple[T
 
 
 def other_types(example: Any, model: nn.Module) -> str:
-    """Which arrays of real numbers are of another type than the model, and what to do; or "".
+    """Which arrays should have the type of the model and have another, and what to do; or "".
 
     Parameters
     ----------
@@ -271,7 +283,7 @@ def other_types(example: Any, model: nn.Module) -> str:
     dtype = _dtype_of(model)
     named = example if isinstance(example, dict) else {f"arr_{k}": t for k, t in enumerate(example)}
     for name, t in named.items():
-        if t.is_floating_point() and t.dtype != dtype:
+        if t.dtype != dtype and (t.is_floating_point() or t.dtype == torch.uint8):  # images
             got, kind = (str(each).removeprefix("torch.") for each in (t.dtype, dtype))
             return (
                 f" {name} is of type {got}, and the model {kind}: convert it by astype({kind!r})."

@@ -67,12 +67,15 @@ def fold(
         typer.Option(
             "--strict",
             help="Write nothing and exit with 1 if a batch norm next to a layer was refused, or "
-            "what was exported could not be compared.",
+            "what was exported could not be compared. An ONNX file is compared only on inputs.",
         ),
     ] = False,
     tol: Annotated[
         float | None,
-        typer.Option(help="With --strict, the largest difference allowed."),
+        typer.Option(
+            help="With --strict, the largest absolute difference allowed, of the outputs and of "
+            "each folded layer."
+        ),
     ] = None,
     json: Annotated[
         Path | None,
@@ -131,7 +134,7 @@ def fold(
     if folded is None:
         if isinstance(failure, targets.NotWrittenError):
             raise BatchNormError(str(failure))
-        note(f"{failure}; {out} is not written")
+        note(f"{str(failure).removesuffix('.')}; {out} is not written")
         return FOUND_WRONG
     for line in folded.notes:
         note(line)

@@ -13,7 +13,7 @@ import onnx
 from onnx import ModelProto
 
 from ...atomic import check_place, is_same
-from ...errors import ArgumentError, BatchNormError, one_line
+from ...errors import ArgumentError, BatchNormError, DTypeError, ShapeError, one_line
 from ...folding import FoldReport
 from ...folding.report import check_tol
 from ...progress import steps
@@ -56,7 +56,7 @@ def fold_file(
                 )
     try:
         folded, report = fold(model, inputs, path.parent, strict=strict, tol=tol, progress=progress)
-    except ArgumentError as error:
+    except (ArgumentError, DTypeError, ShapeError) as error:
         raise type(error)(f"{path}: {error}") from error
     report.check_finite()
     write_model(folded, out, data)

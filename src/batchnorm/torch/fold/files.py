@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -109,7 +110,8 @@ def make_file(
     suffix = out.suffix.lower()
     if suffix in (".pt2", ".onnx"):
         file = _exported(folded, example, suffix, dtype)
-        file.notes += _half(folded, suffix)
+        if not (file.missed and suffix == ".onnx"):
+            file.notes += _half(folded, suffix)
         return file
     state = folded.state_dict()
     notes = [
@@ -180,7 +182,7 @@ def _exported(
         notes.append(f"run by torch.export, it differs by {error:.2g} from the folded model")
         return FoldedFile(_writer(lambda file: torch.export.save(program, file)), notes, error)
     model = _onnx(program)
-    content = model.model_proto
+    content = _renamed(model.model_proto)
     if content.ByteSize() > LARGEST_ONNX:
         raise BatchNormError(
             "the model is larger than the 2 GB that one ONNX file can hold. Write a .pt2 file."
@@ -268,6 +270,21 @@ def _onnx(program: Any) -> Any:
             f"torch.onnx.export has no translation of the folded model ({_cause(error)}). "
             "Write a .pt2 file."
         ) from error
+
+
+def _renamed(content: Any) -> Any:
+    """An ONNX model whose sizes that are free have plain names, in place of torch's "s77"."""
+    graph = content.graph
+    values = (*graph.input, *graph.output, *graph.value_info)
+    dims = [dim for value in values for dim in value.type.tensor_type.shape.dim]
+    free = dict.fromkeys(dim.dim_param for dim in dims if re.fullmatch(r"s\d+", dim.dim_param))
+    names = {old: f"batch_{k}" if k else "batch" for k, old in enumerate(free)}
+    for dim in dims:
+        if dim.dim_param in names:
+            dim.dim_param = names[dim.dim_param]
+        elif dim.dim_param:  # such as "2*s77"
+            dim.dim_param = re.sub(r"s\d+", lambda m: names.get(m[0], m[0]), dim.dim_param)
+    return content
 
 
 def _compare(folded: nn.Module, expected: Any, got: Any, who: str) -> float:

@@ -287,7 +287,7 @@ def _follow(
         raise Apart(tracer.failed)
     if problem is not None or tracer.limits:
         why = tracer.limits[0] if tracer.limits else _place(problem)
-        raise _Opaque(f"its forward cannot be followed: {why}")
+        raise _Opaque(why)
     if _random_state() != before:
         raise _Opaque("it draws random numbers, on which its path may depend")
     assert graph is not None
