@@ -194,14 +194,36 @@ def test_norm_after_the_sum_is_folded():
     assert type(folded[0].bn) is nn.SiLU
 
 
-def test_block_with_hooks_keeps_them():
-    model = nn.Sequential(Block())
-    seen = []
-    model[0].register_forward_hook(lambda *_: seen.append(1))
+def test_block_with_hooks_stays_what_hooks_know():
+    model, seen = nn.Sequential(Block()), []
+    model[0].register_forward_hook(lambda block, *_: seen.append(block.three))
     folded, report = folds(model)
-    assert type(folded[0]) is nn.Sequential
+    assert type(folded[0]) is Block
     assert len(folded[0]._forward_hooks) == 1
-    assert report.pairs[0].merged
+    assert report.pairs
+    assert not report.pairs[0].merged
+
+
+class ByKeyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        return self.block(x=x) if x.mean() > 10 else self.block(x)
+
+
+class AsksForTheClass(ByKeyword):
+    def forward(self, x):
+        y = self.block(x) * int(x.shape[0])
+        return y + 1 if isinstance(self.block, Block) else y
+
+
+@pytest.mark.parametrize("kind", [ByKeyword, AsksForTheClass])
+def test_block_that_must_stay_what_it_is_keeps_its_branches(kind):
+    folded, report = folds(kind())
+    assert type(folded.block) is Block
+    assert len(report.pairs) > 1
 
 
 class Other(Block):

@@ -20,7 +20,14 @@ from torch.nn import functional as F
 from ..undo import set_class
 from .calls import TENSOR, Call
 from .groups import Branch, Group
-from .layers import activation_of, geometry_of, is_linear, is_norm, is_transparent
+from .layers import (
+    activation_of,
+    geometry_of,
+    has_hooks,
+    is_linear,
+    is_norm,
+    is_transparent,
+)
 from .paths import Paths, only_path
 from .tracing import Context, is_torchs
 
@@ -61,6 +68,7 @@ class Sums:
         self._modules = dict(model.named_modules())
         self._groups, self._reason, self._reached = groups, reason, reached
         self._used = paths.used.values | paths.used.metadata
+        self._opaque = paths.opaque
         self._specs = calls.specs()
         self._context = Context(model, calls)
         self._stacks: dict[str, list[list[str]]] = {}
@@ -156,8 +164,11 @@ class Sums:
     def _is_closed(self, name: str, block: nn.Module) -> bool:
         """Whether nothing else uses what is inside of a block, which may then lose parts."""
         inside = (*block.parameters(), *block.buffers())
+        parts = name.split(".")
         return (
             name not in self._opened
+            and not has_hooks(block)  # which may ask for what a Sequential has not got
+            and not any(".".join(parts[:k]) in self._opaque for k in range(len(parts) + 1))
             and not any(id(t) in self._used for t in inside)
             and not any(self._reached(part) for part in block.modules() if part is not block)
         )
@@ -356,8 +367,6 @@ def become_sequential(
             place = place._modules[step]  # type: ignore[assignment]
         place.add_module(path[-1], new[part] if part in new else model.get_submodule(part))
     found.training = block.training
-    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        found.__dict__[kind] = getattr(block, kind)
     set_class(block, nn.Sequential)
     block.__dict__.clear()
     block.__dict__.update(found.__dict__)
