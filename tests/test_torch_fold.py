@@ -1006,6 +1006,26 @@ def test_strict_raises_for_an_error_above_tol():
         fold(model, images(), strict=True, tol=1e-12)
 
 
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_weight_of_an_old_hook_has_the_type_of_what_it_is_made_of(norm):
+    """Until the next forward, `weight` is what it was before `double()`."""
+    model = filled(nn.Sequential(norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))).double()
+    folded, report = fold(model, images(dtype=torch.float64))
+    assert report.folded == {"1": "0"}
+    assert folded[0].weight.dtype == torch.float64
+
+
+def test_type_in_which_the_model_does_not_run_is_named():
+    class Mixes(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    model = Mixes(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(ArgumentError, match="in bfloat16 its forward raises RuntimeError"):
+        fold(model, images(), dtype=torch.bfloat16)
+
+
 def test_inputs_without_a_finite_value_compare_nothing():
     model = filled(block())
     _, report = fold(model, torch.full((2, 3, 8, 8), math.nan))

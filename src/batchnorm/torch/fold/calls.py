@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TENSOR", "Call", "Spec", "record"]
+__all__ = ["TENSOR", "Call", "Spec", "of_dict", "record"]
 
 
 class _Tensor:
@@ -86,9 +87,16 @@ def _structure(value: Any) -> Any:
         return type(value)(*map(_structure, value))
     if type(value) in (list, tuple):
         return type(value)(map(_structure, value))
-    if type(value) is dict:
-        return {key: _structure(item) for key, item in value.items()}
+    if isinstance(value, dict):
+        return of_dict(value, _structure)
     return value
+
+
+def of_dict(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A dict of the same kind with other values."""
+    changed = copy.copy(value)
+    changed.update((key, change(item)) for key, item in value.items())
+    return changed
 
 
 def record(model: nn.Module, run: Callable[[nn.Module], Any]) -> Call:

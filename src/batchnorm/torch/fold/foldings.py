@@ -14,7 +14,7 @@ from ...folding.sums import Part, Sum
 from ...native import Array
 from ..adapters import FrozenLayer
 from .groups import Branch, Group
-from .layers import affine_of, linear_of, short, zero_padded
+from .layers import affine_of, linear_of, short, weight_of, zero_padded
 
 __all__ = ["Folding", "wide"]
 
@@ -57,7 +57,7 @@ class Folding(Sum):
             last=_composed(model, group.last),
             group=group,
             layer=layer,
-            given=layer.weight.dtype,
+            given=weight_of(layer).dtype,
             steps=_type_of_steps([model.get_submodule(norm) for norm in group.norms]),
         )
 

@@ -35,6 +35,7 @@ __all__ = [
     "reason_of_linear",
     "reason_of_norm",
     "release",
+    "weight_of",
     "zero_padded",
 ]
 
@@ -191,16 +192,21 @@ def _float64(t: Tensor) -> Any:
     return t.detach().to("cpu", torch.float64).numpy()
 
 
-def linear_of(module: Any) -> Linear:
-    """What a linear layer computes."""
-    weight = module.weight
-    for hook in module._forward_pre_hooks.values():  # which would set it in the next forward
+def weight_of(module: Any) -> Tensor:
+    """The weight that the next forward uses, which hooks may set then."""
+    weight: Tensor = module.weight
+    for hook in module._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm):
             weight = hook.compute_weight(module)
         elif isinstance(hook, SpectralNorm):
             weight = hook.compute_weight(module, do_power_iteration=False)
+    return weight
+
+
+def linear_of(module: Any) -> Linear:
+    """What a linear layer computes."""
     return Linear(
-        _float64(weight),
+        _float64(weight_of(module)),
         None if module.bias is None else _float64(module.bias),
         getattr(module, "groups", 1),
         bool(getattr(module, "transposed", False)),

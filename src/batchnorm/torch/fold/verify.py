@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from .. import functional
 from ..diagnose.records import eagerly
 from ..population.batches import copy_of, tensors_in
 from ..population.state import RngState
+from .calls import of_dict
 from .foldings import Folding, wide
 from .layers import activation_of
 
@@ -97,9 +97,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     if type(value) in (list, tuple):
         return type(value)(cast(item, dtype) for item in value)
     if isinstance(value, dict):
-        copied = copy.copy(value)
-        copied.update((key, cast(item, dtype)) for key, item in value.items())
-        return copied
+        return of_dict(value, partial(cast, dtype=dtype))
     return value
 
 
