@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import enum
 import functools
+import itertools
 import random
+from typing import ClassVar
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -325,6 +330,271 @@ def test_path_that_the_examples_do_not_take_is_refused(kind):
     assert len(report.refused) == 1
 
 
+class Mode(enum.Enum):
+    RAW = 1
+    NORM = 2
+
+
+QUESTIONS = {
+    "size in a set": lambda x, **_: x.shape[0] in {1, 5},
+    "size as a key": lambda x, **_: {1: "raw"}.get(x.shape[0]),
+    "type in a set": lambda x, **_: x.dtype in {torch.float64},
+    "argument in a set": lambda x, mode, **_: mode in {"raw", "features"},
+    "argument is True": lambda x, raw, **_: raw is True,
+    "argument is None": lambda x, scale, **_: scale is None,
+    "argument is a member": lambda x, kind, **_: kind is Mode.RAW,
+    "argument is another": lambda x, other, **_: x is other,
+    "type is a type": lambda x, **_: x.dtype is torch.float64,
+    "gradient is None": lambda x, **_: x.mean() > 10 and x.grad is None,
+    "size is an int": lambda x, **_: isinstance(x.shape[0], int) and x.shape[0] > 4,
+    "shape is a tuple": lambda x, **_: x.mean() > 10 and isinstance(x.shape, (torch.Size, tuple)),
+    "number is a float": lambda x, **_: isinstance(x.mean().item(), float) and x.mean() > 10,
+    "type of a size": lambda x, **_: type(x.shape[0]) is int and x.shape[0] > 4,
+    "type of an argument": lambda x, mode, **_: type(mode) in (list, tuple),
+    "tensor has no such attribute": lambda x, **_: x.mean() > 10 and not hasattr(x, "tensors"),
+    "item of a default": lambda x, layers, **_: 3 in layers,
+    "global counter": lambda x, **_: _count() > 1000,
+    "key of a default": lambda x, options={}, **_: options.setdefault("n", x) is not x,
+}  # fmt: skip
+CALLS = 0
+
+
+def _count():
+    global CALLS
+    CALLS += 1
+    return CALLS
+
+
+class Skips(Pair):
+    """Whose batch norm is skipped in some calls."""
+
+    def __init__(self, skips):
+        super().__init__()
+        self.skips = skips
+
+    def forward(self, x, other=None, mode="norm", raw=False, scale=1.0, kind=Mode.NORM, layers=()):
+        y = self.conv(x)
+        skipped = self.skips(
+            x, other=other, mode=mode, raw=raw, scale=scale, kind=kind, layers=layers
+        )
+        return y if skipped else self.bn(y)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_question_that_leads_to_another_path_is_seen(question):
+    examples = (X, X + 1) if question == "argument is another" else X
+    _, report = fold(Skips(QUESTIONS[question]).eval(), examples)
+    assert not report.folded
+    assert len(report.refused) == 1
+
+
+def test_questions_that_lead_nowhere_else_do_no_harm():
+    def skips(x, other, **_):
+        return x is None or (other is not None and other is None) or isinstance(x, int)
+
+    _, report = fold(Skips(skips).eval(), X)
+    assert report.folded == {"bn": "conv"}
+
+
+def _safe(function, x):
+    try:
+        return function(x)
+    except RuntimeError:
+        return None
+
+
+def _decorated(function):
+    @functools.wraps(function)
+    def inner(self, x):
+        try:
+            return function(self, x)
+        except RuntimeError:
+            return self.conv(x)
+
+    return inner
+
+
+class Leaves:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return True
+
+
+@contextlib.contextmanager
+def _leaves():
+    try:  # noqa: SIM105  # it is what is tested
+        yield
+    except RuntimeError:
+        pass
+
+
+class ByFunction(Pair):
+    def forward(self, x):
+        y = _safe(lambda x: x.view(2, 4, 5, 5), x)
+        return self.conv(x) if y is None else self.bn(self.conv(y))
+
+
+class ByDecorator(Pair):
+    @_decorated
+    def forward(self, x):
+        return self.bn(self.conv(x.view(2, 4, 5, 5)))
+
+
+class ByContext(Pair):
+    context = staticmethod(Leaves)
+
+    def forward(self, x):
+        y = self.conv(x)
+        with self.context():
+            x.view(2, 4, 5, 5)
+            return self.bn(y)
+        return y
+
+
+class BySuppress(ByContext):
+    @staticmethod
+    def context():
+        return contextlib.suppress(RuntimeError)
+
+
+class ByGenerator(ByContext):
+    context = staticmethod(_leaves)
+
+
+@pytest.mark.parametrize("kind", [ByFunction, ByDecorator, ByContext, BySuppress, ByGenerator])
+def test_exception_that_may_be_caught_anywhere_is_seen(kind):
+    _, report = fold(kind().eval(), X)
+    assert "it catches exceptions" in report.refused["bn"]
+
+
+class State(Pair):
+    """Whose path depends on what calls change."""
+
+    def __init__(self, state, later):
+        super().__init__()
+        self.state, self.later = state, later
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y if self.later(self) else self.bn(y)
+
+
+def _down(self):
+    self.state -= 1
+    return self.state < 0
+
+
+def _every_seventh(self):
+    self.state += 1
+    return self.state % 7 == 0
+
+
+def _longer(self):
+    self.state += self.state[:1]
+    return self.state[50:51] == self.state[:1]
+
+
+def _nested(self):
+    self.state["a"]["n"] += 1
+    return self.state["a"]["n"] > 50
+
+
+def _in_a_list(self):
+    self.state[0][0] += 1
+    return self.state[0][0] > 50
+
+
+def _in_an_array(self):
+    self.state[0] += 1
+    return self.state[0] > 50
+
+
+def _of_a_class(self):
+    type(self).made = getattr(type(self), "made", 0) + 1
+    return type(self).made > 50
+
+
+STATES = {
+    "countdown": (50, _down),
+    "remainder": (0, _every_seventh),
+    "text": ("a", _longer),
+    "tuple": ((1,), _longer),
+    "nested dict": ({"a": {"n": 0}}, _nested),
+    "nested list": ([[0]], _in_a_list),
+    "array": (np.zeros(1), _in_an_array),
+    "count": (itertools.count(), lambda self: next(self.state) > 50),
+    "cycle": (itertools.cycle([0, 0, 1]), lambda self: next(self.state)),
+    "class": (None, _of_a_class),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_path_that_depends_on_what_calls_change_is_seen(name):
+    _, report = fold(State(*STATES[name]).eval(), X)
+    assert not report.folded
+    assert len(report.refused) == 1
+
+
+class Trains(Pair):
+    def forward(self, x):
+        if x.shape[0] > 4:
+            self.bn.train()
+        y = self.bn(self.conv(x))
+        self.bn.eval()
+        return y
+
+
+class Swaps(Pair):
+    def __init__(self):
+        super().__init__()
+        self.other = torch.ones(4, 4, 1, 1)
+
+    def forward(self, x):
+        own = self.conv._parameters["weight"]
+        if x.shape[0] > 4:
+            self.conv._parameters["weight"] = nn.Parameter(self.other)
+        y = self.bn(self.conv(x))
+        self.conv._parameters["weight"] = own
+        return y
+
+
+class Calls(Pair):
+    def forward(self, x):
+        if x.shape[0] > 4:
+            given = {name: p * 2 for name, p in self.conv.named_parameters()}
+            return self.bn(torch.func.functional_call(self.conv, given, (x,)))
+        return self.bn(self.conv(x))
+
+
+class Hooks(Pair):
+    def forward(self, x):
+        if x.shape[0] > 4:
+            hook = self.conv.register_forward_hook(lambda *a: a[-1] * 2)
+            y = self.bn(self.conv(x))
+            hook.remove()
+            return y
+        return self.bn(self.conv(x))
+
+
+@pytest.mark.parametrize("kind", [Trains, Swaps, Calls, Hooks])
+def test_layer_that_is_changed_before_a_call_is_seen(kind):
+    _, report = fold(kind().eval(), X)
+    assert not report.folded
+    assert len(report.refused) == 1
+
+
+def test_tensors_in_a_dict_of_another_class_are_tensors():
+    class Takes(Pair):
+        def forward(self, given):
+            x = given["x"]
+            return self.conv(x) if x.shape[0] > 4 else self.bn(self.conv(x))
+
+    _, report = fold(Takes().eval(), (collections.OrderedDict(x=X),))
+    assert "also called without it" in report.refused["bn"]
+
+
 def test_output_that_goes_into_a_list_of_the_caller_is_refused():
     class Collects(Pair):
         def forward(self, x, features):
@@ -363,6 +633,28 @@ def test_what_forwards_keep_in_their_class_is_as_before():
     fold(Shares().eval(), X)
     assert Shares.cache is None
     assert not hasattr(Shares, "made")
+
+
+CACHE: dict = {}
+
+
+@pytest.mark.parametrize("kept", ["global dict", "class dict"])
+def test_caches_of_tensors_hold_no_placeholders(kept):
+    class Caches(Pair):
+        cache: ClassVar[dict] = {}
+
+        def forward(self, x):
+            cache = CACHE if kept == "global dict" else self.cache
+            if "grid" not in cache or cache["grid"].shape[0] < x.shape[0]:
+                cache["grid"] = torch.arange(x.shape[0]).to(x)
+            return self.bn(self.conv(x))
+
+    CACHE.clear()
+    model = Caches().eval()
+    fold(model, X)
+    model(X)
+    cache = CACHE if kept == "global dict" else Caches.cache
+    assert type(cache["grid"]) is torch.Tensor
 
 
 # ---- what is no escape --------------------------------------------------------------------------

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils.data import DataLoader
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, one_line
 from ...folding import FoldedLayer, FoldError, FoldReport
 from ...folding.report import check_tol
 from ...progress import steps
@@ -26,6 +25,7 @@ from .calls import Call, record
 from .foldings import Folding
 from .groups import Group, Plan
 from .layers import absorb, release, short
+from .outside import kept_outside
 from .pairs import make_plan, of_layer
 from .paths import Paths, explore, outline
 from .verify import Examples, compare_groups, compare_outputs, tolerance
@@ -118,7 +118,7 @@ def fold(
         # The copies must be able to train.
         with (
             torch.inference_mode(False),
-            _classes_as_before(model),
+            kept_outside(model),
             steps(_STEPS, shown=progress) as step,
         ):
             report, folded = _folded(model, Examples(example_inputs), dtype, step)
@@ -127,22 +127,6 @@ def fold(
     if strict:
         report.check(tol)
     return folded, report
-
-
-@contextmanager
-def _classes_as_before(model: nn.Module) -> Iterator[None]:
-    """Restore what forwards change in the classes of modules, which copies have in common."""
-    kinds = {base for module in model.modules() for base in type(module).__mro__}
-    before = [(kind, dict(vars(kind))) for kind in kinds if not kind.__module__.startswith("torch")]
-    try:
-        yield
-    finally:
-        for kind, known in before:
-            for name, value in list(vars(kind).items()):
-                if name not in known:
-                    delattr(kind, name)
-                elif value is not known[name]:
-                    setattr(kind, name, known[name])
 
 
 def _checked(model: object, dtype: Any) -> nn.Module:
@@ -239,7 +223,15 @@ def _folded(
             problems = [(group, why) for group, why in whys if why]
         if not problems:
             step("fold: comparing outputs")
-            got = examples.run(copied(result), dtype)
+            try:
+                got = examples.run(copied(result), dtype)
+            except Exception as error:
+                if dtype is None:
+                    raise
+                raise ArgumentError(
+                    f"dtype must be one that the model runs in, but in {short(dtype)} its forward "
+                    f"raises {type(error).__name__}: {one_line(error)}."
+                ) from error
             report.error, report.relative_error = compare_outputs(outputs, got)
             if exact is not None:
                 report.original_error = compare_outputs(exact, outputs)[0]
@@ -294,9 +286,13 @@ def _changes(
     norms = {norm for group in plan.groups for norm in group.norms}
     if blocks:
         paths = explore(copied(model), calls, blocks)
+    found = []
+    for node in (n for graphs in paths.graphs.values() for graph in graphs for n in graph.nodes):
+        if node.op == "call_module" and node.target in blocks and node.kwargs:
+            why = f"'{node.target}' is also called by keyword, which a Sequential cannot be"
+            found += [(g, why) for g in plan.groups if g.block == node.target]
     kept = {name for name, _ in result.named_modules()}
     again = explore(copied(result), calls, [*blocks, *(norms & kept)])
-    found = []
     for name, graphs in paths.graphs.items():
         one, other = (list(map(outline, each)) for each in (graphs, again.graphs.get(name, [])))
         if one != other and name not in blocks:
@@ -328,7 +324,7 @@ def _apply(
     for folding in foldings:
         group, layer = folding.group, folding.layer
         try:
-            absorb(layer, folding.folded(), dtype or layer.weight.dtype)
+            absorb(layer, folding.folded(), dtype or folding.given)
         except ArgumentError as error:
             problems.append((group, of_layer(group.layer, str(error))))
             continue

@@ -13,13 +13,16 @@ it are followed on their own, and `reach` says what its code may call besides th
 from __future__ import annotations
 
 import dis
+import inspect
 import itertools
 import os
 import random
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,7 +31,8 @@ from torch import Tensor, fx, nn
 from ..population.layers import unwrapped
 from .calls import Call, Spec
 from .layers import is_linear, is_norm
-from .reach import catches
+from .outside import kept_outside
+from .reach import functions_of
 from .tracing import (
     Apart,
     Context,
@@ -39,16 +43,17 @@ from .tracing import (
     is_of_models,
     is_torchs,
     isinstance_follows,
+    set_in,
 )
 
 __all__ = ["Paths", "explore", "only_path", "outline"]
 
 #: Paths of one module that are followed.
 MOST_PATHS = 256
-#: By how much a number is raised that a forward changes, to see whether its path depends on it.
-MANY_CALLS = 100_000
-#: And by how many items a list becomes longer.
+#: By how many items a list grows that calls make longer, to see whether a path depends on that.
 MANY_ITEMS = 1_000
+#: How deep containers are looked into for what calls change.
+DEPTH = 4
 
 
 @dataclass
@@ -83,6 +88,11 @@ def explore(model: nn.Module, calls: Call, closed: Iterable[str] = ()) -> Paths:
     closed
         Names of modules that stand in graphs as calls, and are not followed.
     """
+    with kept_outside(model):
+        return _explore(model, calls, closed)
+
+
+def _explore(model: nn.Module, calls: Call, closed: Iterable[str]) -> Paths:
     context = Context(model, calls)
     for name in closed:
         context.apart.add(id(model.get_submodule(name)))
@@ -191,8 +201,6 @@ def _graphs(root: nn.Module, context: Context) -> list[fx.Graph]:
         raise _Opaque("it did not run on the example inputs")
     if not _has_forward(root) and "forward" not in root.__dict__:
         raise _Opaque("it has no forward")
-    if catches(root):
-        raise _Opaque("it catches exceptions, which may depend on values")
 
     def follow() -> list[fx.Graph]:
         found: list[fx.Graph] = []
@@ -207,21 +215,26 @@ def _graphs(root: nn.Module, context: Context) -> list[fx.Graph]:
             found += [graph for graph in graphs if outline(graph) not in known]
         return found
 
-    before = _attributes(root)
+    before = _state(root)
     found = follow()
-    if changed := _changed(before, _attributes(root)):
-        for module, attribute, value, same in changed:  # as a call much later finds them
-            if module is not root and id(module) in context.apart:
-                where = context.names[id(module)]
+    if changed := [*_changed(before, _state(root))]:
+        for holder, attribute, old, value, longer in changed:
+            if isinstance(holder, nn.Module) and holder is not root and id(holder) in context.apart:
+                where = context.names[id(holder)]
                 raise _Opaque(f"it sets '{attribute}' of '{where}', whose path may depend on it")
-            if type(value) in (int, float):
-                setattr(module, attribute, value + MANY_CALLS)
-            elif same and isinstance(value, (list, deque)) and value:
+            if value is not old:
+                if type(value) in _COUNTED:  # which later calls find as another
+                    context.unknown.append((holder, attribute, value))
+            elif longer and value:
                 value.extend([value[-1]] * MANY_ITEMS)
-            elif same:
+            else:
                 raise _Opaque(f"its path may depend on '{attribute}', which calls change")
-        if list(map(outline, found)) != list(map(outline, follow())):
-            raise _Opaque(f"its path depends on '{changed[0][1]}', which earlier calls change")
+        try:
+            found = follow() if context.unknown else found
+            if list(map(outline, found)) != list(map(outline, follow())):
+                raise _Opaque(f"its path depends on '{changed[0][1]}', which earlier calls change")
+        finally:
+            context.unknown.clear()
     if len(found) > MOST_PATHS:
         raise _Opaque(f"it has more than {MOST_PATHS} paths")
     modules = dict(root.named_modules(remove_duplicate=False))
@@ -283,6 +296,10 @@ def _follow(
         if tracer.taken and not tracer.limits and _is_of_model(error):
             return None
         problem = error
+    finally:
+        tracer.is_over = True
+        for holder, name, value in context.unknown:
+            set_in(holder, name, value)
     if tracer.failed is not None:  # also if the model has caught it
         raise Apart(tracer.failed)
     if problem is not None or tracer.limits:
@@ -297,21 +314,45 @@ def _follow(
 
 
 _OF_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_COUNTED = (int, float, complex, str, bytes, tuple)
+#: By holder and name: the holder, the name, the value, and what that contains.
+State = dict[tuple[int, str], tuple[Any, str, Any, Any]]
 
 
-def _attributes(root: nn.Module) -> dict[tuple[nn.Module, str], tuple[Any, Any]]:
-    """What Python keeps in a module and those in it, and what that contains."""
-    return {
-        (module, name): (value, _contents(value))
-        for module in root.modules()
-        for name, value in vars(module).items()
-        if name not in _OF_MODULE and not name.startswith("_tensor_constant")  # those are fx's
-    }
+def _state(root: nn.Module) -> State:
+    """What Python keeps where a forward of this module may find it in a later call."""
+    found: State = {}
+
+    def add(holder: Any, name: str, value: Any) -> None:
+        found[id(holder), name] = holder, name, value, _contents(value)
+
+    modules = [*root.modules()]
+    for module in modules:
+        for name, value in vars(module).items():
+            if name not in _OF_MODULE and not name.startswith("_tensor_constant"):  # fx's
+                add(module, name, value)
+    kinds = dict.fromkeys(kind for module in modules for kind in type(module).__mro__)
+    for kind in kinds:
+        path = getattr(sys.modules.get(kind.__module__), "__file__", None)
+        if path is not None and is_of_models(path):
+            for name, value in vars(kind).items():
+                if not (name.startswith("__") or callable(value) or hasattr(value, "__get__")):
+                    add(kind, name, value)
+    for function in functions_of(cast(Any, type(root))):
+        if not inspect.isfunction(function):
+            continue
+        for name in ("__defaults__", "__kwdefaults__", "__dict__"):
+            add(function, name, getattr(function, name))
+        for name in function.__code__.co_names:
+            value = function.__globals__.get(name)
+            if not (value is None or callable(value) or isinstance(value, ModuleType)):
+                add(function.__globals__, name, value)
+    return found
 
 
-def _contents(value: Any) -> Any:
-    """The items of a container, the state of a generator, the attributes of an object."""
-    if isinstance(value, (Tensor, nn.Module, type)) or callable(value):
+def _contents(value: Any, depth: int = DEPTH) -> Any:
+    """What a value contains that may change: items, attributes, the state of a generator."""
+    if isinstance(value, (Tensor, nn.Module, type, ModuleType, fx.Proxy, *_PLAIN)) or not depth:
         return None
     if isinstance(value, random.Random):
         return value.getstate()
@@ -319,12 +360,27 @@ def _contents(value: Any) -> Any:
         return value.bit_generator.state
     if isinstance(value, np.random.RandomState):
         return value.get_state()
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    if isinstance(value, torch.Generator):
+        return value.get_state().numpy().tobytes()
+    if isinstance(value, itertools.count):
+        return repr(value)
     if isinstance(value, dict):
-        return [*value, *value.values()]
-    if isinstance(value, (list, set, deque)):
-        return [*value]
-    found = getattr(value, "__dict__", None)
-    return None if found is None else [*found, *found.values()]
+        items = [*value, *value.values()]
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        items = [*value]
+    elif hasattr(value, "__next__"):
+        return object()  # no state that could be compared
+    elif inspect.isroutine(value):
+        return None
+    else:
+        slots = (getattr(kind, "__slots__", ()) for kind in type(value).__mro__)
+        names = itertools.chain.from_iterable((s,) if isinstance(s, str) else s for s in slots)
+        held = [*getattr(value, "__dict__", {}).items()]
+        held += [(name, getattr(value, name, None)) for name in names]
+        items = [part for pair in held for part in pair]
+    return [(item, _contents(item, depth - 1)) for item in items]
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -342,17 +398,16 @@ _MISSING = object()
 _PLAIN = (bool, int, float, complex, str, bytes)
 
 
-def _changed(
-    before: dict[tuple[nn.Module, str], Any], after: dict[tuple[nn.Module, str], Any]
-) -> list[tuple[nn.Module, str, Any, bool]]:
-    """Attributes that are others now, what they are, and whether that is what they were."""
-    found = []
-    for key, (value, contents) in after.items():
-        old, held = before.get(key, (_MISSING, None))
-        same = value is old
-        if not _equal(contents, held) if same else not _equal(value, old):
-            found.append((*key, value, same))
-    return found
+def _changed(before: State, after: State) -> Iterator[tuple[Any, str, Any, Any, bool]]:
+    """Holder, name, old value and new one of what has changed, and whether it is a longer list."""
+    for key, (holder, name, value, contents) in after.items():
+        _, _, old, held = before.get(key, (holder, name, _MISSING, None))
+        if value is not old:
+            if not _equal(value, old):
+                yield holder, name, old, value, False
+        elif not _equal(contents, held):
+            longer = isinstance(value, (list, deque)) and _equal(held, contents[: len(held)])
+            yield holder, name, old, value, longer
 
 
 def _random_state() -> Any:

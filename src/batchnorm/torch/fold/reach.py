@@ -9,26 +9,28 @@ loop over all modules), `may_take_apart` says so.
 from __future__ import annotations
 
 import ast
-import dis
 import gc
 import inspect
 import itertools
+import os
 import textwrap
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, cached_property, partial
 from typing import Any, cast
 
+import torch
 from torch import nn
 
-__all__ = ["catches", "may_take_apart", "references"]
+__all__ = ["functions_of", "may_take_apart", "references"]
 
 # By these, code gets at modules whose names it does not mention.
 _REFLECTION = {
     "modules", "children", "named_modules", "named_children", "_modules", "get_submodule",
     "__dict__", "__getattr__", "__getattribute__", "apply", "vars", "eval", "exec", "state_dict",
-    "parameters", "named_parameters", "buffers", "named_buffers",
+    "parameters", "named_parameters", "buffers", "named_buffers", "locals", "globals",
 }  # fmt: skip
-_CATCHING = {"CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH"}
+_TORCH = os.path.dirname(inspect.getfile(torch))
+_UNREADABLE = partial(print)  # in place of a function whose decorator may do anything
 _HARMLESS = {"isinstance", "len", "hasattr", "type", "checkpoint"}
 _LOOPS = {"enumerate", "reversed", "zip", "list", "tuple", "items", "values"}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -67,6 +69,8 @@ class _Code:
         self.reflects = any(self._reflects(n) for f in functions for n in ast.walk(f))
 
     def _reflects(self, node: ast.AST) -> bool:
+        if isinstance(node, ast.Global):
+            return True
         if isinstance(node, ast.Attribute):
             return node.attr in _REFLECTION
         if not isinstance(node, ast.Name):
@@ -75,14 +79,20 @@ class _Code:
         if node.id == "getattr":  # which is given `self`, and a name that may be computed
             return not (isinstance(parent, ast.Call) and self._is_called(parent))
         if node.id in self._selves and not isinstance(parent, ast.Attribute):  # given away
-            return _name(parent) not in (*_HARMLESS, "getattr", "super")
+            return not self._is_harmless(parent) and _name(parent) not in ("getattr", "super")
         return node.id in _REFLECTION
 
     def _is_called(self, node: ast.AST) -> bool:
         parent = self._parents.get(node)
         return isinstance(parent, ast.Call) and (
-            parent.func is node or (_name(parent) in _HARMLESS and node in parent.args)
+            parent.func is node or (self._is_harmless(parent) and node in parent.args)
         )
+
+    def _is_harmless(self, node: ast.AST | None) -> bool:
+        """Whether this calls a function that does no more than call what it is given."""
+        of = getattr(getattr(node, "func", None), "value", None)
+        own = isinstance(of, ast.Name) and of.id in self._selves  # a method of that name
+        return _name(node) in _HARMLESS and not own
 
     def only_calls(self, attribute: str, *, items: bool) -> bool:
         """Whether what this attribute holds is only called; or also its items, if `items`."""
@@ -147,36 +157,24 @@ def references(model: nn.Module) -> dict[str, str]:
     }
 
 
-def catches(module: nn.Module) -> bool:
-    """Whether a method that the forward of this module may run catches exceptions."""
-    return _catches(cast(Any, type(module)))
-
-
-@cache
-def _catches(kind: Any) -> bool:
-    for code in itertools.chain(*map(_codes, _functions(kind))):
-        for one, other in itertools.pairwise(dis.get_instructions(code)):
-            bare = (one.opname, other.opname) == ("PUSH_EXC_INFO", "POP_TOP")
-            if bare or one.opname in _CATCHING or one.argval == "suppress":
-                return True
-    return False
-
-
 @cache
 def _code_of(kind: Any) -> _Code | None:
     """The text of all methods that a forward of this class may run; None if there is none."""
     if any(_is_defined(kind, name) for name in ("__call__", "__getattr__", "__getattribute__")):
         return None
+    functions = functions_of(kind)
+    if not all(inspect.isfunction(f) and f.__code__.co_argcount for f in functions):
+        return None  # or a decorator that hands all arguments on
     try:
-        texts = [textwrap.dedent(inspect.getsource(function)) for function in _functions(kind)]
+        texts = [textwrap.dedent(inspect.getsource(function)) for function in functions]
         return _Code(list(map(ast.parse, texts)))
     except (OSError, TypeError, SyntaxError):
         return None
 
 
 @cache
-def _functions(kind: Any) -> list[Any]:
-    """The methods that a forward of this class may run."""
+def functions_of(kind: Any) -> list[Any]:
+    """The methods that a forward of this class may run, and what is in place of some."""
     found: dict[Any, None] = {}
     names, queue = set[str](), ["forward"]
     while queue:
@@ -185,7 +183,8 @@ def _functions(kind: Any) -> list[Any]:
             names.add(name)
             for function in _definitions(kind, name):
                 found[function] = None
-                queue += itertools.chain(*(code.co_names for code in _codes(function)))
+                if inspect.isfunction(function):
+                    queue += itertools.chain(*(code.co_names for code in _codes(function)))
     return list(found)
 
 
@@ -203,10 +202,17 @@ def _definitions(kind: type, name: str) -> Iterator[Any]:
         if base is nn.Module:
             return
         found = base.__dict__.get(name)
-        for attribute in ("fget", "__func__", "func"):  # of properties, class methods, cached ones
-            found = getattr(found, attribute, found)
-        if inspect.isfunction(found):
-            yield inspect.unwrap(found)
+        if isinstance(found, property):
+            found = found.fget
+        elif isinstance(found, (staticmethod, classmethod)):
+            found = found.__func__
+        elif isinstance(found, cached_property):
+            found = found.func
+        while inspect.isfunction(found) and hasattr(found, "__wrapped__"):
+            torchs = found.__code__.co_filename.startswith(_TORCH)  # such as `no_grad`
+            found = found.__wrapped__ if torchs else _UNREADABLE
+        if (callable(found) and not isinstance(found, type)) or hasattr(type(found), "__get__"):
+            yield found
 
 
 def _is_defined(kind: type, name: str) -> bool:

@@ -10,12 +10,14 @@ import builtins
 import dis
 import gc
 import inspect
+import operator
 import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -24,9 +26,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..population.batches import tensors_in
 from ..population.layers import unwrapped
-from .calls import TENSOR, Call, Spec
+from .calls import TENSOR, Call, Spec, of_dict
 from .layers import is_linear, is_norm
-from .reach import catches
+from .unseen import TypeOf, seen
 
 __all__ = [
     "METADATA",
@@ -39,6 +41,7 @@ __all__ = [
     "is_of_models",
     "is_torchs",
     "isinstance_follows",
+    "set_in",
 ]
 
 #: Questions on one path.
@@ -57,6 +60,14 @@ METADATA = frozenset(
         "is_complex", "element_size", "__len__", "get_device",
     }
 )  # fmt: skip
+
+
+def set_in(holder: Any, name: str, value: Any) -> None:
+    """Set an attribute of a module or class, or a global name."""
+    if isinstance(holder, type):
+        setattr(holder, name, value)
+    else:
+        (holder if isinstance(holder, dict) else vars(holder))[name] = value
 
 
 @dataclass
@@ -87,6 +98,9 @@ class Context:
         self.calls, self.specs, self.used = calls, calls.specs(), Used()
         self.apart: set[int] = set()
         self._others = {call.name for call in calls if call.rank is None}
+        self._before = {id(m): _settings(m) for m in model.modules() if is_linear(m) or is_norm(m)}
+        #: Attributes that calls change, which may be anything: holder, name, and present value.
+        self.unknown: list[tuple[Any, str, Any]] = []
 
     def is_leaf(self, module: nn.Module) -> bool:
         """Whether a call of this module stands in a graph as a call."""
@@ -95,10 +109,25 @@ class Context:
         known = is_linear(module) or is_norm(module) or isinstance(module, torch.jit.ScriptModule)
         return known or id(module) in self.apart or is_torchs(module)
 
+    def is_as_before(self, module: nn.Module) -> bool:
+        """Whether nothing that a layer computes with has changed since the beginning."""
+        return self._before.get(id(module), None) in (None, _settings(module))
+
     def returns_a_tensor(self, module: nn.Module) -> bool:
         """Whether this is a layer that is known to return a tensor."""
         known = id(module) not in self.apart and not isinstance(module, torch.jit.ScriptModule)
         return known and self.names[id(module)] not in self._others
+
+
+_HELD = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+
+
+def _settings(module: nn.Module) -> Any:
+    """What decides what a layer computes: which tensors, hooks and numbers it has."""
+    held = vars(module)
+    parts = [held[kind] for kind in _HELD]
+    plain = {k: v for k, v in held.items() if isinstance(v, (bool, int, float, str, tuple))}
+    return [{k: id(v) for k, v in part.items()} for part in parts], plain, type(module)
 
 
 def is_torchs(module: nn.Module) -> bool:
@@ -148,6 +177,8 @@ class _Proxy(fx.Proxy):
 
     _is_param = False
     _is_tensor: bool | None = None
+    _is_something = False  # not None, for that is another path
+    _kinds: dict[Any, bool] | None = None
     tracer: Tracer
 
     @property  # type: ignore[misc]
@@ -163,6 +194,45 @@ class _Proxy(fx.Proxy):
             self.__dict__["_is_tensor"] = self.tracer.decide()
         return bool(self._is_tensor)
 
+    def is_kind(self, kinds: Any) -> bool:
+        """Whether it is of one of these types on this path."""
+        if issubclass(Tensor, kinds) and self.is_tensor():
+            return True
+        if self._is_tensor or kinds is Tensor:
+            return False
+        known = self.__dict__.setdefault("_kinds", {})
+        if kinds not in known:
+            known[kinds] = self.tracer.decide()
+        return bool(known[kinds])
+
+    def may_be_none(self) -> bool:
+        """Whether it may be None where it stands for a value that nothing was asked of."""
+        if self._is_tensor or self._is_something:
+            return False
+        node = self.node
+        if node.target is operator.getitem:
+            return any(a.op != "call_function" for a in node.all_input_nodes)
+        return node.op in ("placeholder", "call_module")
+
+    def may_be(self, other: Any) -> bool:
+        """Whether it may be an object that is not None."""
+        if type(other) is type(self):
+            return self is not other and {self.node.op, other.node.op} <= {
+                "placeholder",
+                "call_module",
+            }
+        return not self._is_tensor and self.node.op in ("placeholder", "call_module")
+
+    def __getattr__(self, name: str) -> Any:
+        if self.__dict__.get("_is_tensor") and not hasattr(Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+        return _Attribute(self, name)
+
+    def __hash__(self) -> int:
+        if _asked_by_a_model(sys._getframe(1)):
+            self.tracer.limit("it looks up a tensor, a size or an argument in a set or dict")
+        return id(self)
+
     # Noted, since a model may catch the exception, and take a path that it takes in no run.
     def __len__(self) -> NoReturn:
         self.tracer.limit("it asks for the length of a tensor")
@@ -177,6 +247,19 @@ class _Proxy(fx.Proxy):
         self.tracer.limit("it makes a number of a tensor or a size")
 
 
+class _Attribute(fx.proxy.Attribute, _Proxy):
+    """An attribute of a placeholder, or a method that is not called yet."""
+
+    def is_tensor(self) -> bool:
+        return self.attr not in METADATA and bool(super().is_tensor())
+
+    def may_be_none(self) -> bool:
+        return self.attr not in METADATA
+
+    def may_be(self, other: Any) -> bool:
+        return True
+
+
 @contextmanager
 def isinstance_follows() -> Iterator[None]:
     """Let `isinstance` answer for placeholders as for what they stand for."""
@@ -186,13 +269,13 @@ def isinstance_follows() -> Iterator[None]:
     def asked(value: Any, kinds: Any, /) -> bool:
         if usual(value, kinds):
             return True
-        if type(value) is not _Proxy or not _asked_by_a_model(sys._getframe(1)):
+        if not issubclass(type(value), _Proxy) or not _asked_by_a_model(sys._getframe(1)):
             return False
         if type(kinds) is of_a_type or (
             type(kinds) is tuple and any(type(kind) is of_a_type for kind in kinds)
         ):
-            return value.tracer.decide()
-        return issubclass(Tensor, kinds) and value.is_tensor()
+            return bool(value.tracer.decide())
+        return bool(value.is_kind(kinds))
 
     builtins.isinstance = asked
     try:
@@ -215,8 +298,18 @@ def is_of_models(path: str) -> bool:
     return not path.startswith((_TORCH, _HERE))
 
 
+def _is_code_of_models(path: str) -> bool:
+    # pytest has the asserts of tests call functions of its own.
+    of_pytest = f"{os.sep}_pytest{os.sep}" in path or f"{os.sep}pluggy{os.sep}" in path
+    return is_of_models(path) and not _is_of_python(path) and not of_pytest
+
+
 def _is_of_python(path: str) -> bool:
     return path.startswith("<frozen") or (path.startswith(_PYTHON) and "site-packages" not in path)
+
+
+def _line(frame: Any) -> str:
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
 _ANY = object()  # any value of an argument
@@ -243,6 +336,7 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.spec, self.decisions, self.context = spec, decisions, context
         self.taken = 0
+        self.is_over = False
         self.failed: nn.Module | None = None
         self.limits: list[str] = []
         self._root = root
@@ -251,6 +345,8 @@ class Tracer(fx.Tracer):
 
     def decide(self) -> bool:
         """The answer to the next question."""
+        if self.is_over:
+            raise Endless("it asks for the value of a tensor of an earlier call")
         self._only_in_root()
         if self.taken == len(self.decisions):
             if self.taken >= MOST_DECISIONS:
@@ -262,10 +358,27 @@ class Tracer(fx.Tracer):
     def limit(self, what: str) -> NoReturn:
         """Note that a placeholder was asked for something that it has not got, and raise."""
         self._only_in_root()
-        frame = sys._getframe(2)
-        place = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-        self.limits.append(f"{what} ({place})")
+        self.limits.append(f"{what} ({_line(sys._getframe(2))})")
         raise TypeError(what)
+
+    def note(self, what: str) -> None:
+        """Note what makes it impossible to follow the innermost module, and go on."""
+        if len(self._stack) > 1 and self._stack[-1] is not self._root:
+            self.failed = self.failed or self._stack[-1]
+        else:
+            self.limits.append(what)
+
+    def note_identity(self, one: Any, other: Any, frame: Any) -> None:
+        """Note that a path depends on whether two values are the same object, if it may."""
+        if isinstance(one, TypeOf) or isinstance(other, TypeOf):
+            self.note(f"it asks for the type of a tensor or an argument ({_line(frame)})")
+            return
+        if not issubclass(type(one), _Proxy):
+            one, other = other, one
+        if not issubclass(type(one), _Proxy):
+            return
+        if one.may_be_none() if other is None else one.may_be(other):
+            self.note(f"it asks whether two values are the same object ({_line(frame)})")
 
     def _only_in_root(self) -> None:
         if len(self._stack) > 1:
@@ -309,9 +422,9 @@ class Tracer(fx.Tracer):
             return inside(*args, **kwargs)
         if id(m) not in self.context.names:
             raise NameError(f"it calls a {type(m).__name__} that is no module of the model")
-        if not self.is_leaf_module(m, "") and m is not self._root and catches(m):
-            raise Apart(m)
         if self.is_leaf_module(m, ""):
+            if not self.context.is_as_before(m):
+                self.note(f"it changes '{self.context.names[id(m)]}' before it calls it")
             result = super().call_module(m, forward, args, kwargs)
             if isinstance(result, _Proxy) and self.context.returns_a_tensor(m):
                 result.__dict__["_is_tensor"] = True
@@ -349,7 +462,10 @@ class Tracer(fx.Tracer):
             args, kwargs = self._arguments(root)
             self._stack.pop()
             self._given = args, kwargs  # lists among them, in which a forward may put something
-            return root(*args, **kwargs)
+            for holder, name, _ in self.context.unknown:
+                set_in(holder, name, self.placeholder(name))
+            with seen(_is_code_of_models, self.note, self.note_identity):
+                return root(*args, **kwargs)
 
         return run, []
 
@@ -368,11 +484,18 @@ class Tracer(fx.Tracer):
             choices = [bound.arguments[name]] if name in bound.arguments else []
             if parameter.default is not parameter.empty:
                 choices += [v for v in [parameter.default] if not any(v is c for c in choices)]
-            if not any(isinstance(v, (_Proxy, tuple, list, dict)) for v in choices):
+            # What was given as a tensor or a structure is that in all calls.
+            given = bound.arguments.get(name)
+            if choices and not isinstance(given, (_Proxy, tuple, list, dict)):
                 choices.append(_ANY)
+            knows_none = any(v is None for v in choices)
             while len(choices) > 1 and not self.decide():
                 choices.pop(0)
-            bound.arguments[name] = self.placeholder(name) if choices[0] is _ANY else choices[0]
+            if choices and choices[0] is _ANY:
+                choices[0] = self.placeholder(name)
+                choices[0].__dict__["_is_something"] = knows_none
+            if choices:
+                bound.arguments[name] = choices[0]
         return list(bound.args), bound.kwargs
 
     def _filled(self, name: str, value: Any) -> Any:
@@ -384,8 +507,8 @@ class Tracer(fx.Tracer):
             return type(value)(*(self._filled(name, item) for item in value))
         if type(value) in (list, tuple):
             return type(value)(self._filled(name, item) for item in value)
-        if type(value) is dict:
-            return {key: self._filled(name, item) for key, item in value.items()}
+        if isinstance(value, dict):
+            return of_dict(value, partial(self._filled, name))
         return value
 
     def placeholder(self, name: str) -> Any:

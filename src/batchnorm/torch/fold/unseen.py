@@ -1,0 +1,199 @@
+"""What code does to placeholders that they do not notice, seen while it runs.
+
+Whether two values are the same object (``x is None``) is asked of no method of theirs, and an
+exception that is caught leaves no trace. So the code of models is looked at when it is called: a
+function that catches is noted, and before each ``is`` its operands are.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import dis
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import CodeType, ModuleType
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+__all__ = ["TypeOf", "seen"]
+
+_CATCHING = {"CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH"}
+_CATCHES = "it catches exceptions, which may depend on values"
+_UNKNOWN = object()
+#: Of how many operands these make another, which is not looked into.
+_BUILT = {"BINARY_SUBSCR": 2, "BINARY_OP": 2}
+_SUPPRESS = contextlib.suppress.__exit__.__code__
+
+#: Returns an operand, given the frame.
+Operand = Callable[[Any], Any]
+
+
+class TypeOf(NamedTuple):
+    """Stands for ``type(value)`` of a placeholder."""
+
+    value: Any
+
+
+class _Asks(NamedTuple):
+    problem: str
+    identities: dict[int, tuple[Operand, Operand]]
+
+
+@contextmanager
+def seen(
+    is_of_models: Callable[[str], bool],
+    note: Callable[[str], None],
+    identity: Callable[[Any, Any, Any], None],
+) -> Iterator[None]:
+    """Call `note` with what code of models does, and `identity` before each ``is``.
+
+    Parameters
+    ----------
+    is_of_models
+        Whether a file is one of models.
+    identity
+        Gets both operands, if they are known, and the frame; also where the type of a placeholder
+        is compared.
+    """
+
+    def enter(frame: Any, event: str, arg: Any) -> Any:
+        code = frame.f_code
+        if code is _SUPPRESS:
+            note(_CATCHES)
+        if not is_of_models(code.co_filename):
+            return None
+        asks = _asks(code)
+        if asks.problem:
+            note(asks.problem)
+        if not asks.identities:
+            return None
+
+        def before(frame: Any, event: str, arg: Any) -> Any:
+            pair = asks.identities.get(frame.f_lasti) if event == "opcode" else None
+            if pair is not None:
+                one, other = (operand(frame) for operand in pair)
+                if (
+                    isinstance(one, TypeOf)
+                    or isinstance(other, TypeOf)
+                    or (one is not _UNKNOWN and other is not _UNKNOWN)
+                ):
+                    identity(one, other, frame)
+            return before
+
+        frame.f_trace_lines = False
+        frame.f_trace = before  # before the next, for Python 3.13
+        frame.f_trace_opcodes = True
+        return before
+
+    usual = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # without which Python 3.12 never traces them
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(usual)
+
+
+@cache
+def _asks(code: CodeType) -> _Asks:
+    instructions = [*_single(code)]
+    identities: dict[int, tuple[Operand, Operand]] = {}
+    for place, each in enumerate(instructions):
+        if each.opname in ("IS_OP", "COMPARE_OP", "CONTAINS_OP"):
+            other, start = _operand(instructions, place - 1)
+            one = _operand(instructions, start)[0]
+            if each.opname != "IS_OP":  # which placeholders notice themselves
+                one, other = _type_alone(one), _type_alone(other)
+            identities[each.offset] = one, other
+        elif "JUMP" in each.opname and each.opname.endswith("_NONE"):
+            identities[each.offset] = _operand(instructions, place - 1)[0], lambda frame: None
+    problem = _CATCHES if _catches(code) else ""
+    if any(each.opname == "STORE_GLOBAL" for each in instructions):
+        problem = problem or "it sets a global name, on which its path may depend"
+    return _Asks(problem, identities)
+
+
+class _Instruction(NamedTuple):
+    opname: str
+    argval: Any
+    offset: int
+
+
+def _single(code: CodeType) -> Iterator[_Instruction]:
+    """The instructions; those that load two variables as two."""
+    for each in dis.get_instructions(code):
+        names = each.argval if isinstance(each.argval, tuple) else None
+        if names is not None and each.opname.startswith("LOAD_FAST"):
+            yield from (_Instruction("LOAD_FAST", name, each.offset) for name in names)
+        else:
+            yield _Instruction(each.opname, each.argval, each.offset)
+
+
+def _operand(instructions: list[_Instruction], place: int) -> tuple[Operand, int]:
+    """What the instructions up to `place` load, and the place before them."""
+    if place < 0:
+        return lambda frame: _UNKNOWN, -1
+    name, value = instructions[place].opname, instructions[place].argval
+    if name.startswith("LOAD_CONST"):
+        return lambda frame: value, place - 1
+    if name.startswith("LOAD_FAST") or name in ("LOAD_DEREF", "LOAD_NAME"):
+        return lambda frame: frame.f_locals.get(value, _UNKNOWN), place - 1
+    if name == "LOAD_GLOBAL":
+        given = vars(builtins)
+        return lambda frame: frame.f_globals.get(value, given.get(value, _UNKNOWN)), place - 1
+    if name == "LOAD_ATTR":
+        base, start = _operand(instructions, place - 1)
+        return lambda frame: _attribute(base(frame), value), start
+    if name in _BUILT or name == "BUILD_TUPLE":
+        for _ in range(_BUILT.get(name, value)):
+            place = _operand(instructions, place - 1)[1] + 1
+        return lambda frame: _UNKNOWN, place - 1
+    if name in ("CALL", "CALL_FUNCTION") and value == 1:
+        before = place - 1 - (instructions[place - 1].opname == "PRECALL")
+        only, start = _operand(instructions, before)
+        callee = instructions[start] if start >= 0 else None
+        if callee is not None and (callee.opname, callee.argval) == ("LOAD_GLOBAL", "type"):
+            return lambda frame: _type_of(only(frame)), start - 1
+    return lambda frame: _UNKNOWN, -1
+
+
+def _type_of(value: Any) -> Any:
+    known = value is not _UNKNOWN and not issubclass(type(value), fx.Proxy)
+    return _UNKNOWN if known else TypeOf(value)
+
+
+def _type_alone(operand: Operand) -> Operand:
+    def found(frame: Any) -> Any:
+        value = operand(frame)
+        return value if isinstance(value, TypeOf) else _UNKNOWN
+
+    return found
+
+
+def _attribute(base: Any, name: str) -> Any:
+    if isinstance(base, (fx.Proxy, nn.Module, type, ModuleType)):
+        return getattr(base, name, _UNKNOWN)
+    return getattr(base, "__dict__", {}).get(name, _UNKNOWN)
+
+
+def _catches(code: CodeType) -> bool:
+    """Whether this may catch an exception, as the end of a with block does by what it returns."""
+    instructions = [*dis.get_instructions(code)]
+    names = [each.opname for each in instructions]
+    for place, (name, each) in enumerate(zip(names, instructions, strict=True)):
+        before = names[place - 1] if place else ""
+        if name in _CATCHING or (before, name) == ("PUSH_EXC_INFO", "POP_TOP"):
+            return True
+        # Of Python 3.10: the begin of `except:`, if it is not the end of a with block.
+        three = names[place : place + 3] == ["POP_TOP"] * 3
+        if sys.version_info < (3, 11) and three and before != "RERAISE":
+            return True
+        if code.co_name == "__exit__" and name in ("RETURN_VALUE", "RETURN_CONST"):
+            constant = instructions[place - 1] if name == "RETURN_VALUE" else each
+            if "CONST" not in constant.opname or constant.argval:
+                return True
+    return False
