@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 from batchnorm.onnx import FoldError, fold
+from batchnorm.onnx.fold import verify
 from onnx_models import array, convolutions, model, norm, operators, reference, weights
 
 BN = "BatchNormalization"
@@ -1299,3 +1300,53 @@ def test_fold_says_how_to_install_what_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BatchNormError, match=r"pip install onnx adds it.*\[onnx\]"):
         fold(proto)
+
+
+# ---- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", "wsm", ids=["weight", "scale", "mean"])
+def test_fold_refuses_values_whose_names_an_inner_graph_defines_again(again):
+    body = """z = Conv(x, w) y = BatchNormalization(z, s, b, m, v)
+        q = If(k)<then_branch = t () => (T[A, B, D, E] r) { r = Relu(x) },
+            else_branch = f () => (T[F, G, I, J] o) { o = Identity(x) }>"""
+    proto = convolutions(body, inputs=", bool k", outputs=", T[N, C1, H1, W1] q")
+    values = numpy_helper.from_array(X, again)
+    proto.graph.node[2].attribute[0].g.initializer.append(values)
+    folded, report = fold(proto)
+    (reason,) = report.refused.values()
+    assert reason == f"'{again}' is defined in a graph and again in one inside it"
+    assert folded == proto
+
+
+def test_fold_sees_no_link_between_names_of_two_branches():
+    then, other = (
+        f"""{name} () => (T[A, B, D, E] r{name}) {{
+            z = Conv(x, w) r{name} = BatchNormalization(z, s, b, m, v) }}"""
+        for name in "ab"
+    )
+    body = f"y = If(k)<then_branch = {then}, else_branch = {other}>"
+    assert len(fold(convolutions(body, inputs=", bool k"))[1].folded) == 2
+
+
+# ---- the whole model ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("changed", "count"), [(0.6, 0), (0.4, 1)])
+def test_fold_takes_all_back_if_outputs_differ_by_more_than_rounding(monkeypatch, changed, count):
+    outputs = verify.Runtime.outputs
+
+    def others(self, proto, feeds, what):
+        found = outputs(self, proto, feeds, what)
+        factor = 1 - changed * (what == "the folded model")
+        return tuple([[y * np.float32(factor) for y in call] for call in each] for each in found)
+
+    monkeypatch.setattr(verify.Runtime, "outputs", others)
+    proto = convolutions("z = Conv(x, w) y = BatchNormalization(z, s, b, m, v)")
+    folded, report = fold(proto, {"x": X})
+    assert len(report.folded) == count
+    assert (folded == proto) == (not count)
+    if not count:
+        (reason,) = report.refused.values()
+        assert "far more than by rounding" in reason
+        assert (report.error, report.optimized_error) == (0, 0)

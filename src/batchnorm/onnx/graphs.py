@@ -100,6 +100,10 @@ class Scope:
             scope = scope.parent
         return scope
 
+    def names(self) -> set[str]:
+        """All values that it defines."""
+        return {*self.producers, *self.initializers, *self.inputs, *self.sparse}
+
     def alive(self) -> Iterator[NodeProto]:
         """The nodes that have not been removed."""
         for place, node in enumerate(self.nodes):
@@ -132,6 +136,7 @@ class Graphs:
         self._labels: dict[int, str] = {}
         self._taken: set[str] = set()
         self._names: set[str] = set()
+        self.twice: set[str] = set()  # in a graph and in one inside it: runtimes differ then
         self._functions = {(f.domain, f.name) for f in model.functions}
         opset = opset_of(model)
         self.main = self._enter(Scope(model.graph, ("",), opset))
@@ -152,7 +157,11 @@ class Graphs:
             outputs = [value.name for value in graph.output]
         for node in scope.nodes:
             scope.producers.update((name, node) for name in node.output if name)
-        self._names |= {*scope.inputs, *scope.initializers, *scope.sparse, *scope.producers}
+        self._names |= scope.names()
+        outer = scope.parent
+        while outer is not None:
+            self.twice |= scope.names() & outer.names()
+            outer = outer.parent
         for place, node in enumerate(scope.nodes):
             self._label(scope, place, node)
             for name in node.input:
@@ -205,7 +214,7 @@ class Graphs:
         Identity does nothing, nor does Dropout in evaluation, nor adding 0 (where Python's `sum`
         begins).
         """
-        if node is None:
+        if node is None or not self.twice.isdisjoint((*node.input, *node.output)):
             return ""
         first, *rest = map(str, node.input) if node.input else [""]
         if self.is_op(node, "Identity"):
@@ -241,8 +250,13 @@ class Graphs:
         if node.device_configurations:
             raise Refused(f"'{self.label(node)}' is distributed over devices")
         for name in (*node.input, *node.output):
+            self._check_once(name)
             if (home := scope.find(name)) is not None and name in home.annotated:
                 raise Refused(f"'{name}' has an annotation for its quantization")
+
+    def _check_once(self, name: str) -> None:
+        if name in self.twice:
+            raise Refused(f"'{name}' is defined in a graph and again in one inside it")
 
     def constant(self, scope: Scope, name: str, depth: int = 0) -> Array:
         """The values of a constant, or of what exporters make of constants.
@@ -252,6 +266,7 @@ class Graphs:
         Refused
             It is none.
         """
+        self._check_once(name)
         home = scope.find(name)
         if home is None:
             raise Refused(f"'{name}' is not defined")

@@ -255,7 +255,7 @@ class Pairs:
         uses, node = scope.uses.get(name, []), scope.producers.get(name)
         if len(uses) != 1 or uses[0].scope is not scope or node is None:
             return False
-        if len(gone) + len(branches) > _MOST:
+        if len(gone) + len(branches) > _MOST or name in self._graphs.twice:
             return False
         if self._graphs.is_op(node, "Conv", "BatchNormalization"):
             branches.append(node)
