@@ -1,6 +1,7 @@
 """batchnorm check and batchnorm report on the command line."""
 
 import json
+import pickle
 import textwrap
 
 import pytest
@@ -353,6 +354,9 @@ def test_every_page_is_of_a_code():
         (["damaged.pt"], "it cannot be read"),
         (["damaged.safetensors"], "it cannot be read"),
         (["missing.onnx"], "there is no such file"),
+        (["a" * 300 + ".onnx"], "there is no such file"),
+        (["a" * 300 + ".pt"], "there is no such file"),
+        (["empty.pt"], "must hold batch norms"),
         (["damaged.onnx"], "must be an ONNX file, but it cannot be read"),
         (["damaged.parquet"], "it is damaged"),
         (["damaged.py"], "must be a readable Python file"),
@@ -373,6 +377,7 @@ def test_unusable_input_is_one_line(folder, arguments, message, capsys):
         pytest.importorskip("safetensors")
     torch.save(nn.Linear(2, 2).state_dict(), "other.pt")
     torch.save(nn.Sequential(nn.BatchNorm1d(2)), "whole.pt")
+    torch.save(nn.BatchNorm1d(0).state_dict(), "empty.pt")
     for suffix in ("pt", "safetensors", "onnx", "parquet"):
         (folder / f"damaged.{suffix}").write_bytes(b"\x00\xff nonsense" * 9)
     (folder / "damaged.py").write_text("def (:\n")
@@ -384,6 +389,14 @@ def test_unusable_input_is_one_line(folder, arguments, message, capsys):
     assert captured.err.count("\n") == 1
     after = sorted(p.name for p in folder.iterdir() if p.name != "__pycache__")
     assert after == [name for name in before if name != "__pycache__"]
+
+
+def test_weights_of_another_pickle_are_one_line(folder, capsys):
+    (folder / "net.pt").write_bytes(pickle.dumps([1], protocol=4))
+    assert _run("net.pt") == 2
+    assert capsys.readouterr().err == (
+        "batchnorm: net.pt: must hold a state dict, got list. Save model.state_dict().\n"
+    )
 
 
 @pytest.mark.parametrize(

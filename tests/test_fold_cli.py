@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -500,6 +501,7 @@ MODEL, ONNX = "fold_program:plain", "net.onnx"
         ((ONNX, "--out", "o.onnx", "--dtype", "float16"), ["--dtype goes with"]),
         ((ONNX, "--out", "o.onnx", "--strict", "--tol", "1"), ["--verify"]),
         ((ONNX, "--out", "o.onnx"), ["there is no such file"]),
+        ((MODEL, "--out", "net.pt", "--input", "9" * 5000), ["fits into memory"]),
     ],
 )
 def test_wrong_arguments_are_one_line_and_nothing_is_written(folder, capsys, arguments, words):
@@ -536,6 +538,12 @@ def test_inputs_without_a_finite_output_are_told_from_overflow(folder, capsys):
     err = capsys.readouterr().err
     assert "no output of the original is finite on these inputs" in err
     assert _written(folder) == {"data.npz"}
+
+
+def test_report_has_names_of_files_that_are_no_text(folder):
+    name = os.fsdecode(b"\xff.pt")
+    assert _run(MODEL, "--out", name, *X, "--json", "report.json") == 0
+    assert json.loads((folder / "report.json").read_text("utf-8"))["written"] == [name]
 
 
 @pytest.mark.parametrize("option", ["--weights", "--verify"])

@@ -211,7 +211,14 @@ def test_fold_file_raises_for_files_that_are_no_models(tmp_path, content):
 
 def test_fold_file_raises_for_a_file_that_is_missing(tmp_path):
     assert "there is no such file" in fails(tmp_path / "model.onnx", tmp_path / "out.onnx")
-    assert "cannot be read" in fails(tmp_path, tmp_path / "out.onnx")
+    assert "not a regular file" in fails(tmp_path, tmp_path / "out.onnx")
+    assert "there is no such file" in fails(tmp_path / ("a" * 300), tmp_path / "out.onnx")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_fold_file_does_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "model.onnx")
+    assert "not a regular file" in fails(tmp_path / "model.onnx", tmp_path / "out.onnx")
 
 
 def test_fold_file_raises_for_a_graph_that_goes_in_circles(tmp_path):
@@ -287,8 +294,9 @@ def test_read_inputs_returns_arrays_by_name(tmp_path):
 
 def test_read_inputs_names_what_is_wrong(tmp_path):
     path = tmp_path / "x.npz"
-    with pytest.raises(ArgumentError, match="there is no such file"):
-        read_inputs(path)
+    for missing in (path, tmp_path / ("a" * 300)):
+        with pytest.raises(ArgumentError, match="there is no such file"):
+            read_inputs(missing)
     for content in (b"", b"PK\x03\x04", b"\x80\x04."):
         path.write_bytes(content)
         with pytest.raises(ArgumentError, match="must be an .npz file, but it cannot be read"):

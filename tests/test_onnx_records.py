@@ -70,8 +70,15 @@ def test_names_that_are_no_text_are_an_error(tmp_path):
     """Protobuf reads them as bytes."""
     content = convolutions("z = Conv(x, w) " + AFTER).SerializeToString()
     (tmp_path / "net.onnx").write_bytes(content.replace(b"Conv", b"Con\xff"))
-    with pytest.raises(ArgumentError, match=r"net.onnx: must be a valid ONNX model"):
+    with pytest.raises(ArgumentError, match=r"net.onnx: must have names in UTF-8, got b'Con\\xff'"):
         network_of_onnx(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("channels", [{"v": 3}, dict.fromkeys("sbmv", 0)])
+def test_parameters_that_do_not_fit_together_are_an_error(tmp_path, channels):
+    more = {name: np.ones(number, np.float32) for name, number in channels.items()}
+    with pytest.raises(ArgumentError, match=r"net.onnx: 'bn' must have .* of one shape \(C,\)"):
+        noted(convolutions("[bn] " + AFTER.replace("(z", "(x"), more=more), tmp_path)
 
 
 def test_weights_of_other_layers_are_not_read(tmp_path):

@@ -1,5 +1,6 @@
 """batchnorm.passage: real layers of every framework evaluate and train on as the others' do."""
 
+import contextlib
 import doctest
 import inspect
 import json
@@ -1158,6 +1159,17 @@ def test_command_replaces_what_it_has_written(folder):
         assert np.load("out.npz")["batch_stats/bn/mean"].tolist() == [mean, mean]
 
 
+def test_trees_that_are_too_deep_are_refused():
+    circle = {"bn": {}}
+    circle["bn"]["again"] = circle
+    deep = {f"{'a.' * 2000}{name}": array for name, array in BN.items()}
+    for arrays, old, new in [(circle, "flax", "torch"), (deep, "torch", "nnx")]:
+        with pytest.raises(ArgumentError, match="at most 100 parts, got .{7,20}/… Is a dict"):
+            translate(arrays, old, new, momentum=0.1, eps=1e-5)
+    with pytest.raises(ArgumentError, match="at most 100 parts"):
+        translate(BN, "torch", "nnx", momentum=0.1, eps=1e-5, names={"bn": "a/" * 2000})
+
+
 @pytest.mark.parametrize("framework", EVERY)
 def test_command_recognizes_frameworks_by_the_names_of_arrays(framework, folder, capsys):
     arrays, _ = _write(framework)
@@ -1178,6 +1190,17 @@ def test_save_leaves_nothing_when_writing_fails(folder):
     with pytest.raises(ArgumentError, match="cannot be written"):
         files.save({"bn.weight": _Unwritable()}, folder / "out.npz", "torch")
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.safetensors", "out.npz", "out.msgpack"])
+def test_save_names_the_file_if_the_system_cannot_write_it(name, folder, monkeypatch):
+    pytest.importorskip(READERS.get(Path(name).suffix, "numpy"))
+    nowhere = contextlib.nullcontext(folder / "none" / name)
+    monkeypatch.setattr(files, "replacing", lambda path: nowhere)
+    framework = "flax" if "msgpack" in name else "torch"
+    arrays = translate(BN, "torch", framework, momentum=0.1, eps=1e-5).arrays
+    with pytest.raises(ArgumentError, match=rf"{name}: cannot be written \(No such"):
+        files.save(arrays, folder / name, framework)
 
 
 class _Unwritable:

@@ -123,7 +123,16 @@ def test_rooms_findings_know_no_framework(path):
     modules = {m for m, _ in _imports(path)}
     assert not {m.split(".")[0] for m in modules} & (FRAMEWORKS - {"pyarrow"})
     inside = {m.split(".")[1] for m in modules if m.startswith("batchnorm.")}
-    assert inside <= {"diagnose", "report", "moments", "errors", "atomic", "extras", "_version"}
+    assert inside <= {
+        "diagnose",
+        "report",
+        "moments",
+        "errors",
+        "atomic",
+        "extras",
+        "inputs",
+        "_version",
+    }
 
 
 # ---- circles ------------------------------------------------------------------------------------
@@ -315,4 +324,4 @@ def test_rooms_passage_knows_frameworks_by_the_names_of_their_arrays(path):
     assert not {m.split(".")[0] for m in modules} & (FRAMEWORKS | OTHERS)
     inside = {m.split(".")[1] for m in modules if m.startswith("batchnorm.")}
     readers = {"torch", "onnx"} if path.name == "files.py" else set()  # of state dicts and graphs
-    assert inside <= {"passage", "native", "errors", "atomic", "extras"} | readers
+    assert inside <= {"passage", "native", "errors", "atomic", "extras", "inputs"} | readers

@@ -1,7 +1,8 @@
-"""Arrays in a file, as inputs of a model."""
+"""Files that are read, and arrays in a file as inputs of a model."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,9 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from batchnorm.errors import ArgumentError
+from batchnorm.errors import ArgumentError, one_line
 
-__all__ = ["numbered", "read_inputs"]
+__all__ = ["check_file", "numbered", "read_inputs"]
+
+
+def check_file(path: Path) -> None:
+    """Raise if a file cannot be read at all: reading a pipe would wait for its other end.
+
+    Raises
+    ------
+    ArgumentError
+        There is none, or it is not a regular file.
+    """
+    if not os.path.isfile(path):  # Path.is_file raises if a name is too long
+        found = "this is not a regular file" if os.path.exists(path) else "there is no such file"
+        raise ArgumentError(f"{path}: {found}. Name another.")
 
 
 def read_inputs(path: Path) -> dict[str, Any]:
@@ -22,6 +36,7 @@ def read_inputs(path: Path) -> dict[str, Any]:
     ArgumentError
         It cannot be read, is no .npz or .npy file, or holds Python objects.
     """
+    check_file(path)
     try:
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)
@@ -32,9 +47,9 @@ def read_inputs(path: Path) -> dict[str, Any]:
                 raise ValueError("it is another kind of zip file")
             return found
     except Exception as error:  # of zipfile, zlib, NumPy and the system
-        why = "there is no such file" if not path.exists() else f"it cannot be read ({error})"
         raise ArgumentError(
-            f"{path}: must be an .npz file, but {why}. numpy.savez(path, name=array) writes one."
+            f"{path}: must be an .npz file, but it cannot be read ({one_line(error)}). "
+            "numpy.savez(path, name=array) writes one."
         ) from error
 
 

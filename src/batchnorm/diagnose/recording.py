@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from batchnorm.atomic import explain_write_errors, replacing
 from batchnorm.errors import ArgumentError
 from batchnorm.extras import require
+from batchnorm.inputs import check_file
 from batchnorm.moments import Moments
 
 from .records import Batch, Layer, Network, array
@@ -257,6 +258,7 @@ class Recording:
         from pyarrow import parquet
 
         path = Path(path)
+        check_file(path)
         try:
             table = parquet.read_table(path, memory_map=False)
             about = json.loads((table.schema.metadata or {})[b"batchnorm"])
@@ -265,13 +267,9 @@ class Recording:
             rank, processes = int(about.pop("rank")), int(about.pop("processes"))
             snapshots = _snapshots(table)
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-            if not path.exists():
-                why = "there is no such file"
-            else:
-                why = "it is damaged, or was not written by watch"
             raise ArgumentError(
-                f"{path}: must be a recording of batchnorm.torch.watch, but {why} "
-                f"({type(error).__name__})."
+                f"{path}: must be a recording of batchnorm.torch.watch, but it is damaged, or was "
+                f"not written by watch ({type(error).__name__})."
             ) from error
         loaded = cls(about, rank=rank, processes=processes, snapshots=snapshots)
         loaded.name = path.stem

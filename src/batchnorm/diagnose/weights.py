@@ -41,7 +41,13 @@ def from_weights(weights: Mapping[str, Any], name: str, dtypes: Mapping[str, str
             continue
         dot = f"{path}." if path else ""
         mean, var = array(weights[key]), array(weights.get(f"{dot}running_var"))
-        if mean is None or var is None or mean.ndim != 1 or mean.shape != var.shape:
+        if (
+            mean is None
+            or var is None
+            or mean.ndim != 1
+            or not mean.size
+            or mean.shape != var.shape
+        ):
             continue
         updates = weights.get(f"{dot}num_batches_tracked")
         layers.append(

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import FunctionProto, ModelProto, TensorProto, numpy_helper
 
 from ..atomic import explain_write_errors, replacing
 from ..errors import ArgumentError, one_line
+from ..inputs import check_file
 from ..native import Array
 
 __all__ = [
@@ -47,16 +48,36 @@ def read_model(path: Path) -> ModelProto:
     ArgumentError
         It cannot be read, or is no model.
     """
+    check_file(path)
     try:
         model: ModelProto = ModelProto.FromString(path.read_bytes())
     except Exception as error:  # protobuf's
-        why = (
-            "there is no such file"
-            if not path.exists()
-            else f"it cannot be read ({one_line(error)})"
-        )
-        raise ArgumentError(f"{path}: must be an ONNX file, but {why}. Name another.") from error
+        raise ArgumentError(
+            f"{path}: must be an ONNX file, but it cannot be read ({one_line(error)}). Name "
+            "another."
+        ) from error
+    for text in _texts(model):
+        if isinstance(text, bytes):  # as protobuf returns what is no text
+            raise ArgumentError(f"{path}: must have names in UTF-8, got {text!r}. Export it anew.")
     return model
+
+
+def _texts(model: ModelProto) -> Iterator[str | bytes]:
+    """All names in a model."""
+    for tensor in tensors(model):
+        yield tensor.name
+        yield from (text for each in tensor.external_data for text in (each.key, each.value))
+    for function in model.functions:
+        yield from (function.domain, *function.input, *function.output)
+    for graph in graphs_of(model):
+        yield graph.name
+        for node in graph.node:
+            yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+            yield from (attribute.name for attribute in node.attribute)
+        if not isinstance(graph, FunctionProto):
+            for value in (*graph.input, *graph.output, *graph.value_info):
+                dims = value.type.tensor_type.shape.dim
+                yield from (value.name, *(dim.dim_param for dim in dims))
 
 
 class Data:

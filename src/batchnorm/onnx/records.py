@@ -105,6 +105,12 @@ def _layer(graphs: Graphs, node: Any, name: str) -> Layer:
     except Refused:
         pass
     else:
+        shapes = [values.shape for values in found]
+        if len({*shapes}) > 1 or len(shapes[0]) != 1 or not shapes[0][0]:
+            raise ArgumentError(
+                f"'{name}' must have scale, shift, mean and variance of one shape (C,), got "
+                f"{', '.join(map(str, shapes))}. Export it anew."
+            )
         weight, bias, mean, var = map(array, found)
         dtype = str(found[2].dtype)
     return Layer(

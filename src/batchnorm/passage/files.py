@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ import numpy as np
 from batchnorm.atomic import check_place, explain_write_errors, replacing
 from batchnorm.errors import ArgumentError, BatchNormError
 from batchnorm.extras import import_extra, require
+from batchnorm.inputs import check_file
 from batchnorm.native import is_bfloat16
 
 from .frameworks import FRAMEWORKS, find
@@ -81,8 +81,7 @@ def load(path: Path, source: str | None = None) -> Loaded:
         A package that reads it is not installed.
     """
     form = _format_of(path, source)
-    if not os.path.exists(path):  # Path.exists raises if a name is too long
-        raise ArgumentError(f"{path}: there is no such file. Name another.")
+    check_file(path)
     try:
         return form.load(path)
     except BatchNormError as error:
@@ -178,7 +177,9 @@ def _load_torch(path: Path) -> Loaded:
 
 def _save_torch(arrays: Any, path: Path) -> None:
     torch = import_extra("torch", "torch", "PyTorch's files")
-    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
+    content = io.BytesIO()  # torch and safetensors raise errors of their own if a disk is full
+    torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, content)
+    path.write_bytes(content.getbuffer())
 
 
 def _load_safetensors(path: Path) -> Loaded:
@@ -202,7 +203,7 @@ def _load_safetensors(path: Path) -> Loaded:
 
 
 def _save_safetensors(arrays: Any, path: Path) -> None:
-    import_extra("safetensors.numpy", "torch", ".safetensors files").save_file(arrays, path)
+    path.write_bytes(import_extra("safetensors.numpy", "torch", ".safetensors files").save(arrays))
 
 
 def _load_npz(path: Path) -> Loaded:

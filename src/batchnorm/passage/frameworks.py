@@ -9,12 +9,14 @@ from typing import Any
 
 from batchnorm.errors import ArgumentError
 
-__all__ = ["FRAMEWORKS", "Framework", "Path", "find"]
+__all__ = ["FRAMEWORKS", "Framework", "Path", "check_depth", "find"]
 
 #: The names on the way to an array in a tree.
 Path = tuple[str, ...]
 #: Indices as JAX and Flax write them; "01" and "²" are names.
 INDEX = re.compile("0|[1-9][0-9]{0,17}")
+#: Far below Python's limit of recursion, far above real networks.
+DEEPEST = 100
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Framework:
         Raises
         ------
         ArgumentError
-            Two arrays have the same path.
+            Two arrays have the same path, or one has too many parts.
         """
         found: dict[Path, Any] = {}
         origins: dict[Path, str] = {}
@@ -108,13 +110,18 @@ class Framework:
         self, tree: Mapping[Any, Any], origin: str = "", above: Path = ()
     ) -> Iterator[tuple[str, Path, Any]]:
         for key, value in tree.items():
-            place = f"{origin}[{key!r}]", (*above, *str(key).split(self.separator))
+            place = f"{origin}[{key!r}]", (*above, *self.split(str(key)))
+            check_depth(place[1])
             if isinstance(value, (tuple, list)):
                 value = dict(enumerate(value))
             if isinstance(value, Mapping):
                 yield from self._leaves(value, *place)
             else:
                 yield *place, value
+
+    def split(self, name: str) -> Path:
+        """The parts of a name."""
+        return tuple(name.split(self.separator))
 
     def unflatten(self, arrays: Mapping[Path, Any]) -> dict[Any, Any]:
         """The tree that the framework's own functions take.
@@ -143,6 +150,15 @@ class Framework:
                 below = below.setdefault(key, {})
             below[keys[-1]] = array
         return tree
+
+
+def check_depth(path: Path) -> None:
+    """Raise ArgumentError if a path is deeper than trees are, which are walked recursively."""
+    if len(path) > DEEPEST:
+        raise ArgumentError(
+            f"names of arrays must have at most {DEEPEST} parts, got {'/'.join(path[:4])}/… Is a "
+            "dict inside of itself?"
+        )
 
 
 def find(name: str) -> Framework:

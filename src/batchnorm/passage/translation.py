@@ -14,7 +14,7 @@ from batchnorm import native
 from batchnorm.errors import ArgumentError, BatchNormError, DTypeError, ShapeError
 from batchnorm.native import Array, Float64
 
-from .frameworks import Framework, Path, find
+from .frameworks import Framework, Path, check_depth, find
 
 __all__ = ["BatchNormState", "Translation", "read", "translate", "write"]
 
@@ -436,7 +436,8 @@ def write(
             if framework.axis == "data_format":
                 shape = _shape(axis, ndim)
                 values = {k: v.reshape(shape) if v.ndim else v for k, v in values.items()}
-        layer = tuple(name.split(framework.separator)) if name else ()
+        layer = framework.split(name) if name else ()
+        check_depth(layer)
         arrays |= {framework.place(role, layer): value for role, value in values.items()}
         settings[name] = _settings(state, framework, values.keys(), axis)
     return framework.unflatten(arrays), settings

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.atomic import check_place, is_same
-from batchnorm.errors import ArgumentError, BatchNormError
+from batchnorm.errors import ArgumentError, BatchNormError, one_line
 from batchnorm.extras import require
 from batchnorm.folding import FoldError, FoldReport
 from batchnorm.inputs import read_inputs
@@ -156,10 +156,10 @@ class _Request:
     def sizes(self) -> list[list[int]]:
         """The numbers of shapes such as "8x3x32x32"."""
         for shape in self.shapes:
-            if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+            if not re.fullmatch(r"[1-9]\d{0,18}(x[1-9]\d{0,18})*", shape):
                 raise ArgumentError(
-                    "--input must be a shape of positive numbers such as 8x3x224x224, got "
-                    f"{shape!r}."
+                    "--input must be a shape of positive numbers that fits into memory, such as "
+                    f"8x3x224x224, got {one_line(shape, 40)!r}."
                 )
         return [[int(n) for n in shape.split("x")] for shape in self.shapes]
 

@@ -9,6 +9,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, BatchNormError, one_line
 from ..extras import install
-from ..inputs import numbered
+from ..inputs import check_file, numbered
 
 __all__ = [
     "example_of",
@@ -193,20 +194,21 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     ArgumentError
         It cannot be read, or holds something else.
     """
+    check_file(path)
     try:
         if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             return dict(load_file(path))
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that it then refuses, or reads rightly
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise ArgumentError(
             f"{path}: reading it needs safetensors, which is not installed. "
             f"{install('torch', 'safetensors')}"
         ) from error
     except Exception as error:  # torch raises all kinds for damaged files
-        if not path.exists():
-            raise ArgumentError(f"{path}: there is no such file. Name another.") from error
         if "Unsupported global" in str(error):
             why = "it holds objects that are not tensors"
         else:

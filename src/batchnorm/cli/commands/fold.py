@@ -130,7 +130,8 @@ def fold(
             print(text)
         else:
             with explain_write_errors(json), replacing(json) as beside:
-                beside.write_text(text + "\n", encoding="utf-8")
+                # Names of files need not be UTF-8: \\udcff is JSON's own notation of such bytes.
+                beside.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     if folded is None:
         if isinstance(failure, targets.NotWrittenError):
             raise BatchNormError(str(failure))
