@@ -81,6 +81,13 @@ def test_parameters_that_do_not_fit_together_are_an_error(tmp_path, channels):
         noted(convolutions("[bn] " + AFTER.replace("(z", "(x"), more=more), tmp_path)
 
 
+def test_names_that_the_file_gives_to_others_are_not_made_up(tmp_path):
+    body = f"[BatchNormalization_1] z = Relu(x) {AFTER}"
+    onnx.save(convolutions(body), tmp_path / "net.onnx")
+    (layer,) = network_of_onnx(tmp_path / "net.onnx").layers
+    assert layer.name == "BatchNormalization_1 (output 'y')"
+
+
 def test_weights_of_other_layers_are_not_read(tmp_path):
     proto = convolutions("z = Conv(x, w) " + AFTER)
     tensor = next(t for t in proto.graph.initializer if t.name == "w")

@@ -35,8 +35,8 @@ def network_of_onnx(path: Path) -> Network:
     network = Network(training=False, exported=True)
     try:
         graphs = Graphs(model, Data(path.parent).read)
-        network.operations, layers = _operations(graphs.main, (inferred(model) or model).graph)
-        network.layers = [_layer(graphs, node, name) for node, name in layers]
+        network.operations = _operations(graphs, (inferred(model) or model).graph)
+        network.layers = [_layer(graphs, scope, node) for scope, node in graphs.norms()]
     except ArgumentError as error:  # of data outside of the file, for example
         raise ArgumentError(f"{path}: {error}") from error
     except Exception as error:  # whatever a damaged graph leads to
@@ -51,35 +51,32 @@ def network_of_onnx(path: Path) -> Network:
     return network
 
 
-def _operations(scope: Scope, shown: Any) -> tuple[list[Operation], list[Any]]:
-    """What the nodes of a graph are, and its batch norms; `shown` is it with inferred shapes."""
-    graph = scope.graph
+def _operations(graphs: Graphs, shown: Any) -> list[Operation]:
+    """What the nodes of the main graph are; `shown` is it with inferred shapes."""
+    scope, graph = graphs.main, graphs.main.graph
     kinds = {value.name: value.type.tensor_type for value in (*shown.value_info, *shown.output)}
     matrices = {name for name, kind in kinds.items() if len(kind.shape.dim) == 2}
     found: list[Operation] = []
-    layers: list[Any] = []
     made: dict[str, int] = {}
     for given in graph.input:
         if given.name not in scope.initializers:
             made[given.name] = len(found)
             found.append(Operation("input", given.name))
-    for number, node in enumerate(graph.node):
+    for node in graph.node:
         if node.op_type == "Constant":
             continue
-        name = node.name or f"{node.op_type}_{number}"
+        name = graphs.label(node)
         kind = kind_of(node.op_type)
         inputs = tuple(dict.fromkeys(made[i] for i in _read(node) if i in made))
         if node.input and not inputs:
             continue  # made of constants, as exporters write the zeros of a missing bias
         bias = kind in ("convolution", "linear") and len(node.input) > 2
-        if kind == "batch norm":
-            layers.append((node, name))
         for output in node.output:
             made[output] = len(found)
         on_last_axis = node.op_type == "MatMul" and node.output[0] not in matrices
         found.append(Operation(kind, name, inputs, bias, on_last_axis))
     found += [Operation("output", o.name, (made[o.name],)) for o in graph.output if o.name in made]
-    return found, layers
+    return found
 
 
 def _read(node: Any) -> Iterator[str]:
@@ -95,26 +92,26 @@ def _read(node: Any) -> Iterator[str]:
                     yield from each.input
 
 
-def _layer(graphs: Graphs, node: Any, name: str) -> Layer:
+def _layer(graphs: Graphs, scope: Scope, node: Any) -> Layer:
     from .graphs import Refused, attributes
 
     given, dtype = attributes(node), ""
     weight = bias = mean = var = None
     try:
-        found = graphs.parameters(graphs.main, node)
+        found = graphs.parameters(scope, node)
     except Refused:
         pass
     else:
         shapes = [values.shape for values in found]
         if len({*shapes}) > 1 or len(shapes[0]) != 1 or not shapes[0][0]:
             raise ArgumentError(
-                f"'{name}' must have scale, shift, mean and variance of one shape (C,), got "
-                f"{', '.join(map(str, shapes))}. Export it anew."
+                f"'{graphs.label(node)}' must have scale, shift, mean and variance of one shape "
+                f"(C,), got {', '.join(map(str, shapes))}. Export it anew."
             )
         weight, bias, mean, var = map(array, found)
         dtype = str(found[2].dtype)
     return Layer(
-        name=name,
+        name=graphs.label(node),
         kind=node.op_type,
         channels=0 if mean is None else len(mean),
         eps=float(given.get("epsilon", 1e-5)),

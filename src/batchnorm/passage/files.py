@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 import zipfile
@@ -326,11 +327,14 @@ def _load_onnx(path: Path) -> Loaded:
     graphs = Graphs(read_model(path), Data(path.parent).read)
     arrays: dict[str, Any] = {}
     settings: dict[str, dict[str, Any]] = {}
+    given_names = {node.name for _, node in graphs.norms()}
     for scope, node in graphs.norms():
         # PyTorch's exporters keep the names of arrays, which say more than those of nodes.
         end = ".running_mean"
         kept = [name.removesuffix(end) for name in node.input if name.endswith(end)]
-        names = [*kept, *filter(None, [node.name]), f"BatchNormalization_{len(settings)}"]
+        others = (f"BatchNormalization_{k}" for k in itertools.count(len(settings)))
+        free = (name for name in others if name not in given_names)
+        names = itertools.chain(kept, filter(None, [node.name]), free)
         name = next(name for name in names if name not in settings)
         try:
             values = graphs.parameters(scope, node)

@@ -62,7 +62,11 @@ def _check_file(
     if suffix == ".onnx":
         from batchnorm.onnx import network_of_onnx
 
-        return Findings(examine(network_of_onnx(path), select, ignore))
+        network = network_of_onnx(path)
+        seen = {operation.name for operation in network.operations}
+        inside = any(layer.name not in seen for layer in network.layers)
+        skipped = ["wiring of batch norms in functions and inside of nodes"] * inside
+        return Findings(examine(network, select, ignore), skipped=skipped)
     if suffix in WEIGHTS:
         require("A file of weights", "torch", "torch")
         from batchnorm.torch.diagnose.weights import network_of_weights
