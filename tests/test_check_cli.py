@@ -394,9 +394,33 @@ def test_unusable_input_is_one_line(folder, arguments, message, capsys):
 def test_weights_of_another_pickle_are_one_line(folder, capsys):
     (folder / "net.pt").write_bytes(pickle.dumps([1], protocol=4))
     assert _run("net.pt") == 2
-    assert capsys.readouterr().err == (
-        "batchnorm: net.pt: must hold a state dict, got list. Save model.state_dict().\n"
-    )
+    message = capsys.readouterr().err
+    assert message.startswith("batchnorm: net.pt: must be a state dict")
+    assert "Detected pickle protocol" not in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", ["rich", "text"])
+def test_control_characters_of_names_are_escaped(folder, capsys, form):
+    state = {"a\n\x1b[1m.running_mean": torch.zeros(2), "a\n\x1b[1m.running_var": torch.ones(2)}
+    torch.save(state, "net.pt")
+    _run("net.pt", "--format", form)
+    assert "a\\n\\x1b[1m: its running mean is still 0" in capsys.readouterr().out
+
+
+def test_batch_norms_inside_of_nodes_are_checked_but_their_wiring(folder, capsys):
+    onnx = pytest.importorskip("onnx")
+    text = """<ir_version: 8, opset_import: ["": 17]>
+        net (bool k, float[N, 1] x) => (float[A, B] y)
+        <float[1] one = {1}, float[1] bad = {-1}> {
+            y = If(k)<then_branch = t () => (float[C, D] r) {
+                [bn] r = BatchNormalization(x, one, one, one, bad) },
+                else_branch = f () => (float[E, F] o) { o = Identity(x) }> }"""
+    onnx.save(onnx.parser.parse_model(text), "net.onnx")
+    assert _run("net.onnx") == 1
+    out = capsys.readouterr().out
+    assert "  bn: " in out
+    assert "not checked: wiring of batch norms in functions and inside of nodes" in out
 
 
 @pytest.mark.parametrize(

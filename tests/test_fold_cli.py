@@ -327,6 +327,19 @@ def test_onnx_file_is_folded_and_compared(onnx_file, capsys):
     assert nodes == ["Conv", "Conv", "BatchNormalization"]
 
 
+def test_control_characters_of_names_are_escaped(onnx_file, capsys):
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load("net.onnx")
+    for node in model.graph.node:
+        node.name += "\n\x1b[1m"
+    onnx.save(model, "net.onnx")
+    assert _run("net.onnx", "--out", "folded.onnx", "--strict") == 1
+    shown = capsys.readouterr()
+    assert "\x1b" not in shown.out + shown.err
+    assert "norm\\n\\x1b[1m into conv\\n\\x1b[1m\n" in shown.out
+    assert shown.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("given", ["arr_0", ".npy", "random"])
 def test_inputs_of_an_onnx_file_need_no_names(onnx_file, capsys, given):
     pytest.importorskip("onnxruntime")

@@ -1048,6 +1048,23 @@ def test_onnx_nodes_in_subgraphs_and_without_names_are_found(folder):
     assert found["BatchNormalization_1/input_var"].tolist() == VAR
 
 
+def test_onnx_nodes_without_names_get_some_that_others_have_not(folder):
+    onnx = pytest.importorskip("onnx")
+    one = onnx.numpy_helper.from_array(np.ones(2, np.float32), "one")
+    names = ["BatchNormalization_1", "", "", "BatchNormalization_2"]
+    nodes = [
+        onnx.helper.make_node("BatchNormalization", [f"x{k}", *["one"] * 4], [f"x{k + 1}"], name)
+        for k, name in enumerate(names)
+    ]
+    ends = (
+        [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 2])]
+        for name in ("x0", "x4")
+    )
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", *ends, [one])), "net.onnx")
+    found = list(files.load(folder / "net.onnx", "onnx")[1])
+    assert found == [names[0], "BatchNormalization_3", "BatchNormalization_4", names[3]]
+
+
 def test_onnx_nodes_whose_statistics_are_computed_are_refused(folder, capsys):
     _onnx_file("net.onnx", computed=True)
     assert _run("net.onnx", "net.pt") == cli.UNUSABLE
@@ -1168,6 +1185,12 @@ def test_trees_that_are_too_deep_are_refused():
             translate(arrays, old, new, momentum=0.1, eps=1e-5)
     with pytest.raises(ArgumentError, match="at most 100 parts"):
         translate(BN, "torch", "nnx", momentum=0.1, eps=1e-5, names={"bn": "a/" * 2000})
+
+
+def test_command_escapes_control_characters_of_names(folder, capsys):
+    np.savez("net.npz", **BN, **{"a\n\x1b[1m": np.ones((2, 2))})
+    assert _run("net.npz", "out.npz", "--to", "flax", *NUMBERS) == cli.DONE
+    assert "left out 1 other array: a\\n\\x1b[1m\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("framework", EVERY)

@@ -1,6 +1,8 @@
 """The errors that this library raises for input that it cannot use."""
 
-__all__ = ["ArgumentError", "BatchNormError", "DTypeError", "ShapeError", "one_line"]
+import re
+
+__all__ = ["ArgumentError", "BatchNormError", "DTypeError", "ShapeError", "one_line", "printable"]
 
 
 class BatchNormError(Exception):
@@ -25,3 +27,15 @@ def one_line(error: BaseException | str, most: int = 300) -> str:
     if isinstance(error, KeyError) or not text:
         text = f"{type(error).__name__} {text}".strip()
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text with escapes in place of control characters, which names in files may hold.
+
+    Those in `keep` stay.
+    """
+
+    def escape(found: re.Match[str]) -> str:
+        return found[0] if found[0] in keep else found[0].encode("unicode_escape").decode()
+
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", escape, text)

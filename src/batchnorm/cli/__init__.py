@@ -164,5 +164,5 @@ def version_line() -> str:
 
 
 def _refuse(message: str) -> int:
-    note(" ".join(message.split()))
+    note(message)
     return UNUSABLE

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, TextIO, TypeGuard
 
-from batchnorm.errors import BatchNormError
+from batchnorm.errors import BatchNormError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +34,7 @@ OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF
 
 
 def make_console(**options: Any) -> "Console":
-    """Make a console that prints text unchanged, and nothing more once its reader has exited.
+    """Make a console that prints text without control characters, while its reader listens.
 
     What the command does beside printing goes on.
     """
@@ -43,6 +43,10 @@ def make_console(**options: Any) -> "Console":
     class Piped(Console):
         def on_broken_pipe(self) -> None:
             drop_output()  # rich would exit with 1
+
+        def print(self, *objects: Any, **more: Any) -> None:
+            texts = (printable(o, keep="\n") if isinstance(o, str) else o for o in objects)
+            super().print(*texts, **more)
 
     return Piped(emoji=False, **options)
 
@@ -70,7 +74,7 @@ def drop_broken_output() -> None:
 def note(text: str) -> None:
     """Print a line on stderr, if that can be written."""
     try:
-        print(f"batchnorm: {text}", file=sys.stderr)
+        print(f"batchnorm: {printable(' '.join(text.split()))}", file=sys.stderr)
     except OSError:
         _drop(sys.stderr)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
-from batchnorm.errors import ArgumentError
+from batchnorm.errors import ArgumentError, printable
 
 from .records import Network
 
@@ -120,7 +120,7 @@ class Findings(Sequence[Finding]):
         lines.append(f"{count} finding{'s' * (count != 1)}" if count else "no findings")
         lines += [f"fixed: {text}" for text in self.fixed]
         lines += [f"not checked: {text}" for text in self.skipped]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def _place(finding: Finding) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from urllib.parse import quote
 
 from batchnorm._version import __version__
+from batchnorm.errors import printable
 
 from .findings import Finding
 from .rules import RULES
@@ -43,7 +44,8 @@ def _text(findings: Sequence[Finding], target: str) -> str:
     lines = []
     for f in findings:
         place = f"{f.where[0]}:{f.where[1]}" if f.where else target
-        lines.append(f"{place}: {f.code} {f.layer + ': ' if f.layer else ''}{f.message}")
+        text = f"{place}: {f.code} {f.layer + ': ' if f.layer else ''}{f.message}"
+        lines.append(printable(text))
     return "\n".join(lines)
 
 

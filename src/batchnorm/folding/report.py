@@ -10,7 +10,7 @@ import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from batchnorm.errors import ArgumentError, BatchNormError
+from batchnorm.errors import ArgumentError, BatchNormError, printable
 
 __all__ = ["FoldError", "FoldReport", "FoldedLayer"]
 
@@ -267,6 +267,7 @@ class _Wrapper(textwrap.TextWrapper):
 
 def _wrapped(start: str, width: int | None, text: str = "") -> list[str]:
     """Lines of `start` and `text`, indented as far as `text` is, but no further than 24."""
+    start, text = printable(start), printable(text)
     if width is None:
         return [f"{start}{text}".rstrip()]
     indent = " " * (min(len(start), 24) if text else 2)

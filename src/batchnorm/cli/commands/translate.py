@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from batchnorm.cli.output import make_console, many, note
-from batchnorm.errors import ArgumentError, BatchNormError
+from batchnorm.errors import ArgumentError, BatchNormError, printable
 
 
 def translate(
@@ -103,7 +103,7 @@ def translate(
     layers = many(len(found.settings), "batch norm")
     console.print(f"translated {layers} from {titles[0]} to {titles[1]}", soft_wrap=True)
     for line in found.summary():
-        console.print(line, soft_wrap=True)
+        console.print(printable(line), soft_wrap=True)
     for line in found.notes:
         note(line)
     console.print(f"wrote {out}", soft_wrap=True)
