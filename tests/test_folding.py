@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from batchnorm import batch_norm_inference
 from batchnorm.errors import ArgumentError, DTypeError, ShapeError
 from batchnorm.folding import Affine, Linear, fold_linear, round_to_odd
+from batchnorm.folding.sums import largest_difference
 
 
 def _parts(rng, rows=5, columns=7, dtype=np.float64):
@@ -734,3 +735,21 @@ def test_difference_refuses_a_bound_of_the_input_that_is_none(largest):
 def test_difference_names_types_without_precision():
     with pytest.raises(DTypeError, match="dtype must be a floating type, got int32"):
         Linear(np.ones((1, 1))).difference(Affine.of([0.0], [1.0]), 1.0, np.int32)
+
+
+NAN, INF = np.nan, np.inf
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "error"),
+    [
+        ([1.0, INF, NAN], [1.5, 0.0, INF], 0.5),  # where the first is not finite, any value will do
+        ([1.0, 2.0], [1.0, NAN], INF),
+        ([1.0, 2.0], [1.0, -INF], INF),
+        ([NAN, INF], [0.0, 0.0], NAN),
+        ([1.0], [1.0, 1.0], INF),
+    ],
+)
+def test_largest_difference_counts_values_where_the_first_are_finite(one, other, error):
+    found, _ = largest_difference([np.array(one)], [np.array(other)])
+    np.testing.assert_equal(found, error)

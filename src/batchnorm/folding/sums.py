@@ -156,7 +156,8 @@ def largest_difference(
 ) -> tuple[float | None, float | None]:
     """Largest difference of two lists of real arrays, and that over the largest value of the first.
 
-    None if there are no arrays; infinite if their shapes differ; NaN if no value is finite.
+    None if there are no arrays; infinite if their shapes differ; NaN if no value is finite. Where a
+    value of the first is not finite, as after an overflow, that of the second is not compared.
     """
     if not one and not other:
         return None, None
@@ -167,12 +168,8 @@ def largest_difference(
     error = largest = 0.0
     for s, t in zip(one, other, strict=True):
         x, y = s.astype(np.float64), t.astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            same = (x == y) | (np.isnan(x) & np.isnan(y))  # also of infinities
-            difference = np.where(
-                same, 0.0, np.nan_to_num(abs(x - y), nan=math.inf, posinf=math.inf)
-            )
+        known = np.isfinite(x)
+        difference = np.nan_to_num(abs(x[known] - y[known]), nan=math.inf, posinf=math.inf)
         error = max(error, float(difference.max(initial=0.0)))
-        known = abs(np.nan_to_num(x, nan=0, posinf=0, neginf=0))
-        largest = max(largest, float(known.max(initial=0.0)))
+        largest = max(largest, float(abs(x[known]).max(initial=0.0)))
     return error, error / largest if largest else (0.0 if not error else math.inf)
