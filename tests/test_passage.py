@@ -875,6 +875,25 @@ def test_safetensors_are_read_whatever_types_they_hold(folder, kind):
     assert sorted(left_out) == sorted(others)
 
 
+@pytest.mark.parametrize("shape", [(1 << 40,), (2, 2)])
+def test_npz_arrays_that_are_of_no_batch_norm_are_not_read(folder, shape):
+    np.savez("net.npz", **BN)
+    with zipfile.ZipFile("net.npz", "a") as archive, archive.open("big.npy", "w") as member:
+        about = {"descr": "<f8", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(member, about)  # and no values
+    with zipfile.ZipFile("net.npz", "a") as archive:
+        archive.writestr("readme", b"no array")
+    states, left_out = read(files.load(folder / "net.npz", "torch")[0], "torch", **GIVEN)
+    assert (list(states), left_out) == (["bn"], ["big", "readme"])
+
+
+def test_npz_arrays_of_bfloat16_are_read(folder):
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    np.savez("net.npz", **{name: array.astype(bfloat16) for name, array in BN.items()})
+    found, _ = files.load(folder / "net.npz", "torch")
+    assert found["bn.running_var"].tolist() == [1, 1]
+
+
 def test_safetensors_whose_statistics_are_of_eight_bits_are_refused(folder, capsys):
     _save_safetensors("net.safetensors", pytest.importorskip("torch").float8_e4m3fn)
     assert _run("net.safetensors", "net.npz", "--to", "keras", *NUMBERS) == cli.UNUSABLE
@@ -932,6 +951,25 @@ def test_keras_weights_are_recognized_by_the_names_that_keras_gives(folder):
     assert len(left_out) == 2
     stored = keras_numpy(model.layers[1].moving_variance)
     np.testing.assert_array_equal(states["norm"].var, stored)
+
+
+def test_keras_arrays_of_bfloat16_are_read(folder):
+    h5py = pytest.importorskip("h5py")
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    with h5py.File("net.weights.h5", "w") as file:
+        for k in range(4):
+            values = np.full(2, k, bfloat16).view("V2")
+            file[f"batch_normalization/vars/{k}"] = values
+    found, _ = files.load(folder / "net.weights.h5", "keras")
+    assert found["batch_normalization/moving_variance"].tolist() == [3, 3]
+
+
+def test_keras_configurations_that_are_too_large_are_refused(folder, monkeypatch):
+    with zipfile.ZipFile("net.keras", "w") as archive:
+        archive.writestr("config.json", "[" + " " * 100 + "]")
+    monkeypatch.setattr(files, "MOST_CONFIG", 100)
+    with pytest.raises(ArgumentError, match=r"net.keras: config.json must have at most 100 bytes"):
+        files.load(folder / "net.keras", "keras")
 
 
 @pytest.mark.filterwarnings("ignore")  # of Keras
@@ -1126,7 +1164,7 @@ def test_command_refuses_damaged_files_in_one_line(name, content, folder, capsys
         (["net.npz", "out.pt", "--from", "torch", "--to", "keras"], "is a file of torch, not of"),
         (["net.npz", "out.keras", "--from", "torch", *NUMBERS], "hold whole models"),
         (["net.npz", "out.onnx", "--from", "torch", *NUMBERS], "hold whole models"),
-        (["net.npz", "net.npz", "--to", "torch", *NUMBERS], "holds other things than"),
+        (["net.npz", "./net.npz", "--to", "torch", *NUMBERS], "OUT must be another file than IN"),
         (["net.npz", "other.npz", "--to", "keras", *NUMBERS], "other.npz: exists, and"),
         (["net.npz", "other.npz", "--to", "keras"], "net.npz: bn: momentum and eps must be given"),
         (["net.npz", "no/out.npz", "--from", "torch", "--to", "torch"], "'no' is not one"),

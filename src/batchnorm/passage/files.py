@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,8 @@ __all__ = ["check_out", "load", "save", "source_of", "target_of"]
 Loaded = tuple[Mapping[Any, Any], dict[str, dict[str, Any]]]
 #: Stands for an array of which only the name matters.
 OTHER = np.empty((0, 0))
+#: Far above those of real files, far below what fills a memory once it is decompressed.
+MOST_CHANNELS, MOST_CONFIG = 1 << 24, 1 << 26
 
 
 class _Format(NamedTuple):
@@ -191,7 +194,7 @@ def _load_safetensors(path: Path) -> Loaded:
         for name in file.keys():  # noqa: SIM118  # it is no dict
             tensor = file.get_slice(name)
             kind = tensor.get_dtype()
-            if sum(length != 1 for length in tensor.get_shape()) > 1:
+            if not _is_small(tensor.get_shape()):
                 arrays[name] = OTHER
             elif kind.startswith("F") and kind not in ("F64", "F32", "F16"):
                 # NumPy has no type for it, and read refuses this one if it is of a batch norm.
@@ -208,8 +211,33 @@ def _save_safetensors(arrays: Any, path: Path) -> None:
 
 
 def _load_npz(path: Path) -> Loaded:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays), {}
+    """Read the arrays that may be statistics; of others the names are enough."""
+    arrays: dict[str, Any] = {}
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        for member in archive.zip.namelist():
+            if not member.endswith(".npy"):
+                arrays[member] = OTHER
+                continue
+            name = member.removesuffix(".npy")
+            with archive.zip.open(member) as head:
+                first = np.lib.format.read_magic(head) == (1, 0)
+                form = np.lib.format
+                read_header = form.read_array_header_1_0 if first else form.read_array_header_2_0
+                shape, _, _ = read_header(head)
+            arrays[name] = _with_bfloat16(archive[name]) if _is_small(shape) else OTHER
+    return arrays, {}
+
+
+def _is_small(shape: tuple[int, ...]) -> bool:
+    """Whether an array may be of a batch norm; others need not be read, and may be of any size."""
+    return sum(length != 1 for length in shape) <= 1 and math.prod(shape) <= MOST_CHANNELS
+
+
+def _with_bfloat16(values: Any) -> Any:
+    """An array whose type NumPy and HDF5 have written as two bytes without a meaning."""
+    if values.dtype != np.dtype("V2"):
+        return values
+    return values.view(import_extra("ml_dtypes", "data", "Arrays of bfloat16").bfloat16)
 
 
 def _save_npz(arrays: Any, path: Path) -> None:
@@ -256,6 +284,11 @@ def _save_msgpack(arrays: Any, path: Path) -> None:
 def _load_keras(path: Path) -> Loaded:
     """Read a whole model, whose configuration tells how its batch norms are built."""
     with zipfile.ZipFile(path) as archive:
+        if (size := archive.getinfo("config.json").file_size) > MOST_CONFIG:
+            raise ArgumentError(
+                f"{path}: config.json must have at most {MOST_CONFIG} bytes, got {size}. Is it a "
+                "file of Keras?"
+            )
         config = json.loads(archive.read("config.json"))
         weights = io.BytesIO(archive.read("model.weights.h5"))
     return _load_keras_weights(weights, dict(_keras_configs(config)))
@@ -308,7 +341,11 @@ def _load_keras_weights(file: Any, configs: Mapping[str, Any] | None = None) -> 
         roles = ["gamma"] * config["scale"] + ["beta"] * config["center"]
         roles += ["moving_mean", "moving_variance"]
         roles += ["moving_stddev", "renorm_mean", "renorm_stddev"] * config.get("renorm", False)
-        arrays.update({f"{name}/{role}": group[str(k)][()] for k, role in enumerate(roles)})
+        for k, role in enumerate(roles):
+            stored = group[str(k)]
+            arrays[f"{name}/{role}"] = (
+                _with_bfloat16(stored[()]) if _is_small(stored.shape) else OTHER
+            )
 
     with h5py.File(file, "r") as opened:
         opened.visititems(visit)

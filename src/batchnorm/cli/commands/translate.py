@@ -74,6 +74,7 @@ def translate(
     For example: batchnorm translate net.pt net.msgpack --momentum 0.1 --eps 1e-5
     """
     from batchnorm import passage
+    from batchnorm.atomic import is_same
     from batchnorm.passage import files
 
     names: dict[str, str] = {}
@@ -88,6 +89,8 @@ def translate(
         names[before] = after
     new = target or files.target_of(out)
     files.check_out(out, new)
+    if is_same(file, out):
+        raise ArgumentError(f"OUT must be another file than IN, {file}, which it would replace.")
     arrays, settings = files.load(file, source)
     old = source or files.source_of(file, arrays)
     try:
