@@ -1012,9 +1012,26 @@ def test_fold_leaves_branches_apart_whose_error_exceeds_the_bound(monkeypatch):
     proto = folded_case("branches, norm behind", np.float32)
     folded, report = fold(proto, {"x": array(2, 4, 6, 5)})
     assert folded == proto
+    assert not report.alone
+    assert "times the bound" in next(iter(report.refused.values()))
     proto = folded_case("RepVGG", np.float32)
     folded, report = fold(proto, {"x": array(2, 4, 6, 5)})
     assert len(report.folded) == 2
+    assert not report.alone
+    assert "times the bound" in next(iter(report.refused.values()))
+
+
+def test_fold_says_first_why_it_has_taken_a_batch_norm_back(monkeypatch):
+    monkeypatch.setattr(verify.Folding, "problem", lambda self: "it is too far")
+    body = """z = Conv(x, u) y = If(k)<
+        then_branch = t () => (T[A, B, D, E] r) {
+            n = BatchNormalization(z, s, b, m, v) r = Conv(n, u) },
+        else_branch = f () => (T[F, G, I, J] o) { o = Identity(x) }>"""
+    proto = convolutions(body, inputs=", bool k")
+    _, report = fold(proto, {"x": X, "k": np.array(True)})
+    (reason,) = report.refused.values()
+    assert reason.startswith("folded into")
+    assert reason.endswith("it is too far")
 
 
 APART = {

@@ -143,6 +143,7 @@ def _folded(
     about = _known(model)
     excluded: dict[str, str] = {}
     apart: set[tuple[Any, str]] = set()
+    whys_apart: dict[str, str] = {}
     while True:
         step("fold: folding")
         graphs = Graphs(_copy(model), data.read, about)
@@ -166,18 +167,22 @@ def _folded(
         if not problems:
             break
         for folding, why in problems:
+            where = f"folded into '{folding.report.layer}', {why}"
+            reasons = dict.fromkeys(folding.report.norms, where)
             if folding.sums:
                 apart.update((folding.scope.key, name) for name in folding.sums)
+                whys_apart.update(reasons)
             else:
-                where = f"folded into '{folding.report.layer}', {why}"
-                excluded.update(dict.fromkeys(folding.report.norms, where))
+                excluded.update(reasons)
     graphs.finish()
     reports = [folding.report for folding in pairs.foldings]
     if feeds is None:
         for each in reports:
             each.error = each.relative_error = each.bound = each.share = math.nan
     dtypes = ", ".join(sorted({str(folding.dtype) for folding in pairs.foldings}))
-    report = FoldReport(reports, pairs.refused, pairs.alone, dtypes, verified=feeds is not None)
+    kept = {norm: why for norm, why in whys_apart.items() if pairs.alone.pop(norm, "")}
+    refused = {**pairs.refused, **kept}
+    report = FoldReport(reports, refused, pairs.alone, dtypes, verified=feeds is not None)
     return report, graphs.model
 
 

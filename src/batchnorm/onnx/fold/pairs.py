@@ -71,6 +71,9 @@ class Pairs:
 
     def _explain(self, scope: Scope, norm: NodeProto) -> None:
         label = self._graphs.label(norm)
+        if label in self._excluded:
+            self.refused[label] = self._excluded[label]
+            return
         try:
             near = self._into_former(scope, norm) or self._into_next(scope, norm)
             assert not near
