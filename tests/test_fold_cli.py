@@ -327,6 +327,17 @@ def test_onnx_file_is_folded_and_compared(onnx_file, capsys):
     assert nodes == ["Conv", "Conv", "BatchNormalization"]
 
 
+@pytest.mark.parametrize("option", ["data.npz", "--input"])
+def test_inputs_of_another_shape_are_named(onnx_file, capsys, option):
+    np.savez("data.npz", x=np.ones((1, 2, 4, 5), np.float32))
+    given = ("--input", "1x2x4x5") if option == "--input" else ("--verify", option)
+    _is_refused(
+        capsys,
+        _run("net.onnx", "--out", "o.onnx", *given),
+        f"{option}: inputs['x'] must have shape",
+    )
+
+
 def test_control_characters_of_names_are_escaped(onnx_file, capsys):
     onnx = pytest.importorskip("onnx")
     model = onnx.load("net.onnx")

@@ -556,6 +556,7 @@ GIVEN = {"momentum": 0.1, "eps": 1e-5}
         ({**BN, "bn.running_var": -np.ones(2)}, GIVEN, ArgumentError, "bn: var must be finite"),
         ({**BN, "bn.running_mean": np.full(2, np.nan)}, GIVEN, ArgumentError, "bn: mean must"),
         ({**BN, "bn.bias": np.array(["a", "b"])}, GIVEN, DTypeError, "bn: beta must be real"),
+        ({**BN, "bn.running_var": np.ones(2, bool)}, GIVEN, DTypeError, "var must be real.*bool"),
         ({**BN, "bn.num_batches_tracked": np.ones(2, int)}, GIVEN, ShapeError, "one integer"),
         ({**BN, **{k.replace("n.", "n..", 1): v for k, v in BN.items()}}, GIVEN, ArgumentError,
          "two layers would be called 'bn': 'bn' and 'bn.'"),

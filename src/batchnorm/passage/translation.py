@@ -76,6 +76,8 @@ class BatchNormState:
                     f"{name} must have shape (C,) like mean, which has {shape}, got {array.shape}. "
                     "Are all arrays of one layer?"
                 )
+            if array.dtype.kind == "b":
+                raise DTypeError(f"{name} must be real numbers, got {array.dtype}.")
             if array.dtype.itemsize > 8:
                 raise DTypeError(
                     f"{name} must be of a type that frameworks have, got {array.dtype}. "

@@ -203,7 +203,7 @@ def _fold_onnx(request: _Request) -> Folded:
     require("Folding an ONNX model", "onnx", "onnx")
     from batchnorm.onnx import fold_file
     from batchnorm.onnx.files import data_files, data_path, has_batch_norms, read_model
-    from batchnorm.onnx.fold.examples import in_order, random_inputs
+    from batchnorm.onnx.fold.examples import check_inputs, in_order, random_inputs
 
     model = read_model(path)
     request.check_apart([path, *data_files(model, path.parent)], data_path(out))
@@ -218,6 +218,11 @@ def _fold_onnx(request: _Request) -> Folded:
         inputs = in_order(read_inputs(request.verify), model)
     elif request.shapes:
         inputs = random_inputs(request.sizes(), model)
+    if inputs is not None:
+        try:
+            check_inputs(model, inputs)
+        except BatchNormError as error:  # of fold_file, it would name the model
+            raise type(error)(f"{request.verify or '--input'}: {error}") from error
     report = fold_file(path, out, inputs, strict=request.strict, tol=request.tol)
     return Folded(report, [], [out, *sorted(data_files(read_model(out), out.parent))])
 
