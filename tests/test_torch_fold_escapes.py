@@ -6,8 +6,11 @@ import collections
 import contextlib
 import enum
 import functools
+import gc
 import itertools
 import random
+import sys
+import threading
 from typing import ClassVar
 
 import numpy as np
@@ -239,6 +242,16 @@ class ByCounter(ByLength):
         return self.bn(self.conv(x)) if self.seen["calls"] < 50 else self.conv(x)
 
 
+class Box:
+    calls = 0
+
+
+class ByAnotherClass(Pair):
+    def forward(self, x):
+        Box.calls += 1
+        return self.bn(self.conv(x)) if Box.calls < 1000 else self.conv(x)
+
+
 class ByChance(Pair):
     def __init__(self):
         super().__init__()
@@ -320,8 +333,8 @@ class FromOutside(InAnotherForm):
 @pytest.mark.parametrize(
     "kind",
     [
-        IntoBuffer, IntoDeque, ByItem, ByLength, ByCounter, ByChance, ByGradients, ByOperation,
-        OfAChild, InPlace, InAnotherForm, FromOutside,
+        IntoBuffer, IntoDeque, ByItem, ByLength, ByCounter, ByAnotherClass, ByChance, ByGradients,
+        ByOperation, OfAChild, InPlace, InAnotherForm, FromOutside,
     ],
 )  # fmt: skip
 def test_path_that_the_examples_do_not_take_is_refused(kind):
@@ -351,6 +364,8 @@ QUESTIONS = {
     "number is a float": lambda x, **_: isinstance(x.mean().item(), float) and x.mean() > 10,
     "type of a size": lambda x, **_: type(x.shape[0]) is int and x.shape[0] > 4,
     "type of an argument": lambda x, mode, **_: type(mode) in (list, tuple),
+    "class of an argument": lambda x, mode, **_: issubclass(type(mode), torch.Tensor),
+    "name of a type": lambda x, mode, **_: type(mode).__name__ == "Tensor",
     "tensor has no such attribute": lambda x, **_: x.mean() > 10 and not hasattr(x, "tensors"),
     "item of a default": lambda x, layers, **_: 3 in layers,
     "global counter": lambda x, **_: _count() > 1000,
@@ -657,6 +672,55 @@ def test_caches_of_tensors_hold_no_placeholders(kept):
     assert type(cache["grid"]) is torch.Tensor
 
 
+def test_other_threads_run_their_models_meanwhile():
+    other = nn.Sequential(nn.Linear(2, 2))
+    found = []
+
+    def run():
+        found.append(other(torch.ones(1, 2)).shape)
+
+    class Starts(Pair):
+        def forward(self, x):
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+            return self.bn(self.conv(x))
+
+    _, report = fold(Starts().eval(), X)
+    assert report.folded == {"bn": "conv"}
+    assert len(found) > 4
+    assert set(found) == {(1, 2)}
+
+
+def test_interrupted_tracing_leaves_torch_as_it_was(monkeypatch):
+    """torch.fx replaces `nn.Module.__call__`, and may be interrupted as it puts it back."""
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    before = nn.Module.__call__, nn.Module.__getattr__
+    monkeypatch.setattr("torch.fx._symbolic_trace._Patcher.revert_all_patches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fold(Pair().eval(), X)
+    assert (nn.Module.__call__, nn.Module.__getattr__) == before
+
+
+def test_tracers_of_others_go_on():
+    def trace(frame, event, arg):
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        fold(Pair().eval(), X)
+        found = sys.gettrace()
+    finally:
+        sys.settrace(before)
+    assert found is trace
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
 # ---- what is no escape --------------------------------------------------------------------------
 
 
@@ -686,7 +750,34 @@ class Records(Pair):
         return self.bn(self.conv(x))
 
 
-@pytest.mark.parametrize("kind", [Lists, Records])
+class Raw(Pair):
+    """Asks of the output of its batch norm what no tensor is."""
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        if y is None or y is x or isinstance(y, (list, tuple)):
+            return x
+        if y.dim() > 9:
+            raise TypeError(f"Got {type(y)} with {y.dim()} axes.")
+        return y + x
+
+
+class Wraps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair = Pair()
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("pair"), name)
+
+    def forward(self, x):
+        return self.pair(x)
+
+
+@pytest.mark.parametrize("kind", [Lists, Records, Raw, Wraps])
 def test_layers_whose_uses_are_all_seen_are_folded(kind):
     _, report = fold(kind().eval(), X)
     assert len(report.folded) == 1

@@ -28,6 +28,7 @@ from .layers import (
     is_norm,
     is_transparent,
 )
+from .outside import without_placeholders
 from .paths import Paths, only_path
 from .tracing import Context, is_torchs
 
@@ -83,9 +84,10 @@ class Sums:
 
     def __iter__(self) -> Iterator[Group]:
         """Over the groups."""
-        for name in self._blocks():
-            if (group := self._group(name)) is not None:
-                yield group
+        with without_placeholders(self._modules[""], self._context.placeholders):
+            for name in self._blocks():
+                if (group := self._group(name)) is not None:
+                    yield group
 
     def _blocks(self) -> Iterator[str]:
         """Modules of others that a linear layer lies in, at most three levels above."""

@@ -31,7 +31,7 @@ from torch import Tensor, fx, nn
 from ..population.layers import unwrapped
 from .calls import Call, Spec
 from .layers import is_linear, is_norm
-from .outside import kept_outside
+from .outside import collecting_what_is_new, kept_outside, without_placeholders
 from .reach import functions_of
 from .tracing import (
     Apart,
@@ -54,6 +54,8 @@ MOST_PATHS = 256
 MANY_ITEMS = 1_000
 #: How deep containers are looked into for what calls change.
 DEPTH = 4
+#: The longest of which what the items contain is looked into.
+LONGEST = 10_000
 
 
 @dataclass
@@ -88,12 +90,16 @@ def explore(model: nn.Module, calls: Call, closed: Iterable[str] = ()) -> Paths:
     closed
         Names of modules that stand in graphs as calls, and are not followed.
     """
-    with kept_outside(model):
-        return _explore(model, calls, closed)
-
-
-def _explore(model: nn.Module, calls: Call, closed: Iterable[str]) -> Paths:
     context = Context(model, calls)
+    with (
+        kept_outside(model),
+        without_placeholders(model, context.placeholders),
+        collecting_what_is_new(),
+    ):
+        return _explore(model, context, closed)
+
+
+def _explore(model: nn.Module, context: Context, closed: Iterable[str]) -> Paths:
     for name in closed:
         context.apart.add(id(model.get_submodule(name)))
     found = Paths(used=context.used)
@@ -105,12 +111,14 @@ def _explore(model: nn.Module, calls: Call, closed: Iterable[str]) -> Paths:
             continue
         seen.add(id(root))
         context.apart.add(id(root))
+        context.deciding.add(id(root))
         name = context.names[id(root)]
         while True:  # until no more modules have to be followed apart
             try:
                 found.graphs[name] = _graphs(root, context)
             except Apart as other:
                 context.apart.add(id(other.module))
+                context.deciding.add(id(other.module))
                 queue.append(other.module)
                 continue
             except _Opaque as error:
@@ -332,12 +340,16 @@ def _state(root: nn.Module) -> State:
             if name not in _OF_MODULE and not name.startswith("_tensor_constant"):  # fx's
                 add(module, name, value)
     kinds = dict.fromkeys(kind for module in modules for kind in type(module).__mro__)
-    for kind in kinds:
-        path = getattr(sys.modules.get(kind.__module__), "__file__", None)
+
+    def add_class(kind: type) -> None:
+        path = getattr(sys.modules.get(str(kind.__module__)), "__file__", None)
         if path is not None and is_of_models(path):
-            for name, value in vars(kind).items():
+            for name, value in [*vars(kind).items()]:
                 if not (name.startswith("__") or callable(value) or hasattr(value, "__get__")):
                     add(kind, name, value)
+
+    for kind in kinds:
+        add_class(kind)
     for function in functions_of(cast(Any, type(root))):
         if not inspect.isfunction(function):
             continue
@@ -345,7 +357,11 @@ def _state(root: nn.Module) -> State:
             add(function, name, getattr(function, name))
         for name in function.__code__.co_names:
             value = function.__globals__.get(name)
-            if not (value is None or callable(value) or isinstance(value, ModuleType)):
+            if isinstance(value, type):
+                add_class(value)
+            elif inspect.isfunction(value):
+                add(value, "__dict__", value.__dict__)
+            elif not (value is None or callable(value) or isinstance(value, ModuleType)):
                 add(function.__globals__, name, value)
     return found
 
@@ -380,18 +396,22 @@ def _contents(value: Any, depth: int = DEPTH) -> Any:
         held = [*getattr(value, "__dict__", {}).items()]
         held += [(name, getattr(value, name, None)) for name in names]
         items = [part for pair in held for part in pair]
+    if len(items) > LONGEST:
+        return items
     return [(item, _contents(item, depth - 1)) for item in items]
 
 
 def _equal(one: Any, other: Any) -> bool:
     """Whether contents are the same objects, or the same numbers and names."""
+    if one is other:
+        return True
     if type(one) is not type(other):
         return False
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_equal, one, other))
     if isinstance(one, dict):
         return _equal([*one, *one.values()], [*other, *other.values()])
-    return one is other or (isinstance(one, _PLAIN) and one == other)
+    return isinstance(one, _PLAIN) and one == other
 
 
 _MISSING = object()

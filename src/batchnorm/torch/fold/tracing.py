@@ -13,6 +13,7 @@ import inspect
 import operator
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,6 +90,8 @@ class Context:
         The run on examples.
     specs : dict of str to list of Spec
         What each module was called with there.
+    deciding : set of int
+        ids of those that may return something else on another path.
     apart : set of int
         ids of modules that are followed on their own.
     """
@@ -97,10 +100,12 @@ class Context:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.calls, self.specs, self.used = calls, calls.specs(), Used()
         self.apart: set[int] = set()
+        self.deciding: set[int] = set()
         self._others = {call.name for call in calls if call.rank is None}
         self._before = {id(m): _settings(m) for m in model.modules() if is_linear(m) or is_norm(m)}
         #: Attributes that calls change, which may be anything: holder, name, and present value.
         self.unknown: list[tuple[Any, str, Any]] = []
+        self.placeholders: weakref.WeakSet[fx.Proxy] = weakref.WeakSet()
 
     def is_leaf(self, module: nn.Module) -> bool:
         """Whether a call of this module stands in a graph as a call."""
@@ -115,7 +120,7 @@ class Context:
 
     def returns_a_tensor(self, module: nn.Module) -> bool:
         """Whether this is a layer that is known to return a tensor."""
-        known = id(module) not in self.apart and not isinstance(module, torch.jit.ScriptModule)
+        known = id(module) not in self.deciding and not isinstance(module, torch.jit.ScriptModule)
         return known and self.names[id(module)] not in self._others
 
 
@@ -178,6 +183,7 @@ class _Proxy(fx.Proxy):
     _is_param = False
     _is_tensor: bool | None = None
     _is_something = False  # not None, for that is another path
+    _is_new = False  # a tensor that nothing else is
     _kinds: dict[Any, bool] | None = None
     tracer: Tracer
 
@@ -216,12 +222,10 @@ class _Proxy(fx.Proxy):
 
     def may_be(self, other: Any) -> bool:
         """Whether it may be an object that is not None."""
-        if type(other) is type(self):
-            return self is not other and {self.node.op, other.node.op} <= {
-                "placeholder",
-                "call_module",
-            }
-        return not self._is_tensor and self.node.op in ("placeholder", "call_module")
+        given = self.node.op in ("placeholder", "call_module") and not self._is_new
+        if issubclass(type(other), _Proxy):
+            return given and self is not other and other.may_be(None)
+        return given and (other is None or not self._is_tensor)
 
     def __getattr__(self, name: str) -> Any:
         if self.__dict__.get("_is_tensor") and not hasattr(Tensor, name):
@@ -342,6 +346,7 @@ class Tracer(fx.Tracer):
         self._root = root
         self._stack: list[nn.Module] = []
         self._proxies: list[weakref.ref[fx.Proxy]] = []
+        self._thread = threading.get_ident()
 
     def decide(self) -> bool:
         """The answer to the next question."""
@@ -361,8 +366,9 @@ class Tracer(fx.Tracer):
         self.limits.append(f"{what} ({_line(sys._getframe(2))})")
         raise TypeError(what)
 
-    def note(self, what: str) -> None:
+    def note(self, what: str, frame: Any) -> None:
         """Note what makes it impossible to follow the innermost module, and go on."""
+        what = f"{what} ({_line(frame)})"
         if len(self._stack) > 1 and self._stack[-1] is not self._root:
             self.failed = self.failed or self._stack[-1]
         else:
@@ -371,14 +377,14 @@ class Tracer(fx.Tracer):
     def note_identity(self, one: Any, other: Any, frame: Any) -> None:
         """Note that a path depends on whether two values are the same object, if it may."""
         if isinstance(one, TypeOf) or isinstance(other, TypeOf):
-            self.note(f"it asks for the type of a tensor or an argument ({_line(frame)})")
+            self.note("it asks for the type of a tensor or an argument", frame)
             return
         if not issubclass(type(one), _Proxy):
             one, other = other, one
         if not issubclass(type(one), _Proxy):
             return
         if one.may_be_none() if other is None else one.may_be(other):
-            self.note(f"it asks whether two values are the same object ({_line(frame)})")
+            self.note("it asks whether two values are the same object", frame)
 
     def _only_in_root(self) -> None:
         if len(self._stack) > 1:
@@ -399,6 +405,7 @@ class Tracer(fx.Tracer):
         """A placeholder, which is noted."""
         found = _Proxy(node, self)
         self._proxies.append(weakref.ref(found))
+        self.context.placeholders.add(found)
         return found
 
     def kept(self) -> list[fx.Node]:
@@ -417,6 +424,8 @@ class Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Follow a module, or note its call."""
+        if threading.get_ident() != self._thread:  # another model, while torch.fx has patched all
+            return forward(*args, **kwargs)
         inside = unwrapped(m)
         if inside is not m:
             return inside(*args, **kwargs)
@@ -424,10 +433,13 @@ class Tracer(fx.Tracer):
             raise NameError(f"it calls a {type(m).__name__} that is no module of the model")
         if self.is_leaf_module(m, ""):
             if not self.context.is_as_before(m):
-                self.note(f"it changes '{self.context.names[id(m)]}' before it calls it")
+                what = f"it changes '{self.context.names[id(m)]}' before it calls it"
+                self.note(what, sys._getframe(1))
             result = super().call_module(m, forward, args, kwargs)
             if isinstance(result, _Proxy) and self.context.returns_a_tensor(m):
                 result.__dict__["_is_tensor"] = True
+                a_layer = is_linear(m) or is_norm(m) or id(m) in self.context.apart
+                result.__dict__["_is_new"] = a_layer
             return result
         self._stack.append(m)
         try:
@@ -464,8 +476,8 @@ class Tracer(fx.Tracer):
             self._given = args, kwargs  # lists among them, in which a forward may put something
             for holder, name, _ in self.context.unknown:
                 set_in(holder, name, self.placeholder(name))
-            with seen(_is_code_of_models, self.note, self.note_identity):
-                return root(*args, **kwargs)
+            called = partial(root, *args, **kwargs)
+            return seen(called, _is_code_of_models, self.note, self.note_identity)
 
         return run, []
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import builtins
 import contextlib
 import dis
+import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from types import CodeType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import fx, nn
 
@@ -28,6 +28,7 @@ _UNKNOWN = object()
 _BUILT = {"BINARY_SUBSCR": 2, "BINARY_OP": 2}
 _SUPPRESS = contextlib.suppress.__exit__.__code__
 
+T = TypeVar("T")
 #: Returns an operand, given the frame.
 Operand = Callable[[Any], Any]
 
@@ -43,32 +44,34 @@ class _Asks(NamedTuple):
     identities: dict[int, tuple[Operand, Operand]]
 
 
-@contextmanager
 def seen(
+    function: Callable[[], T],
     is_of_models: Callable[[str], bool],
-    note: Callable[[str], None],
+    note: Callable[[str, Any], None],
     identity: Callable[[Any, Any, Any], None],
-) -> Iterator[None]:
-    """Call `note` with what code of models does, and `identity` before each ``is``.
+) -> T:
+    """Call a function, and the others below with what code of models does there.
 
     Parameters
     ----------
     is_of_models
         Whether a file is one of models.
+    note
+        Gets what makes it impossible to follow, and the frame.
     identity
-        Gets both operands, if they are known, and the frame; also where the type of a placeholder
-        is compared.
+        Gets both operands of an ``is``, if they are known, and the frame; or `TypeOf` a placeholder
+        and None, where its type is asked for.
     """
 
     def enter(frame: Any, event: str, arg: Any) -> Any:
         code = frame.f_code
         if code is _SUPPRESS:
-            note(_CATCHES)
+            note(_CATCHES, frame)
         if not is_of_models(code.co_filename):
             return None
         asks = _asks(code)
         if asks.problem:
-            note(asks.problem)
+            note(asks.problem, frame)
         if not asks.identities:
             return None
 
@@ -89,13 +92,16 @@ def seen(
         frame.f_trace_opcodes = True
         return before
 
-    usual = sys.gettrace()
+    usual, collects = sys.gettrace(), gc.isenabled()
+    gc.disable()  # or finalizers of anything would be seen as code of the model
     sys._getframe().f_trace_opcodes = True  # without which Python 3.12 never traces them
     sys.settrace(enter)
-    try:
-        yield
+    try:  # in a frame that other tracers know, as those of coverage
+        return function()
     finally:
         sys.settrace(usual)
+        if collects:
+            gc.enable()
 
 
 @cache
@@ -103,15 +109,15 @@ def _asks(code: CodeType) -> _Asks:
     instructions = [*_single(code)]
     identities: dict[int, tuple[Operand, Operand]] = {}
     for place, each in enumerate(instructions):
-        if each.opname in ("IS_OP", "COMPARE_OP", "CONTAINS_OP"):
+        if each.opname == "IS_OP":
             other, start = _operand(instructions, place - 1)
-            one = _operand(instructions, start)[0]
-            if each.opname != "IS_OP":  # which placeholders notice themselves
-                one, other = _type_alone(one), _type_alone(other)
-            identities[each.offset] = one, other
+            identities[each.offset] = _operand(instructions, start)[0], other
         elif "JUMP" in each.opname and each.opname.endswith("_NONE"):
             identities[each.offset] = _operand(instructions, place - 1)[0], lambda frame: None
-    problem = _CATCHES if _catches(code) else ""
+        elif (only := _asked_for_its_type(instructions, place)) is not None:
+            identities[each.offset] = only, lambda frame: None
+    # __getattr__ catches what says that an attribute is elsewhere.
+    problem = _CATCHES if code.co_name != "__getattr__" and _catches(code) else ""
     if any(each.opname == "STORE_GLOBAL" for each in instructions):
         problem = problem or "it sets a global name, on which its path may depend"
     return _Asks(problem, identities)
@@ -152,26 +158,28 @@ def _operand(instructions: list[_Instruction], place: int) -> tuple[Operand, int
         for _ in range(_BUILT.get(name, value)):
             place = _operand(instructions, place - 1)[1] + 1
         return lambda frame: _UNKNOWN, place - 1
-    if name in ("CALL", "CALL_FUNCTION") and value == 1:
-        before = place - 1 - (instructions[place - 1].opname == "PRECALL")
-        only, start = _operand(instructions, before)
-        callee = instructions[start] if start >= 0 else None
-        if callee is not None and (callee.opname, callee.argval) == ("LOAD_GLOBAL", "type"):
-            return lambda frame: _type_of(only(frame)), start - 1
     return lambda frame: _UNKNOWN, -1
+
+
+def _asked_for_its_type(instructions: list[_Instruction], place: int) -> Operand | None:
+    """What ``type(...)`` is called with here, unless it becomes text, as in messages; else None."""
+    name, value, _ = instructions[place]
+    if name not in ("CALL", "CALL_FUNCTION") or value != 1:
+        return None
+    before = place - 1 - (instructions[place - 1].opname == "PRECALL")
+    only, start = _operand(instructions, before)
+    callee = instructions[start] if start >= 0 else None
+    if callee is None or (callee.opname, callee.argval) != ("LOAD_GLOBAL", "type"):
+        return None
+    after = [each.opname for each in instructions[place + 1 : place + 3]]
+    if any(each.startswith(("FORMAT", "CONVERT")) for each in after):
+        return None
+    return lambda frame: _type_of(only(frame))
 
 
 def _type_of(value: Any) -> Any:
     known = value is not _UNKNOWN and not issubclass(type(value), fx.Proxy)
     return _UNKNOWN if known else TypeOf(value)
-
-
-def _type_alone(operand: Operand) -> Operand:
-    def found(frame: Any) -> Any:
-        value = operand(frame)
-        return value if isinstance(value, TypeOf) else _UNKNOWN
-
-    return found
 
 
 def _attribute(base: Any, name: str) -> Any:
