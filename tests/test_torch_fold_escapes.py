@@ -698,10 +698,14 @@ def test_interrupted_tracing_leaves_torch_as_it_was(monkeypatch):
     def interrupted(self):
         raise KeyboardInterrupt
 
-    before = nn.Module.__call__, nn.Module.__getattr__
-    monkeypatch.setattr("torch.fx._symbolic_trace._Patcher.revert_all_patches", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        fold(Pair().eval(), X)
+    place, before = torch.fx._symbolic_trace, (nn.Module.__call__, nn.Module.__getattr__)
+    with monkeypatch.context() as patches:
+        patches.setattr(place._Patcher, "revert_all_patches", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fold(Pair().eval(), X)
+    assert (nn.Module.__call__, nn.Module.__getattr__) == before
+    with place._maybe_revert_all_patches():  # as torch.compile does, and applies them again
+        pass
     assert (nn.Module.__call__, nn.Module.__getattr__) == before
 
 

@@ -6,7 +6,8 @@ package imports from ``torch._C``, ``torch._functorch`` or other private modules
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -172,3 +173,24 @@ def is_aten(target: object) -> bool:
 def has_global_hooks() -> bool:
     """Whether hooks are registered that every module of the process calls."""
     return bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def fx_patches_undone() -> Iterator[None]:
+    """Undo what torch.fx replaces while it traces, also if it is interrupted as it undoes it.
+
+    Else every module of the process raises, at once or after the next `torch.compile`.
+    """
+    place: Any = torch.fx._symbolic_trace
+    before, tracing = getattr(place, "CURRENT_PATCHER", None), place._is_fx_tracing_flag
+    methods = {name: vars(nn.Module)[name] for name in ("__call__", "__getattr__")}
+    try:
+        yield
+    finally:
+        patcher = getattr(place, "CURRENT_PATCHER", None)
+        if patcher is not None and patcher is not before:
+            patcher.__exit__(None, None, None)
+            place.CURRENT_PATCHER = before
+        place._is_fx_tracing_flag = tracing
+        for name, method in methods.items():
+            setattr(nn.Module, name, method)

@@ -12,6 +12,8 @@ from typing import Any
 from torch import nn
 from torch.fx import Proxy
 
+from ..internals import fx_patches_undone
+
 __all__ = ["collecting_what_is_new", "kept_outside", "without_placeholders"]
 
 #: How deep in tuples and lists placeholders are looked for.
@@ -22,12 +24,10 @@ DEPTH = 3
 def kept_outside(model: nn.Module) -> Iterator[None]:
     """Restore what forwards and tracing change in the classes of modules, also of copies."""
     classes = [(kind, dict(vars(kind))) for kind in _classes(model)]
-    calls = {name: vars(nn.Module)[name] for name in ("__call__", "__getattr__")}
     try:
-        yield
+        with fx_patches_undone():
+            yield
     finally:
-        for name, function in calls.items():  # in which torch.fx may have been interrupted
-            setattr(nn.Module, name, function)
         for kind, known in classes:
             for name, value in list(vars(kind).items()):
                 if name not in known:
