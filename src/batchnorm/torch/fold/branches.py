@@ -20,14 +20,7 @@ from torch.nn import functional as F
 from ..undo import set_class
 from .calls import TENSOR, Call
 from .groups import Branch, Group
-from .layers import (
-    activation_of,
-    geometry_of,
-    has_hooks,
-    is_linear,
-    is_norm,
-    is_transparent,
-)
+from .layers import activation_of, geometry_of, has_hooks, is_linear, is_norm, is_transparent
 from .outside import without_placeholders
 from .paths import Paths, only_path
 from .tracing import Context, is_torchs

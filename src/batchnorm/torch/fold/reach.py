@@ -12,14 +12,14 @@ import ast
 import gc
 import inspect
 import itertools
-import os
 import textwrap
 from collections.abc import Iterator
 from functools import cache, cached_property, partial
 from typing import Any, cast
 
-import torch
 from torch import nn
+
+from .tracing import is_of_models
 
 __all__ = ["functions_of", "may_take_apart", "references"]
 
@@ -29,7 +29,6 @@ _REFLECTION = {
     "__dict__", "__getattr__", "__getattribute__", "apply", "vars", "eval", "exec", "state_dict",
     "parameters", "named_parameters", "buffers", "named_buffers", "locals", "globals",
 }  # fmt: skip
-_TORCH = os.path.dirname(inspect.getfile(torch))
 _UNREADABLE = partial(print)  # in place of a function whose decorator may do anything
 _HARMLESS = {"isinstance", "len", "hasattr", "type", "checkpoint"}
 _LOOPS = {"enumerate", "reversed", "zip", "list", "tuple", "items", "values"}
@@ -209,8 +208,8 @@ def _definitions(kind: type, name: str) -> Iterator[Any]:
         elif isinstance(found, cached_property):
             found = found.func
         while inspect.isfunction(found) and hasattr(found, "__wrapped__"):
-            torchs = found.__code__.co_filename.startswith(_TORCH)  # such as `no_grad`
-            found = found.__wrapped__ if torchs else _UNREADABLE
+            own = is_of_models(found.__code__.co_filename)  # not torch's, such as `no_grad`
+            found = _UNREADABLE if own else found.__wrapped__
         if (callable(found) and not isinstance(found, type)) or hasattr(type(found), "__get__"):
             yield found
 

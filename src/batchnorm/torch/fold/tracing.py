@@ -29,7 +29,7 @@ from ..population.batches import tensors_in
 from ..population.layers import unwrapped
 from .calls import TENSOR, Call, Spec, of_dict
 from .layers import is_linear, is_norm
-from .unseen import TypeOf, seen
+from .unseen import TYPE, seen
 
 __all__ = [
     "METADATA",
@@ -376,7 +376,7 @@ class Tracer(fx.Tracer):
 
     def note_identity(self, one: Any, other: Any, frame: Any) -> None:
         """Note that a path depends on whether two values are the same object, if it may."""
-        if isinstance(one, TypeOf) or isinstance(other, TypeOf):
+        if one is TYPE:
             self.note("it asks for the type of a tensor or an argument", frame)
             return
         if not issubclass(type(one), _Proxy):

@@ -15,11 +15,11 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import CodeType, ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from torch import fx, nn
 
-__all__ = ["TypeOf", "seen"]
+__all__ = ["TYPE", "seen"]
 
 _CATCHING = {"CHECK_EXC_MATCH", "JUMP_IF_NOT_EXC_MATCH", "CHECK_EG_MATCH"}
 _CATCHES = "it catches exceptions, which may depend on values"
@@ -28,15 +28,12 @@ _UNKNOWN = object()
 _BUILT = {"BINARY_SUBSCR": 2, "BINARY_OP": 2}
 _SUPPRESS = contextlib.suppress.__exit__.__code__
 
+#: Stands for ``type(value)`` of a placeholder.
+TYPE: Final = object()
+
 T = TypeVar("T")
 #: Returns an operand, given the frame.
 Operand = Callable[[Any], Any]
-
-
-class TypeOf(NamedTuple):
-    """Stands for ``type(value)`` of a placeholder."""
-
-    value: Any
 
 
 class _Asks(NamedTuple):
@@ -59,8 +56,8 @@ def seen(
     note
         Gets what makes it impossible to follow, and the frame.
     identity
-        Gets both operands of an ``is``, if they are known, and the frame; or `TypeOf` a placeholder
-        and None, where its type is asked for.
+        Gets both operands of an ``is``, if they are known, and the frame; or TYPE and None, where
+        the type of a placeholder is asked for.
     """
 
     def enter(frame: Any, event: str, arg: Any) -> Any:
@@ -79,11 +76,7 @@ def seen(
             pair = asks.identities.get(frame.f_lasti) if event == "opcode" else None
             if pair is not None:
                 one, other = (operand(frame) for operand in pair)
-                if (
-                    isinstance(one, TypeOf)
-                    or isinstance(other, TypeOf)
-                    or (one is not _UNKNOWN and other is not _UNKNOWN)
-                ):
+                if one is not _UNKNOWN and other is not _UNKNOWN:
                     identity(one, other, frame)
             return before
 
@@ -179,7 +172,7 @@ def _asked_for_its_type(instructions: list[_Instruction], place: int) -> Operand
 
 def _type_of(value: Any) -> Any:
     known = value is not _UNKNOWN and not issubclass(type(value), fx.Proxy)
-    return _UNKNOWN if known else TypeOf(value)
+    return _UNKNOWN if known else TYPE
 
 
 def _attribute(base: Any, name: str) -> Any:
